@@ -1,0 +1,217 @@
+"""The configuration of a run: YAML in, one frozen object out, every problem reported at once.
+
+Reads a YAML file and ``--set a.b=c`` overrides. The types below are the documentation of the keys;
+``load_config`` also remembers where each value came from, for ``config show``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from yelp_hpc.settings import Frozen, read_settings
+
+Precision = Literal["fp32", "bf16", "fp16"]
+LABELS = ("0", "1", "2", "3", "4")
+
+
+class ModelConfig(Frozen):
+    """The base model."""
+
+    path: str = Field(
+        description="local folder, Hub id, or demo:smollm2-135m (the packaged demo model)"
+    )
+    revision: str | None = Field(None, description="Hub revision (commit) of the model")
+    precision: Precision = Field("fp32", description="number format of the frozen weights")
+
+
+class DataConfig(Frozen):
+    """Where the reviews come from and how they are sampled."""
+
+    source: Literal["hub", "file", "demo"] = Field(description="kind of source")
+    path: str | None = Field(None, description="hub: data set id")
+    revision: str | None = Field(None, description="hub: revision (commit) of the data set")
+    train: str | None = Field(None, description="file: csv, jsonl or parquet of training reviews")
+    test: str | None = Field(
+        None, description="file: the test reviews; without it test_rows are drawn from train"
+    )
+    text_column: str = Field("text", description="column of the review")
+    label_column: str = Field("label", description="column of the label, 0 to 4 (stars - 1)")
+    train_rows: int | None = Field(
+        None, ge=1, description="rows drawn for training and validation together; null: all"
+    )
+    test_rows: int | None = Field(None, ge=1, description="rows drawn for testing; null: all")
+    validation_share: float = Field(
+        0.06, ge=0, lt=1, description="share of the drawn training rows kept for validation"
+    )
+    balanced: bool = Field(
+        False, description="draw equally many rows of each label instead of uniformly"
+    )
+    cutoff: int = Field(
+        1024, ge=32, description="longest sequence in tokens; longer reviews lose their end"
+    )
+
+    @model_validator(mode="after")
+    def _source_is_named(self) -> DataConfig:
+        if self.source == "hub" and not self.path:
+            raise ValueError("source hub needs data.path, the data set's id")
+        if self.source == "file" and not self.train:
+            raise ValueError("source file needs data.train, a csv, jsonl or parquet file")
+        if self.source == "file" and not self.test and not self.test_rows:
+            raise ValueError("source file needs data.test, or data.test_rows to draw from train")
+        return self
+
+
+class PromptConfig(Frozen):
+    """The text around a review."""
+
+    template: str = Field(
+        "Instruction: The following is a user's review of a merchant. Please judge and output "
+        "the corresponding five-star rating for this review.\nReview: {review}\nOutput: {label}",
+        description="holds {review} once and ends with {label}",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _placeholders(cls, value: str) -> str:
+        if value.count("{review}") != 1 or value.count("{label}") != 1:
+            raise ValueError("must hold {review} and {label} exactly once each")
+        if not value.endswith("{label}"):
+            raise ValueError("must end with {label}")
+        return value
+
+
+class LoraConfig(Frozen):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.08, ge=0, lt=1)
+    target: tuple[str, ...] | None = Field(
+        None, description="names of the adapted modules; null: the architecture's attention"
+    )
+
+
+class TrainConfig(Frozen):
+    """Supervised fine-tuning on the answer tokens."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(20, ge=0)
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps")
+    global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all ranks")
+    max_tokens: int = Field(8192, ge=64, description="token budget of a rank's micro-batch")
+    precision: Precision = Field("fp32", description="autocast format; fp16 scales the loss")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    compile: bool = Field(False, description="torch.compile the model")
+    nproc: int = Field(1, ge=1, description="ranks a node, one a GPU")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="steps between validation losses; null: about ten times a run"
+    )
+    log_every: int = Field(1, ge=1, description="steps between lines of log.jsonl")
+    save_every_steps: int = Field(200, ge=1)
+    save_every_minutes: float = Field(10, gt=0)
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
+    tensorboard: bool = Field(False, description="also write TensorBoard event files")
+
+
+class InferConfig(Frozen):
+    """Predictions on the test set."""
+
+    models: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
+    mode: Literal["score", "generate"] = "score"
+    shards: int = Field(1, ge=1, le=100_000, description="parts of the test set, a job each")
+    max_tokens: int = Field(8192, ge=64, description="token budget of a batch")
+    max_new_tokens: int = Field(32, ge=1, description="generate: longest answer in tokens")
+    precision: Precision = "fp32"
+
+    @field_validator("models")
+    @classmethod
+    def _models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name base, tuned or both, each once")
+        return value
+
+
+class CollectConfig(Frozen):
+    """Statistics over the predictions."""
+
+    bootstrap: int = Field(2000, ge=100, description="resamples of the 95 % intervals")
+    calibration_bins: int = Field(15, ge=2)
+    mistakes: int = Field(20, ge=0, description="worst mistakes shown in the report")
+
+
+class PublishConfig(Frozen):
+    """Upload to the Hugging Face Hub."""
+
+    repo_id: str | None = Field(None, description="owner/name on the Hub; null: publish nothing")
+    private: bool = True
+    license: str = "other"
+    tags: tuple[str, ...] = ("lora", "yelp", "text-classification")
+    branch: str | None = Field(None, description="branch to commit to; null: the main branch")
+    pull_request: bool = Field(False, description="open a pull request instead of committing")
+    merged: bool = Field(False, description="upload the merged model instead of the adapter")
+    where: Literal["slurm", "login"] = Field(
+        "slurm", description="login: left out of `submit all`, run it where the Hub is in reach"
+    )
+    token_file: str | None = Field(None, description="file (mode 0600) that holds the Hub token")
+
+    @field_validator("repo_id")
+    @classmethod
+    def _repo_id(cls, value: str | None) -> str | None:
+        if value is not None and (value.count("/") != 1 or not all(value.split("/"))):
+            raise ValueError("must look like owner/name")
+        return value
+
+
+class Config(Frozen):
+    """Everything that a run's result depends on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        "yelp", description="a short name: letters, digits, . _ -"
+    )
+    seed: int = Field(42, ge=0, lt=2**32)
+    model: ModelConfig
+    data: DataConfig
+    prompt: PromptConfig = PromptConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    infer: InferConfig = InferConfig()
+    collect: CollectConfig = CollectConfig()
+    publish: PublishConfig = PublishConfig()
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration with the origin of every value that was given."""
+
+    config: Config
+    given: dict[str, Any]
+    """The file and the overrides, merged, before defaults."""
+    origin: dict[str, str]
+    """Dotted key → ``FILE:LINE`` or ``--set``; a key that is not in it has its default."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a YAML file, apply ``a.b=value`` overrides in order and check the result.
+
+    Raises:
+        RequestError: the file is missing or not YAML, a key is unknown (the nearest valid one is
+            named), a value has the wrong type or range. All problems are in the one message.
+    """
+    config, given, origin = read_settings(Config, Path(path), overrides)
+    return LoadedConfig(config, given, origin)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that ``run.json`` holds, checked again."""
+    return Config.model_validate(values)

@@ -1,0 +1,45 @@
+"""The exceptions of the toolkit and the exit code that each one ends the process with.
+
+    YelpHpcError
+    ├── RequestError        2   the request is wrong: a config, an argument, a data file
+    ├── StageError          1   it failed: a fault of the machine, a stage, the cluster
+    └── SavedForRequeue    75   state is saved, run me again
+
+Each message says what, where and what to do next; the command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class YelpHpcError(Exception):
+    """Base of every error that the command line prints as one message."""
+
+    exit_code = 1
+
+
+class RequestError(YelpHpcError):
+    """The request is wrong; nothing was changed."""
+
+    exit_code = 2
+
+
+class StageError(YelpHpcError):
+    """The work failed; what was finished before is kept."""
+
+    exit_code = 1
+
+
+class SavedForRequeue(YelpHpcError):
+    """The stage saved its state and asks to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+
+
+def all_problems(headline: str, problems: Sequence[str], limit: int = 20) -> str:
+    """One message of a headline and an indented line per problem, the rest counted."""
+    lines = [f"  - {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  … and {len(problems) - limit} more")
+    return "\n".join([headline, *lines])

@@ -1,0 +1,111 @@
+"""The names inside a run directory, spelled here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("prepare", "train", "infer", "collect", "publish")
+MODELS = ("base", "tuned")
+SPLITS = ("train", "validation", "test")
+
+_SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)\.parquet$")
+_CHECKPOINT_NAME = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Paths of one run directory; building them touches no file."""
+
+    root: Path
+
+    def __init__(self, root: str | Path) -> None:
+        object.__setattr__(self, "root", Path(root))
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def submissions(self) -> Path:
+        return self.root / "submissions.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    # prepare
+    @property
+    def prepare(self) -> Path:
+        return self.root / "prepare"
+
+    def split(self, name: str) -> Path:
+        return self.prepare / f"{name}.parquet"
+
+    def alpaca(self, name: str) -> Path:
+        return self.prepare / f"alpaca_{name}.json"
+
+    @property
+    def dataset_info(self) -> Path:
+        return self.prepare / "dataset_info.json"
+
+    @property
+    def tokens(self) -> Path:
+        return self.prepare / "tokens.json"
+
+    # train
+    @property
+    def train(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.train / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    @property
+    def adapter(self) -> Path:
+        return self.train / "adapter"
+
+    @property
+    def train_log(self) -> Path:
+        return self.train / "log.jsonl"
+
+    @property
+    def loss_png(self) -> Path:
+        return self.train / "loss.png"
+
+    # infer
+    def predictions(self, model: str) -> Path:
+        return self.root / "infer" / model
+
+    def shard(self, model: str, shard: int, shards: int) -> Path:
+        return self.predictions(model) / f"shard-{shard:04d}-of-{shards:04d}.parquet"
+
+    # collect and publish
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def published(self) -> Path:
+        return self.root / "published.json"
+
+
+def shard_of(path: Path) -> tuple[int, int] | None:
+    """``(shard, shards)`` of a shard's file name, or None for any other file."""
+    match = _SHARD_NAME.match(path.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint directory's name, or None for any other name."""
+    match = _CHECKPOINT_NAME.match(path.name)
+    return int(match[1]) if match else None
