@@ -1,0 +1,1 @@
+"""The models: ChatGLM3 in native code, the loading of any other causal LM, packed attention."""
