@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from yelp_hpc.models.chatglm3_layers import Embedding, GLMTransformer, RotaryEmbedding
+from yelp_hpc.models.chatglm3_layers import Embedding, GLMTransformer, Linear, RotaryEmbedding
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -180,7 +180,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding = Embedding(config)
         self.rotary_pos_emb = RotaryEmbedding(config)
         self.encoder = GLMTransformer(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.output_layer = Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
 

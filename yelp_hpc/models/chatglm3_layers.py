@@ -7,6 +7,7 @@ Every operation, its order and its memory layout (`[tokens, batch, ...]`) are th
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,27 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
     from yelp_hpc.models.chatglm3 import ChatGLMConfig
+
+
+class Linear(nn.Linear):
+    """A linear layer whose fp16 products are summed in fp32 on every machine.
+
+    GPUs and CPUs with AVX512-FP16 do so; torch's kernel for other CPUs does not, and is several times
+    slower than fp32 there.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        half = input.dtype == self.weight.dtype == torch.float16
+        if not half or input.device.type != "cpu" or _native_fp16():
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(input.float(), self.weight.float(), bias).half()
+
+
+@cache
+def _native_fp16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 class RMSNorm(nn.Module):
@@ -102,12 +124,12 @@ class SelfAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.query_key_value = nn.Linear(
+        self.query_key_value = Linear(
             config.hidden_size,
             (self.heads + 2 * self.groups) * self.head_dim,
             bias=config.add_bias_linear or config.add_qkv_bias,
         )
-        self.dense = nn.Linear(
+        self.dense = Linear(
             self.heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear
         )
 
@@ -215,8 +237,8 @@ class MLP(nn.Module):
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         size, inner, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
-        self.dense_h_to_4h = nn.Linear(size, inner * 2, bias=bias)
-        self.dense_4h_to_h = nn.Linear(inner, size, bias=bias)
+        self.dense_h_to_4h = Linear(size, inner * 2, bias=bias)
+        self.dense_4h_to_h = Linear(inner, size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` in and out."""

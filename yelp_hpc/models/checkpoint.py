@@ -1,0 +1,144 @@
+"""What lies in a model folder: its configuration and its weight files, judged before anything is loaded.
+
+Reads `config.json`, `tokenizer_config.json`, the weight index and the headers of the weight files.
+Nothing here imports torch, and nothing runs code of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.errors import RequestError, all_problems
+
+WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises RequestError if the file is missing, torn or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{path.parent} is no model folder: {path.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read: {error}; fetch the model again") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} does not hold a JSON object; fetch the model again")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a local model folder. Raises RequestError if there is none or it names no model_type."""
+    if not folder.is_dir():
+        raise RequestError(f"model folder {folder} does not exist; fetch the model first")
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise RequestError(f"{folder / 'config.json'} names no model_type: not a model's config")
+    return config
+
+
+def other_chatglm(config: dict[str, Any], published_as: str = "") -> str | None:
+    """Which other family a config of model_type `chatglm` belongs to; None for ChatGLM3.
+
+    Four generations share the model_type, and ChatGLM2's published config differs from ChatGLM3's
+    in `_name_or_path` and `transformers_version` alone. `published_as`: a name found elsewhere in the folder.
+    """
+    names = f"{config.get('_name_or_path', '')} {published_as}".lower()
+    first = ("position_encoding_2d", "inner_hidden_size", "gmask_token_id", "max_sequence_length")
+    if any(key in config for key in first):
+        return "ChatGLM (the first)"
+    for marker, family in (
+        ("glm-4", "GLM-4"),
+        ("glm4", "GLM-4"),
+        ("codegeex4", "GLM-4"),
+        ("chatglm2", "ChatGLM2"),
+        ("codegeex2", "ChatGLM2"),
+        ("chatglm-6b", "ChatGLM (the first)"),
+    ):
+        if marker in names:
+            return family
+    if isinstance(config.get("eos_token_id"), list) or config.get("padded_vocab_size") == 151552:
+        return "GLM-4"
+    version = str(config.get("transformers_version", "")).split(".")
+    if version[0] == "4" and len(version) > 1 and version[1].isdigit() and int(version[1]) < 30:
+        return "ChatGLM2"
+    return None
+
+
+def check_family(folder: Path, config: dict[str, Any]) -> None:
+    """Raise RequestError if a `chatglm` folder is not ChatGLM3."""
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path) if path.is_file() else {}
+    published_as = str(tokenizer.get("name_or_path", ""))
+    if tokenizer.get("tokenizer_class") == "ChatGLM4Tokenizer":
+        published_as = "glm-4"
+    family = other_chatglm(config, published_as)
+    if family == "GLM-4":
+        raise RequestError(
+            f"{folder} is GLM-4 in its remote-code form (model_type chatglm), which is not supported; "
+            "use the converted model, e.g. THUDM/glm-4-9b-hf or THUDM/GLM-4-9B-0414"
+        )
+    if family:
+        raise RequestError(
+            f"{folder} is {family}, not ChatGLM3 (both say model_type chatglm); "
+            "it is not supported: use THUDM/chatglm3-6b-base"
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, safetensors preferred; checks that each is there and whole at its ends.
+
+    Raises RequestError naming every file that is missing, truncated or torn.
+    """
+    for name in (SINGLE_WEIGHTS[0], WEIGHT_INDEXES[0], SINGLE_WEIGHTS[1], WEIGHT_INDEXES[1]):
+        if not (folder / name).is_file():
+            continue
+        if name in SINGLE_WEIGHTS:
+            files = [folder / name]
+            break
+        shards = read_json(folder / name).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise RequestError(f"{folder / name} lists no weights; fetch the model again")
+        files = [folder / shard for shard in sorted(set(shards.values()))]
+        break
+    else:
+        wanted = ", ".join((*SINGLE_WEIGHTS, *WEIGHT_INDEXES))
+        raise RequestError(f"{folder} holds no weights: none of {wanted} is there")
+    problems = [f"{path.name}: {what}" for path in files if (what := _damage(path))]
+    if problems:
+        headline = f"weights in {folder} are damaged; fetch the model again"
+        raise RequestError(all_problems(headline, problems))
+    return files
+
+
+def _damage(path: Path) -> str | None:
+    if not path.is_file():
+        return "missing"
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors_damage(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return None if archive.namelist() else "empty"
+        # torch's format of before 2020 has no directory to check; loading it checks it.
+        with path.open("rb") as file:
+            return None if file.read(1) == b"\x80" else "truncated or not a torch file"
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        return f"cannot be read ({error})"
+
+
+def _safetensors_damage(path: Path) -> str | None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length + 8 > size:
+            return f"truncated: {size} bytes"
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    return None if size == expected else f"{size} bytes instead of {expected}"

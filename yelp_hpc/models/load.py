@@ -1,0 +1,248 @@
+"""A causal LM and its tokenizer from a local folder, and the folder from the Hub.
+
+ChatGLM3 is loaded by the native classes here, any other decoder by transformers. Code that comes with a
+checkpoint is never run, and `.bin` weights are read as tensors only. Reads the model folder; `fetch_model`
+writes the Hub's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
+from yelp_hpc.models.chatglm3 import ChatGLMConfig
+from yelp_hpc.models.chatglm3_tokenizer import ChatGLMTokenizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+# The attention's inputs of each architecture family, the first that a model has.
+ATTENTION_PROJECTIONS = (
+    ("query_key_value",),  # ChatGLM3, GPT-NeoX, Falcon, BLOOM
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, GLM-4, Mistral, Gemma, SmolLM
+    ("qkv_proj",),  # Phi-3
+    ("c_attn",),  # GPT-2
+    ("Wqkv",),  # MPT
+)
+
+# Weights that nothing reads; checkpoints carry them or not.
+_UNUSED_WEIGHTS = re.compile(r"rotary.*inv_freq$")
+
+
+def check_native(folder: Path) -> dict[str, Any]:
+    """The folder's config, if a native class of here or of transformers loads it as a causal LM.
+
+    Raises RequestError for a model that needs its own code, for ChatGLM2 and GLM-4 under ChatGLM3's
+    model_type, and for a model that is no causal LM.
+    """
+    config = read_config(folder)
+    kind = config["model_type"]
+    if kind == ChatGLMConfig.model_type:
+        check_family(folder, config)
+    elif kind not in CONFIG_MAPPING:
+        why = "needs its own code (auto_map)" if "auto_map" in config else "is unknown"
+        raise RequestError(
+            f"model_type {kind} in {folder} {why}: trust_remote_code is off; use a model that transformers knows"
+        )
+    elif CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RequestError(f"model_type {kind} in {folder} is no decoder-only language model")
+    return config
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a local model folder. Raises RequestError naming what is missing or does not fit."""
+    folder = Path(path)
+    config = check_native(folder)
+    native = config["model_type"] == ChatGLMConfig.model_type
+    wanted = ("tokenizer.model",) if native else TOKENIZER_FILES
+    if not any((folder / name).is_file() for name in wanted):
+        raise RequestError(f"{folder} has no tokenizer: {' or '.join(wanted)} is missing")
+    try:
+        kind = ChatGLMTokenizer if native else AutoTokenizer
+        tokenizer = kind.from_pretrained(
+            folder, local_files_only=True, **({} if native else {"trust_remote_code": False})
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise RequestError(f"the tokenizer in {folder} cannot be loaded: {_line(error)}") from None
+    rows = config.get("padded_vocab_size") if native else None
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise RequestError(
+            f"tokenizer.model in {folder} makes {tokenizer.vocab_size} tokens, but the model has "
+            f"{rows} (padded_vocab_size): they do not belong together"
+        )
+    return tokenizer
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | str, attn_implementation: str = "sdpa"
+) -> Any:
+    """The causal LM of a local model folder, in evaluation mode, on the CPU.
+
+    `dtype`: a torch dtype, or fp32, fp16, bf16. Raises RequestError naming a damaged or missing shard,
+    weights that the config does not fit, and a model that would need its own code.
+    """
+    folder = Path(path)
+    check_native(folder)
+    files = weight_files(folder)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise RequestError(f"unknown precision {dtype!r}: one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # reported below, all at once
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a torn file makes the readers raise
+        damaged = [f"{file.name}: {why}" for file in files if (why := _unreadable(file))]
+        if damaged:
+            headline = f"weights in {folder} are damaged; fetch the model again"
+            raise RequestError(all_problems(headline, damaged)) from None
+        raise RequestError(f"the model in {folder} cannot be loaded: {_line(error)}") from None
+    problems = _misfits(info)
+    if problems:
+        headline = f"weights in {folder} do not fit its config.json"
+        raise RequestError(all_problems(headline, problems))
+    return model.eval()
+
+
+def _misfits(info: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, found, expected in sorted(info.get("mismatched_keys", ())):
+        line = f"{name} is {tuple(found)}, the config says {tuple(expected)}"
+        if "word_embeddings" in name or "embed_tokens" in name or "output_layer" in name:
+            line += " (wrong vocabulary size: padded_vocab_size or vocab_size)"
+        problems.append(line)
+    missing = [n for n in info.get("missing_keys", ()) if not _UNUSED_WEIGHTS.search(n)]
+    unexpected = [n for n in info.get("unexpected_keys", ()) if not _UNUSED_WEIGHTS.search(n)]
+    problems += [f"{name} is missing" for name in sorted(missing)]
+    problems += [f"{name} is not part of the model" for name in sorted(unexpected)]
+    return problems
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why a weight file cannot be read; None if it can."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    tensors.get_tensor(name)
+        else:
+            torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        return _line(error)
+    return None
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
+    """Names of the modules to adapt: those requested, or the architecture's query, key and value projections.
+
+    A name stands for every module of that name, as in peft. Raises RequestError that lists the model's
+    names when one matches nothing.
+    """
+    names = [n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    if requested is None:
+        for family in ATTENTION_PROJECTIONS:
+            if set(family) <= set(leaves):
+                return list(family)
+        raise RequestError(
+            f"no default lora.target for {type(model).__name__}: set it to some of {', '.join(leaves)}"
+        )
+    unmatched = [t for t in requested if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if unmatched or not requested:
+        raise RequestError(
+            f"lora.target {', '.join(unmatched) or '(empty)'} matches no linear module of "
+            f"{type(model).__name__}; it has {', '.join(leaves)}"
+        )
+    return list(requested)
+
+
+def fetch_model(
+    path_or_id: str, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """A model folder: a local one as it is, a Hub model downloaded (resumable, with progress) and verified.
+
+    The result of a download lies in the Hub's cache and ends with the commit. Raises RequestError for a
+    model or revision that does not exist or may not be read, StageError if the download or a checksum fails.
+    """
+    local = Path(path_or_id).expanduser()
+    if local.is_dir():
+        return local
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path_or_id):
+        raise RequestError(f"model.path {path_or_id} is neither a folder here nor a Hub model's id")
+    try:
+        folder = Path(
+            snapshot_download(
+                path_or_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                # No code is run, and these are other frameworks' copies of the weights.
+                ignore_patterns=["*.py", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"],
+            )
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise RequestError(f"the Hub has no model {path_or_id}{at}: {_line(error)}") from None
+    except LocalEntryNotFoundError as error:
+        raise StageError(
+            f"{path_or_id} is not in the cache and cannot be downloaded: {_line(error)}; "
+            "fetch it where the Hub can be reached"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise StageError(
+            f"downloading {path_or_id} failed: {_line(error)}; run it again, it resumes"
+        ) from None
+    damaged = [path for path in sorted(folder.rglob("*")) if not _intact(path)]
+    if damaged:
+        for path in damaged:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+        names = ", ".join(path.name for path in damaged)
+        raise StageError(f"checksum of {names} is wrong; removed: run it again to download anew")
+    return folder
+
+
+def _intact(path: Path) -> bool:
+    """Whether a file of the Hub's cache has the hash that its blob is named after (sha256, or git's sha1)."""
+    blob = path.resolve()
+    if not blob.is_file() or not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name):
+        return True
+    digest = hashlib.sha256()
+    if len(blob.name) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    with blob.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == blob.name
