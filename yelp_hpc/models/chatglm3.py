@@ -1,8 +1,8 @@
 """ChatGLM3-6B-base as a native transformers model: the published weights load by their own names.
 
-The arithmetic is that of the published `modeling_chatglm.py`, so that logits agree with it to the last
-bit; the layers lie in `chatglm3_layers.py`. Registers configuration and model for model_type `chatglm`
-with the Auto classes. Reads and writes tensors only.
+The arithmetic is that of the published `modeling_chatglm.py`, so that logits agree with it to the
+last bit; the layers lie in `chatglm3_layers.py`. Registers configuration and model for model_type
+`chatglm` with the Auto classes. Reads and writes tensors only.
 """
 
 from __future__ import annotations
@@ -110,10 +110,12 @@ class ChatGLMConfig(PretrainedConfig):
 def attention_mask_of(
     mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, past: int
 ) -> Tensor | None:
-    """Which key each query sees, `[batch, 1, tokens, past + tokens]` bool, or None where plain causality says it all.
+    """Which key each query sees, `[batch, 1, tokens, past + tokens]` bool, or None where plain
+    causality says it all.
 
-    `mask` is 1 for tokens and 0 for padding, `[batch, past + tokens]`, or a mask of the result's shape, which is
-    taken as it is. Padding rows see everything, as published: a row that sees nothing would be NaN.
+    `mask` is 1 for tokens and 0 for padding, `[batch, past + tokens]`, or a mask of the result's
+    shape, which is taken as it is. Padding rows see everything, as published: a row that sees
+    nothing would be NaN.
     """
     if mask is not None and mask.dim() == 4:
         return mask
@@ -133,13 +135,15 @@ def attention_mask_of(
                 f"{batch} rows of {past} cached and {tokens} new tokens"
             )
         seen = seen & real.unsqueeze(1)
-        if not past:
-            seen = seen | ~real.unsqueeze(-1)
+        blind = ~seen.any(-1, keepdim=True) if past else ~real.unsqueeze(-1)
+        seen = seen | blind
     return seen.unsqueeze(1)
 
 
 def _packed_mask(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """Sequences laid one after the other, each counting from 0, see themselves only (transformers' convention)."""
+    """Sequences laid one after the other, each counting from 0, see themselves only (transformers'
+    convention).
+    """
     if position_ids is None or batch != 1 or tokens == 1:
         return None
     positions = position_ids[0]
@@ -158,8 +162,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["GLMBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["GLMBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -180,7 +184,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding = Embedding(config)
         self.rotary_pos_emb = RotaryEmbedding(config)
         self.encoder = GLMTransformer(config)
-        self.output_layer = Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.output_layer: nn.Linear = Linear(
+            config.hidden_size, config.padded_vocab_size, bias=False
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -190,7 +196,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embeddings."""
-        self.embedding.word_embeddings = value
+        self.embedding.word_embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -206,14 +212,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states `[batch, tokens, hidden]` after the final norm.
 
-        `attention_mask` is `[batch, cached + new tokens]`. Without `position_ids` (`[batch, tokens]`) positions
-        count from the first cached token, padding included. Further arguments reach the attention function.
+        `attention_mask` is `[batch, cached + new tokens]`. Without `position_ids` (`[batch,
+        tokens]`) positions count from the first cached token, padding included. Further arguments
+        reach the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embedding.word_embeddings(input_ids)
-        batch, tokens = inputs_embeds.shape[:2]
+        tokens = inputs_embeds.shape[1]
         checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -231,7 +238,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         keep_states = _default(output_hidden_states, self.config.output_hidden_states)
         keep_weights = _default(output_attentions, self.config.output_attentions)
         states: tuple[Tensor, ...] = ()
-        attentions: tuple[Tensor | None, ...] = ()
+        attentions: tuple[Any, ...] = ()
         for layer in self.encoder.layers:
             if keep_states:
                 states += (hidden.transpose(0, 1),)
@@ -273,19 +280,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.config._attn_implementation in ("eager", "sdpa"):
             return attention_mask_of(attention_mask, position_ids, embeds, past)
         # Any other attention function comes with a mask function of its own.
-        return create_causal_mask(
+        mask: Any = create_causal_mask(
             config=self.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,
         )
+        return mask  # type: ignore[no-any-return]
 
 
 class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM3 with its vocabulary projection; `transformer.encoder.layers` are the layers."""
 
-    _tied_weights_keys = None
+    _tied_weights_keys = {}  # type: ignore[var-annotated] # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -321,12 +329,13 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits `[batch, kept tokens, vocabulary]`, and the mean loss over `labels` that are not -100.
+        """Logits `[batch, kept tokens, vocabulary]`, and the mean loss over `labels` that are not
+        -100.
 
-        `logits_to_keep`: the last so many tokens (0: all), positions `[kept]` for every row, positions
-        `[batch, kept]` for each row, or a bool mask `[batch, tokens]`, which gives logits `[kept, vocabulary]`.
-        `labels` (`[batch, tokens]`, shifted here) need the logits of all tokens. Raises ValueError for labels
-        beside `logits_to_keep`.
+        `logits_to_keep`: the last so many tokens (0: all), positions `[kept]` for every row,
+        positions `[batch, kept]` for each row, or a bool mask `[batch, tokens]`, which gives logits
+        `[kept, vocabulary]`. `labels` (`[batch, tokens]`, shifted here) need the logits of all
+        tokens. Raises ValueError for labels beside `logits_to_keep`.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
@@ -374,7 +383,9 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """Positions count padding where the caller gives none, as published (transformers counts real tokens)."""
+        """Positions count padding where the caller gives none, as published (transformers counts
+        real tokens).
+        """
         cache = model_kwargs.get("past_key_values")
         total = inputs_tensor.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         if (mask := model_kwargs.get("attention_mask")) is not None and mask.dim() == 2:

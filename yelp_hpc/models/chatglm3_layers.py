@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Linear(nn.Linear):
     """A linear layer whose fp16 products are summed in fp32 on every machine.
 
-    GPUs and CPUs with AVX512-FP16 do so; torch's kernel for other CPUs does not, and is several times
-    slower than fp32 there.
+    GPUs and CPUs with AVX512-FP16 do so; torch's kernel for other CPUs does not, and is several
+    times slower than fp32 there.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -85,7 +85,9 @@ class RotaryEmbedding(nn.Module):
         return result
 
     def forward(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Cosine and sine of every position up to `seq_length`, `[seq_length, dim / 2, 2]` in `dtype`."""
+        """Cosine and sine of every position up to `seq_length`, `[seq_length, dim / 2, 2]` in
+        `dtype`.
+        """
         if self._table is None or self._table.dtype != dtype or self._table.device != device:
             # A table made inside inference_mode could not take part in training later.
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
@@ -96,7 +98,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(states: Tensor, rope: Tensor) -> Tensor:
-    """Turn `states` `[tokens, batch, heads, head_dim]` by `rope` `[tokens, batch or 1, pairs, 2]`."""
+    """Turn `[tokens, batch, heads, head_dim]` by `rope` `[tokens, batch or 1, pairs, 2]`."""
     tokens, batch, heads, _ = states.shape
     turned = rope.shape[-2] * 2
     states, rest = states[..., :turned], states[..., turned:]
@@ -141,7 +143,7 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[tokens, batch, hidden]` in and out, and the attention weights where they are computed."""
+        """`[tokens, batch, hidden]` in and out, and the attention weights if computed."""
         query, key, value = self._project(hidden)
         query, key = rotate(query, rope), rotate(key, rope)
         if past_key_values is not None:
@@ -262,7 +264,7 @@ class GLMBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, rope: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """`[tokens, batch, hidden]` in and out, and the attention weights where they are computed."""
+        """`[tokens, batch, hidden]` in and out, and the attention weights if computed."""
         normed = self.input_layernorm(hidden)
         attended, weights = self.self_attention(normed, rope, mask, **kwargs)
         residual = normed if self.residual_after_norm else hidden

@@ -1,8 +1,10 @@
-"""ChatGLM3's tokenizer: a sentencepiece model, nine special tokens behind it, `[gMASK] sop` in front of every text.
+"""ChatGLM3's tokenizer: a sentencepiece model, nine special tokens behind it, `[gMASK] sop` in
+front of every text.
 
-Equals the published `tokenization_chatglm.py`: special strings inside a text are text, and pieces are
-looked up by name, so a piece spelled like a special token is that token. Reads and writes
-`tokenizer.model`; registers itself for model_type `chatglm` (AutoTokenizer finds it by its class name).
+Equals the published `tokenization_chatglm.py`: special strings inside a text are text, and pieces
+are looked up by name, so a piece spelled like a special token is that token. Reads and writes
+`tokenizer.model`; registers itself for model_type `chatglm` (AutoTokenizer finds it by its class
+name).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizer
@@ -41,13 +43,14 @@ _IGNORED = ("auto_map", "additional_special_tokens", "extra_special_tokens", "na
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """The published tokenizer; `vocab_file` is its `tokenizer.model`.
 
-    Token ids: the sentencepiece model's, then `SPECIAL_TOKENS`. Padding is unk's id (0), on the left, and
-    the end of a text is eos (2); bos and unk have no role. `all_special_ids` is empty, as published: decoding
-    drops no token but unk, bos and eos. `encode_special_tokens` makes the role tokens in a text tokens.
+    Token ids: the sentencepiece model's, then `SPECIAL_TOKENS`. Padding is unk's id (0), on the
+    left, and the end of a text is eos (2); bos and unk have no role. `all_special_ids` is empty, as
+    published: decoding drops no token but unk, bos and eos. `encode_special_tokens` makes the role
+    tokens in a text tokens.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model"}
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "position_ids"]
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -189,7 +192,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return mask if token_ids_1 is None else [*mask, *([0] * len(token_ids_1)), 1]
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """One message of a chat: role token, metadata line, text. Raises KeyError for an unknown role."""
+        """One message of a chat: role token, metadata line, text. Raises KeyError for an unknown
+        role.
+        """
         header = self.sp_model.encode(f"{metadata}\n")
         return [self.get_command(f"<|{role}|>"), *header, *self.sp_model.encode(message)]
 
@@ -217,7 +222,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
     ) -> Any:
-        """Pad one sequence; attention mask and positions are always given, positions count real tokens."""
+        """Pad one sequence; attention mask and positions are always given, positions count real
+        tokens.
+        """
         ids = encoded_inputs["input_ids"]
         encoded_inputs.setdefault("attention_mask", [1] * len(ids))
         encoded_inputs.setdefault("position_ids", list(range(len(ids))))

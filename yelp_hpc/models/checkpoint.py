@@ -1,4 +1,5 @@
-"""What lies in a model folder: its configuration and its weight files, judged before anything is loaded.
+"""What lies in a model folder: its configuration and its weight files, judged before anything is
+loaded.
 
 Reads `config.json`, `tokenizer_config.json`, the weight index and the headers of the weight files.
 Nothing here imports torch, and nothing runs code of the folder.
@@ -32,7 +33,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a local model folder. Raises RequestError if there is none or it names no model_type."""
+    """`config.json` of a local model folder. Raises RequestError if there is none or it names no
+    model_type.
+    """
     if not folder.is_dir():
         raise RequestError(f"model folder {folder} does not exist; fetch the model first")
     config = read_json(folder / "config.json")
@@ -45,7 +48,8 @@ def other_chatglm(config: dict[str, Any], published_as: str = "") -> str | None:
     """Which other family a config of model_type `chatglm` belongs to; None for ChatGLM3.
 
     Four generations share the model_type, and ChatGLM2's published config differs from ChatGLM3's
-    in `_name_or_path` and `transformers_version` alone. `published_as`: a name found elsewhere in the folder.
+    in `_name_or_path` and `transformers_version` alone. `published_as`: a name found elsewhere in
+    the folder.
     """
     names = f"{config.get('_name_or_path', '')} {published_as}".lower()
     first = ("position_encoding_2d", "inner_hidden_size", "gmask_token_id", "max_sequence_length")
@@ -79,8 +83,8 @@ def check_family(folder: Path, config: dict[str, Any]) -> None:
     family = other_chatglm(config, published_as)
     if family == "GLM-4":
         raise RequestError(
-            f"{folder} is GLM-4 in its remote-code form (model_type chatglm), which is not supported; "
-            "use the converted model, e.g. THUDM/glm-4-9b-hf or THUDM/GLM-4-9B-0414"
+            f"{folder} is GLM-4 in its remote-code form (model_type chatglm), which is not "
+            "supported; use the converted model, e.g. THUDM/glm-4-9b-hf or THUDM/GLM-4-9B-0414"
         )
     if family:
         raise RequestError(
@@ -90,7 +94,8 @@ def check_family(folder: Path, config: dict[str, Any]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, safetensors preferred; checks that each is there and whole at its ends.
+    """The files that hold the weights, safetensors preferred; checks that each is there and whole
+    at its ends.
 
     Raises RequestError naming every file that is missing, truncated or torn.
     """
@@ -100,9 +105,12 @@ def weight_files(folder: Path) -> list[Path]:
         if name in SINGLE_WEIGHTS:
             files = [folder / name]
             break
-        shards = read_json(folder / name).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise RequestError(f"{folder / name} lists no weights; fetch the model again")
+        index = read_json(folder / name)
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not shards or "metadata" not in index:
+            raise RequestError(
+                f"{folder / name} is no weight index (weight_map and metadata); fetch the model again"
+            )
         files = [folder / shard for shard in sorted(set(shards.values()))]
         break
     else:

@@ -1,8 +1,8 @@
 """A causal LM and its tokenizer from a local folder, and the folder from the Hub.
 
-ChatGLM3 is loaded by the native classes here, any other decoder by transformers. Code that comes with a
-checkpoint is never run, and `.bin` weights are read as tensors only. Reads the model folder; `fetch_model`
-writes the Hub's cache.
+ChatGLM3 is loaded by the native classes here, any other decoder by transformers. Code that comes
+with a checkpoint is never run, and `.bin` weights are read as tensors only. Reads the model folder;
+`fetch_model` writes the Hub's cache.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
 from yelp_hpc.models.chatglm3 import ChatGLMConfig
 from yelp_hpc.models.chatglm3_tokenizer import ChatGLMTokenizer
+from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -60,7 +60,8 @@ def check_native(folder: Path) -> dict[str, Any]:
     elif kind not in CONFIG_MAPPING:
         why = "needs its own code (auto_map)" if "auto_map" in config else "is unknown"
         raise RequestError(
-            f"model_type {kind} in {folder} {why}: trust_remote_code is off; use a model that transformers knows"
+            f"model_type {kind} in {folder} {why}: trust_remote_code is off; "
+            "use a model that transformers knows"
         )
     elif CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RequestError(f"model_type {kind} in {folder} is no decoder-only language model")
@@ -68,7 +69,9 @@ def check_native(folder: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a local model folder. Raises RequestError naming what is missing or does not fit."""
+    """The tokenizer of a local model folder. Raises RequestError naming what is missing or does not
+    fit.
+    """
     folder = Path(path)
     config = check_native(folder)
     native = config["model_type"] == ChatGLMConfig.model_type
@@ -76,10 +79,9 @@ def load_tokenizer(path: str | Path) -> Any:
     if not any((folder / name).is_file() for name in wanted):
         raise RequestError(f"{folder} has no tokenizer: {' or '.join(wanted)} is missing")
     try:
-        kind = ChatGLMTokenizer if native else AutoTokenizer
-        tokenizer = kind.from_pretrained(
-            folder, local_files_only=True, **({} if native else {"trust_remote_code": False})
-        )
+        kind: Any = ChatGLMTokenizer if native else AutoTokenizer
+        options: dict[str, Any] = {} if native else {"trust_remote_code": False}
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise RequestError(f"the tokenizer in {folder} cannot be loaded: {_line(error)}") from None
     rows = config.get("padded_vocab_size") if native else None
@@ -96,8 +98,8 @@ def load_model(
 ) -> Any:
     """The causal LM of a local model folder, in evaluation mode, on the CPU.
 
-    `dtype`: a torch dtype, or fp32, fp16, bf16. Raises RequestError naming a damaged or missing shard,
-    weights that the config does not fit, and a model that would need its own code.
+    `dtype`: a torch dtype, or fp32, fp16, bf16. Raises RequestError naming a damaged or missing
+    shard, weights that the config does not fit, and a model that would need its own code.
     """
     folder = Path(path)
     check_native(folder)
@@ -106,8 +108,9 @@ def load_model(
         if dtype not in DTYPES:
             raise RequestError(f"unknown precision {dtype!r}: one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    auto: Any = AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -166,10 +169,11 @@ def _line(error: BaseException) -> str:
 
 
 def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
-    """Names of the modules to adapt: those requested, or the architecture's query, key and value projections.
+    """Names of the modules to adapt: those requested, or the architecture's query, key and value
+    projections.
 
-    A name stands for every module of that name, as in peft. Raises RequestError that lists the model's
-    names when one matches nothing.
+    A name stands for every module of that name, as in peft. Raises RequestError that lists the
+    model's names when one matches nothing.
     """
     names = [n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     leaves = sorted({name.rpartition(".")[2] for name in names})
@@ -178,7 +182,8 @@ def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
             if set(family) <= set(leaves):
                 return list(family)
         raise RequestError(
-            f"no default lora.target for {type(model).__name__}: set it to some of {', '.join(leaves)}"
+            f"no default lora.target for {type(model).__name__}: "
+            f"set it to some of {', '.join(leaves)}"
         )
     unmatched = [t for t in requested if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched or not requested:
@@ -192,10 +197,12 @@ def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
 def fetch_model(
     path_or_id: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """A model folder: a local one as it is, a Hub model downloaded (resumable, with progress) and verified.
+    """A model folder: a local one as it is, a Hub model downloaded (resumable, with progress) and
+    verified.
 
-    The result of a download lies in the Hub's cache and ends with the commit. Raises RequestError for a
-    model or revision that does not exist or may not be read, StageError if the download or a checksum fails.
+    The result of a download lies in the Hub's cache and ends with the commit. Raises RequestError
+    for a model or revision that does not exist or may not be read, StageError if the download or a
+    checksum fails.
     """
     local = Path(path_or_id).expanduser()
     if local.is_dir():
@@ -235,7 +242,9 @@ def fetch_model(
 
 
 def _intact(path: Path) -> bool:
-    """Whether a file of the Hub's cache has the hash that its blob is named after (sha256, or git's sha1)."""
+    """Whether a file of the Hub's cache has the hash that its blob is named after (sha256, or git's
+    sha1).
+    """
     blob = path.resolve()
     if not blob.is_file() or not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name):
         return True
