@@ -1,4 +1,4 @@
-"""LoRA on `query_key_value`: one step with peft equals the one that peft made on the published code."""
+"""LoRA on `query_key_value`: a step with peft equals the one made on the published code."""
 
 from __future__ import annotations
 

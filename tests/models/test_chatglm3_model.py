@@ -1,4 +1,4 @@
-"""The native ChatGLM3 against the published code's logits, and its cache, masks, packing and faults."""
+"""The native ChatGLM3 against the published code's logits; its cache, masks, packing and faults."""
 
 from __future__ import annotations
 
@@ -193,7 +193,9 @@ def sharded_bin(folder: Path) -> Path:
         file = f"pytorch_model-{shard + 1:05}-of-00003.bin"
         torch.save({name: weights[name] for name in names[shard::3]}, folder / file)
         index |= dict.fromkeys(names[shard::3], file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return folder
 
 
@@ -210,7 +212,7 @@ def test_sharded_bin_weights_load_unchanged(tmp_path):
     assert torch.equal(logits.float(), logits_of("single_L17", "bf16"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "inside", "pickle"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "inside", "bit", "pickle"])
 def test_a_damaged_shard_is_named(tmp_path, damage):
     shard = sharded_bin(tmp_path) / "pytorch_model-00002-of-00003.bin"
     content = shard.read_bytes()
@@ -223,6 +225,9 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     elif damage == "inside":
         middle = content.index(b"data.pkl") + 8
         shard.write_bytes(content[:middle] + bytes(400) + content[middle + 400 :])
+    elif damage == "bit":
+        middle = len(content) // 2  # inside a tensor
+        shard.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     else:
         torch.save({"run": print}, shard)  # more than tensors: weights_only refuses it
     with pytest.raises(RequestError, match=r"pytorch_model-00002-of-00003\.bin") as error:
@@ -234,6 +239,15 @@ def test_truncated_safetensors_are_named(tmp_path):
     file = edited(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(RequestError, match=r"model\.safetensors: \d+ bytes instead of"):
+        load_model(tmp_path, "fp32")
+
+
+def test_weights_overwritten_by_random_bytes_are_named(tmp_path):
+    file = edited(tmp_path) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-20_000:-10_000] = np.random.default_rng(0).bytes(10_000)
+    file.write_bytes(content)
+    with pytest.raises(RequestError, match=r"NaN or infinity.*\n.*transformer\."):
         load_model(tmp_path, "fp32")
 
 

@@ -19,7 +19,13 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from yelp_hpc.models.chatglm3_layers import Embedding, GLMTransformer, Linear, RotaryEmbedding
+from yelp_hpc.models.chatglm3_layers import (
+    Embedding,
+    GLMTransformer,
+    Linear,
+    RotaryEmbedding,
+    attention_mask_of,
+)
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -105,55 +111,6 @@ class ChatGLMConfig(PretrainedConfig):
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
-
-
-def attention_mask_of(
-    mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, past: int
-) -> Tensor | None:
-    """Which key each query sees, `[batch, 1, tokens, past + tokens]` bool, or None where plain
-    causality says it all.
-
-    `mask` is 1 for tokens and 0 for padding, `[batch, past + tokens]`, or a mask of the result's
-    shape, which is taken as it is. Padding rows see everything, as published: a row that sees
-    nothing would be NaN.
-    """
-    if mask is not None and mask.dim() == 4:
-        return mask
-    batch, tokens = embeds.shape[:2]
-    padded = mask is not None and not bool(mask.all())
-    if not padded and not (past and tokens != 1):
-        if mask is None and not past:
-            return _packed_mask(position_ids, batch, tokens)
-        return None
-    seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=embeds.device)
-    seen = seen.tril(past).expand(batch, -1, -1)
-    if mask is not None:
-        real = mask.to(embeds.device).bool()
-        if real.shape != (batch, past + tokens):
-            raise ValueError(
-                f"attention_mask is {tuple(real.shape)}, not {(batch, past + tokens)}: "
-                f"{batch} rows of {past} cached and {tokens} new tokens"
-            )
-        seen = seen & real.unsqueeze(1)
-        blind = ~seen.any(-1, keepdim=True) if past else ~real.unsqueeze(-1)
-        seen = seen | blind
-    return seen.unsqueeze(1)
-
-
-def _packed_mask(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """Sequences laid one after the other, each counting from 0, see themselves only (transformers'
-    convention).
-    """
-    if position_ids is None or batch != 1 or tokens == 1:
-        return None
-    positions = position_ids[0]
-    starts = positions == 0
-    restarts = torch.where(starts[1:], starts[1:], positions[1:] == positions[:-1] + 1).all()
-    if not bool(starts[0] & starts[1:].any() & restarts & positions.any()):
-        return None
-    sequence = starts.cumsum(0)
-    own = sequence.unsqueeze(0) == sequence.unsqueeze(1)
-    return own.tril().view(1, 1, tokens, tokens)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):

@@ -130,6 +130,13 @@ def load_model(
     if problems:
         headline = f"weights in {folder} do not fit its config.json"
         raise RequestError(all_problems(headline, problems))
+    # A sum is finite exactly if every weight is; random bytes rarely make finite weights.
+    sick = [
+        n for n, p in model.named_parameters() if not p.detach().sum(dtype=torch.float32).isfinite()
+    ]
+    if sick:
+        headline = f"weights in {folder} are damaged (NaN or infinity); fetch the model again"
+        raise RequestError(all_problems(headline, sick))
     return model.eval()
 
 
