@@ -2,7 +2,8 @@
 loaded.
 
 Reads `config.json`, `tokenizer_config.json`, the weight index and the weight files (safetensors:
-their headers; `.bin`: all, for they carry checksums). Nothing here imports torch, and nothing runs code of the folder.
+their headers; `.bin`: all, for they carry checksums). Nothing here imports
+torch, and nothing runs code of the folder.
 """
 
 from __future__ import annotations
