@@ -1,0 +1,264 @@
+"""Packed arithmetic equals the plain model, sequence by sequence, in logits and in LoRA gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    GlmConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from yelp_hpc.models.attention import Layout, attend, attend_varlen
+from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches, prepare_model
+
+VOCAB = 97
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    eos_token_id=1,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "glm": GlmConfig(**SIZES),
+    "glm4": Glm4Config(**SIZES),
+}
+LENGTHS = (5, 19, 1, 8, 8, 14)
+
+
+def tiny(name, *, lora=True, dropout=0.0, targets=("q_proj", "k_proj", "v_proj")):
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    for parameter in model.parameters():  # norm weights of one and zero biases would hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    if lora:
+        config = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def sequences(prefix_length, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(n):
+        return torch.randint(2, VOCAB, (n,), generator=generator).tolist()
+
+    prefix = tokens(prefix_length)
+    return [prefix + tokens(n) for n in lengths]
+
+
+def plain_logits(model, rows, last):
+    """The reference: the untouched model, one sequence at a time."""
+    return torch.cat([model(input_ids=torch.tensor([row])).logits[0, -last:] for row in rows])
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_of(logits):
+    targets = torch.arange(logits.shape[0]) % VOCAB
+    return torch.nn.functional.cross_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("prefix_length", [0, 7])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_lora_gradients_equal_the_plain_model(name, prefix_length, fused):
+    rows = sequences(prefix_length)
+    plain = tiny(name)
+    fast = prepare_model(copy.deepcopy(plain), fused=fused)
+
+    expected = plain_logits(plain, rows, last=1)
+    logits = forward_selected(fast, pack(rows, prefix_length))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+    loss_of(expected).backward()
+    loss_of(logits).backward()
+    wanted, got = gradients(plain), gradients(fast)
+    assert wanted.keys() == got.keys() and wanted
+    for key in wanted:
+        error = (got[key] - wanted[key]).norm() / wanted[key].norm()
+        assert error < 1e-5, f"{key}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["llama", "glm4"])
+def test_lora_on_every_linear_layer(name, fused):
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    targets += ["gate_up_proj"] if name == "glm4" else ["gate_proj", "up_proj"]
+    rows = sequences(4)
+    plain = tiny(name, targets=targets)
+    fast = prepare_model(copy.deepcopy(plain), fused=fused)
+    loss_of(plain_logits(plain, rows, last=1)).backward()
+    loss_of(forward_selected(fast, pack(rows, 4))).backward()
+    wanted, got = gradients(plain), gradients(fast)
+    assert wanted.keys() == got.keys()
+    for key in wanted:
+        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_vocabulary_rows_and_last_two_positions(fused):
+    rows = sequences(3, lengths=(5, 2, 9))
+    plain = tiny("llama")
+    fast = prepare_model(copy.deepcopy(plain), fused=fused)
+    vocabulary = torch.tensor([4, 90, 7])
+    with torch.no_grad():
+        expected = plain_logits(plain, rows, last=2)[:, vocabulary]
+        logits = forward_selected(fast, pack(rows, 3, last=2), vocabulary)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_sequence_does_not_see_its_neighbours(fused):
+    rows = sequences(6)
+    model = prepare_model(tiny("llama"), fused=fused)
+    other = [list(row) for row in rows]
+    other[1][6:] = [(token + 1) % VOCAB for token in other[1][6:]]
+    with torch.no_grad():
+        before = forward_selected(model, pack(rows, 6))
+        after = forward_selected(model, pack(other, 6))
+    assert not torch.allclose(before[1], after[1])
+    kept = [i for i in range(len(rows)) if i != 1]
+    torch.testing.assert_close(before[kept], after[kept], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_predictions_do_not_depend_on_the_batching(fused):
+    rows = sequences(6, lengths=(3, 11, 30, 7, 7, 2, 25, 14))
+    model = prepare_model(tiny("llama"), fused=fused).eval()
+    answers = []
+    for max_tokens in (1, 40, 1000):
+        scores = torch.empty(len(rows), VOCAB)
+        for group in plan_microbatches([len(row) - 6 for row in rows], max_tokens, 6):
+            with torch.no_grad():
+                scores[group] = forward_selected(model, pack([rows[i] for i in group], 6))
+        answers.append(scores)
+    for scores in answers[1:]:
+        torch.testing.assert_close(scores, answers[0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(scores.argmax(1), answers[0].argmax(1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_dropout_follows_torch_seed(fused):
+    rows = sequences(4)
+    model = prepare_model(tiny("llama", dropout=0.3), fused=fused).train()
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        logits = forward_selected(model, pack(rows, 4))
+        loss_of(logits).backward()
+        results.append((logits.detach(), gradients(model)))
+    (first, grads), (again, grads_again), (another, _) = results
+    assert torch.equal(first, again)
+    assert all(torch.equal(grads[key], grads_again[key]) for key in grads)
+    assert not torch.allclose(first, another)
+
+
+def test_ordinary_calls_still_work_after_prepare():
+    rows = sequences(0, lengths=(6, 9))
+    plain = tiny("llama").eval()
+    fast = prepare_model(copy.deepcopy(plain)).eval()
+    padded = torch.tensor([[0] * 3 + rows[0], rows[1]])
+    mask = (padded != 0).long()
+    with torch.no_grad():
+        expected = plain(input_ids=padded, attention_mask=mask).logits
+        logits = fast(input_ids=padded, attention_mask=mask).logits
+        generated = [
+            m.generate(input_ids=padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
+            for m in (plain, fast)
+        ]
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+    assert torch.equal(*generated)
+
+
+def varlen_reference(
+    query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
+    """What `torch.nn.attention.varlen.varlen_attn` computes, which runs on CUDA only."""
+    assert window_size == (-1, 0)
+    assert (cu_q.diff().max(), cu_k.diff().max()) == (max_q, max_k)
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    outputs = []
+    for i in range(len(cu_q) - 1):
+        q, k, v = (
+            query[cu_q[i] : cu_q[i + 1]],
+            key[cu_k[i] : cu_k[i + 1]],
+            value[cu_k[i] : cu_k[i + 1]],
+        )
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("prefix_length", [0, 1, 7])
+def test_padded_rows_and_variable_length_arguments_agree(prefix_length):
+    layout = Layout(prefix_length, LENGTHS, torch.device("cpu"))
+    torch.manual_seed(3)
+    query = torch.randn(layout.total, 6, 8, dtype=torch.float64)
+    key, value = (torch.randn(layout.total, 2, 8, dtype=torch.float64) for _ in range(2))
+    expected = attend_varlen(varlen_reference, query, key, value, layout, scale=0.3)
+    torch.testing.assert_close(attend(query, key, value, layout, scale=0.3), expected)
+
+
+def test_pack_lays_out_prefix_then_remainders():
+    batch = pack([[9, 8, 1, 2], [9, 8, 3, 4, 5]], prefix_length=2, last=2)
+    assert batch.input_ids.tolist() == [9, 8, 1, 2, 3, 4, 5]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert batch.lengths == (2, 3)
+    assert batch.select.tolist() == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefix_length", "last", "message"),
+    [
+        ([], 0, 1, "no sequences"),
+        ([[1, 2], [1, 2, 3]], 2, 1, "sequence 0 has 2 tokens"),
+        ([[1, 2, 3], [1, 4, 3]], 2, 1, "sequence 1 does not share"),
+        ([[1, 2, 3]], 0, 0, "at least 1"),
+    ],
+)
+def test_pack_refuses_what_it_cannot_represent(rows, prefix_length, last, message):
+    with pytest.raises(ValueError, match=message):
+        pack(rows, prefix_length, last)
+
+
+def test_plan_keeps_the_budget_and_every_sequence():
+    lengths = [30, 5, 200, 40, 40, 7, 90]
+    plan = plan_microbatches(lengths, max_tokens=110, prefix_length=10)
+    assert sorted(i for group in plan for i in group) == list(range(len(lengths)))
+    assert all(10 + sum(lengths[i] for i in g) <= 110 or g == [2] for g in plan)
+    assert plan[0] == [2]
+    assert plan == plan_microbatches(lengths, max_tokens=110, prefix_length=10)

@@ -1,0 +1,228 @@
+"""Attention over a packed micro-batch: every sequence sees the shared prefix and itself, nothing else.
+
+Registers `yelp_packed` with transformers, so that any decoder whose attention goes through
+`ALL_ATTENTION_FUNCTIONS` runs on packed tokens unchanged. On the CPU the sequences are laid out as
+causal rows `[prefix; own tokens; padding]` in groups of similar length (padding stands behind the
+tokens, so the causal mask alone hides it); on CUDA torch's variable-length kernel takes the tokens as
+they are. Reads and writes tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "yelp_packed"
+
+# A group of rows is worth its padding up to this share: one kernel call on 8 rows costs less than 8
+# calls, but padded tokens cost attention like any other.
+_PADDING_ALLOWED = 0.15
+
+
+class Layout:
+    """Where the tokens of a packed micro-batch lie, and the index tensors made from it (made once, used by every layer).
+
+    `prefix_length` shared tokens come first, then `lengths[i]` tokens of each sequence.
+    """
+
+    def __init__(self, prefix_length: int, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.prefix_length = prefix_length
+        self.lengths = lengths
+        self.device = device
+        self.total = prefix_length + sum(lengths)
+        self.starts = [prefix_length]
+        for length in lengths:
+            self.starts.append(self.starts[-1] + length)
+
+    @cached_property
+    def groups(self) -> list[tuple[Tensor, int, int]]:
+        """Rows for a padded causal kernel: `(tokens, rows, width)`; `tokens` is `[rows * width]` positions in T.
+
+        Padding repeats the row's last token. The rows of a group differ by at most the padding allowed.
+        """
+        order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
+        groups: list[list[int]] = []
+        for i in order:
+            width = self.prefix_length + self.lengths[groups[-1][0] if groups else i]
+            if groups and self._padding([*groups[-1], i], width) <= _PADDING_ALLOWED:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return [self._rows(group) for group in groups]
+
+    def _padding(self, group: list[int], width: int) -> float:
+        used = sum(self.prefix_length + self.lengths[i] for i in group)
+        return 1 - used / (width * len(group))
+
+    def _rows(self, group: list[int]) -> tuple[Tensor, int, int]:
+        width = self.prefix_length + self.lengths[group[0]]
+        tokens: list[int] = []
+        for i in group:
+            tokens += range(self.prefix_length)
+            tokens += range(self.starts[i], self.starts[i + 1])
+            tokens += [self.starts[i + 1] - 1] * (width - self.prefix_length - self.lengths[i])
+        return torch.tensor(tokens, device=self.device), len(group), width
+
+    @cached_property
+    def scatter(self) -> Tensor:
+        """For every token of T, its place in the concatenation of all groups' rows; shape `[T]`."""
+        place = torch.empty(self.total, dtype=torch.int64, device=self.device)
+        rows = torch.cat([tokens for tokens, _, _ in self.groups])
+        # Written backwards, the first occurrence wins: the token itself and not its copy as padding.
+        order = torch.arange(len(rows) - 1, -1, -1, device=self.device)
+        place.scatter_(0, rows.flip(0), order)
+        return place
+
+    @cached_property
+    def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+        """`(key_tokens, cu_seq_q, cu_seq_k, max_q, max_k)` for a variable-length kernel, causal from the lower right.
+
+        Queries are the T tokens in order: the prefix, then each sequence. Keys of each sequence are the
+        prefix and its own; without a prefix the keys are the T tokens too and `key_tokens` is None.
+        """
+        prefix = self.prefix_length
+        queries = [prefix, *self.lengths] if prefix else list(self.lengths)
+        keys = [prefix, *(prefix + n for n in self.lengths)] if prefix else list(self.lengths)
+        key_tokens = None
+        if prefix:
+            tokens = list(range(prefix))
+            for i in range(len(self.lengths)):
+                tokens += [*range(prefix), *range(self.starts[i], self.starts[i + 1])]
+            key_tokens = torch.tensor(tokens, device=self.device)
+
+        def ends(lengths: list[int]) -> Tensor:
+            return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
+
+        return key_tokens, ends(queries), ends(keys), max(queries), max(keys)
+
+
+# Models that hand their keyword arguments on get the layout as `packed`, which survives the second
+# forward of gradient checkpointing; the context variable serves those that do not.
+_layout: ContextVar[Layout | None] = ContextVar("yelp_packed_layout", default=None)
+
+
+@contextmanager
+def use_layout(layout: Layout) -> Iterator[None]:
+    """Make `layout` the one that `packed_attention` uses inside the block."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]` out.
+
+    Outside a packed forward it is transformers' own sdpa. Raises NotImplementedError for attention with
+    a soft cap or a sliding window shorter than a sequence.
+    """
+    layout = packed if packed is not None else _layout.get()
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    window = kwargs.get("sliding_window")
+    if window is not None and layout.prefix_length + max(layout.lengths) > window:
+        raise NotImplementedError(
+            f"packed attention has no sliding window (this model's: {window} tokens)"
+        )
+    if kwargs.get("softcap") is not None:
+        raise NotImplementedError("packed attention has no soft cap")
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    out = attend(q, k, v, layout, scaling, dropout)
+    return out.unsqueeze(0), None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Packed attention on `[T, heads, head_dim]` (fewer key and value heads allowed); returns the same shape as `query`."""
+    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
+        kernel = _varlen_kernel()
+        if kernel is not None:
+            return attend_varlen(kernel, query, key, value, layout, scale)
+    heads = query.shape[1]
+    gqa = heads != key.shape[1]
+    outputs = []
+    for tokens, rows, width in layout.groups:
+        q, k, v = (
+            states.index_select(0, tokens).view(rows, width, *states.shape[1:]).transpose(1, 2)
+            for states in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=gqa
+        )
+        outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.index_select(0, layout.scatter)
+
+
+def attend_varlen(
+    kernel: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None
+) -> Tensor:
+    """The same through a kernel with `torch.nn.attention.varlen.varlen_attn`'s signature."""
+    key_tokens, cu_q, cu_k, max_q, max_k = layout.varlen
+    if key_tokens is not None:
+        key, value = key.index_select(0, key_tokens), value.index_select(0, key_tokens)
+    out: Tensor = kernel(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out
+
+
+def _varlen_kernel() -> Any:
+    """torch's variable-length attention, or None where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def _packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask inside a packed forward (the layout says it all), transformers' sdpa mask elsewhere."""
+    if _layout.get() is not None:
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def register() -> None:
+    """Make `yelp_packed` an attention implementation of transformers (idempotent)."""
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _packed_mask)
