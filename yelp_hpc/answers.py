@@ -3,17 +3,17 @@
 The prompt asks for a label, 0 to 4; a model may answer with the label, in words, or in stars (1 to
 5, label = stars − 1). Pure: text in, label out.
 
-Only the answer's line counts: the first line that is not blank (a model that runs on writes the next
-review after it). In that line the first number that is *an answer* decides; digits and the words
-zero to ten are numbers. A number is an answer when
+Only the answer's line counts: the first line that is not blank (a model that runs on writes the
+next review after it). In that line the first number that is *an answer* decides; digits and the
+words zero to ten are numbers. A number is an answer when
 
 1. a unit follows it: "4 stars", "five-star", "4★", "4/5", "4 out of 5": stars, so label 3, 4, 3, …;
 2. it opens the line ("4", "**4**", "4.", "4 - great", "Four") or follows an answer's cue ("Output:
    4", "The rating is 4", "I would give it a 4"): a label, for the prompt asked for one; after the
    cue "stars" ("Stars: 4") stars.
 
-Stars may also be drawn: "★★★★", "★★★★☆", "⭐⭐⭐⭐" are 4 stars. Any other number says something else
-("we waited 2 hours" is no answer) and is passed over.
+Stars may also be drawn: "★★★★", "★★★★☆", "⭐⭐⭐⭐" are 4 stars. Any other number says something
+else ("we waited 2 hours" is no answer) and is passed over.
 
 The answer is None (unparsed, which the metrics count) when there is none, or when the first one is
 not one label: out of range (a label of 5, 0 stars, 7/5), negative, between two ("3.5 stars", "3-4",
@@ -74,7 +74,7 @@ def is_decided(text: str) -> bool:
 
 
 def _first_answer(line: str) -> tuple[int | None, int | None]:
-    """``(label, end)`` of the line's first answer; ``end`` is where its unit ends, None without one."""
+    """``(label, end)`` of the line's first answer; ``end``: where its unit ends, if it has one."""
     for found in _CANDIDATE.finditer(line):
         before, after = line[: found.start()], line[found.end() :]
         if found["drawn"]:

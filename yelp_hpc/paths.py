@@ -35,6 +35,19 @@ class RunPaths:
     def logs(self) -> Path:
         return self.root / "logs"
 
+    @property
+    def attempts(self) -> Path:
+        """A file for each start of a job: when, where, how it ended."""
+        return self.logs / "attempts"
+
+    @property
+    def code(self) -> Path:
+        """Snapshots of the code that jobs were submitted with."""
+        return self.root / "code"
+
+    def stage_log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
     # prepare
     @property
     def prepare(self) -> Path:
@@ -84,6 +97,14 @@ class RunPaths:
 
     def shard(self, model: str, shard: int, shards: int) -> Path:
         return self.predictions(model) / f"shard-{shard:04d}-of-{shards:04d}.parquet"
+
+    def partial(self, model: str, shard: int, shards: int) -> Path:
+        """Folder of the parts of an unfinished shard; gone when the shard is whole."""
+        return self.predictions(model) / "partial" / f"shard-{shard:04d}-of-{shards:04d}"
+
+    def shard_progress(self, model: str, shard: int, shards: int) -> Path:
+        """How far a shard is, for ``status``."""
+        return self.predictions(model) / "progress" / f"shard-{shard:04d}-of-{shards:04d}.json"
 
     # collect and publish
     @property

@@ -8,6 +8,7 @@ long and of short reviews take equally long.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 
 def plan_shards(lengths: Sequence[int], shards: int) -> list[range]:
@@ -36,7 +37,7 @@ def plan_shards(lengths: Sequence[int], shards: int) -> list[range]:
             starts.append(row)
         before += length
     starts += [len(lengths)] * (shards + 1 - len(starts))
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def plan_windows(lengths: Sequence[int], rows: range, tokens: int) -> list[range]:

@@ -1,0 +1,288 @@
+"""infer: the predictions of one model on the test set, shard by shard.
+
+Reads `prepare/test.parquet`, `prepare/tokens.json`, the model's folder and, for the tuned model,
+`train/adapter`. Writes `infer/MODEL/shard-KKKK-of-NNNN.parquet`; while a shard runs, its parts in
+`infer/MODEL/partial/` and its progress in `infer/MODEL/progress/`. A shard that was killed goes on
+from its parts with the same batches, so its file is the one of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import torch
+
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.files import MARKER, damaged_files, read_json, read_marker, sha256_file, write_json
+from yelp_hpc.paths import RunPaths
+from yelp_hpc.predictor import Predictor, load_predictor
+from yelp_hpc.progress import say, track
+from yelp_hpc.shard_files import (
+    Provenance,
+    damage_of_part,
+    damage_of_shard,
+    parts_of,
+    predictions_table,
+    read_lengths,
+    read_parts,
+    read_windows,
+    row_ids_of,
+    write_part,
+    write_shard,
+)
+from yelp_hpc.shards import plan_shards, plan_windows
+
+ModelName = Literal["base", "tuned"]
+
+# A window is sorted by length before it is batched: the larger, the less padding; it bounds memory.
+WINDOW_BATCHES = 32
+# The most work, in seconds, that a kill without warning can cost (and a batch).
+PART_SECONDS = 15.0
+PROGRESS_SECONDS = 2.0
+
+
+def run(run: RunPaths, config: Config, model: ModelName = "base", shard: int | None = None) -> None:
+    """Predict one shard, or all of them one after the other in this process.
+
+    Raises:
+        RequestError: there is no such shard.
+        StageError: prepare or train is not complete, the memory of the device is too small.
+        SavedForRequeue: SIGTERM or SIGUSR2 came; what was predicted is kept.
+    """
+    shards = config.infer.shards
+    if shard is not None and not 0 <= shard < shards:
+        raise RequestError(f"there is no shard {shard}: this run has shards 0 to {shards - 1}")
+    provenance = provenance_for(run, config, model)
+    tokens = read_json(run.tokens)
+    lengths = read_lengths(run.split("test"))
+    plan = plan_shards(lengths, shards)
+    wanted = range(shards) if shard is None else [shard]
+    unfinished = [k for k in wanted if not _is_finished(run, model, k, plan, provenance)]
+    if not unfinished:
+        what = "all shards are" if shard is None else f"shard {shard} is"
+        say(f"infer {model}: {what} done, nothing to do")
+        return
+
+    @cache
+    def predictor() -> Predictor:
+        return load_predictor(config, run.adapter if model == "tuned" else None, tokens)
+
+    with stop_signals() as stop:
+        for k in unfinished:
+            job = _Shard(run, config, model, k, plan[k], provenance, stop)
+            job.finish(lengths, predictor)
+
+
+def provenance_for(run: RunPaths, config: Config, model: ModelName) -> Provenance:
+    """What the predictions will depend on; checks that the stages before are complete and whole.
+
+    Raises StageError naming what is missing, torn or altered and the command that makes it.
+    """
+    marker = read_marker(run.prepare)
+    files = {} if marker is None else marker["files"]
+    needed = (run.split("test"), run.tokens)
+    for path in needed:
+        if not path.is_file() or files.get(path.name) != sha256_file(path):
+            raise StageError(
+                f"{path} is missing, torn or altered; run prepare first: "
+                f"python -m yelp_hpc run prepare --run {run.root}"
+            )
+    adapter = ""
+    if model == "tuned":
+        problems = damaged_files(run.adapter)
+        trained = read_marker(run.adapter)
+        if problems or trained is None:
+            raise StageError(
+                f"there is no complete adapter ({'; '.join(problems)}); run train first: "
+                f"python -m yelp_hpc run train --run {run.root}"
+            )
+        adapter = trained["files"].get("adapter_model.safetensors", "")
+        if not adapter:
+            raise StageError(f"{run.adapter / MARKER} names no adapter_model.safetensors")
+    recorded = read_json(run.run_json) if run.run_json.is_file() else {}
+    return Provenance(
+        model=model,
+        mode=config.infer.mode,
+        precision=config.infer.precision,
+        max_new_tokens=config.infer.max_new_tokens if config.infer.mode == "generate" else None,
+        base_model=str((recorded.get("model") or {}).get("fingerprint") or config.model.path),
+        adapter_sha256=adapter,
+        test_sha256=files[run.split("test").name],
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGUSR2 sets, so that the loop can stop between two batches.
+
+    Handlers are set in the main thread only (elsewhere Python refuses) and put back at the end.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _is_finished(
+    run: RunPaths, model: str, shard: int, plan: Sequence[range], provenance: Provenance
+) -> bool:
+    path = run.shard(model, shard, len(plan))
+    if not path.is_file():
+        return False
+    row_ids = row_ids_of(run.split("test"), plan[shard])
+    damage = damage_of_shard(path, row_ids, provenance.identity)
+    if damage:
+        say(f"infer {model}: {path.name} is made again: {damage}")
+    return damage is None
+
+
+class _Shard:
+    """One shard on its way from its parts to its file."""
+
+    def __init__(
+        self,
+        run: RunPaths,
+        config: Config,
+        model: str,
+        shard: int,
+        rows: range,
+        provenance: Provenance,
+        stop: threading.Event,
+    ) -> None:
+        self.test = run.split("test")
+        self.path = run.shard(model, shard, config.infer.shards)
+        self.folder = run.partial(model, shard, config.infer.shards)
+        self.progress = run.shard_progress(model, shard, config.infer.shards)
+        self.label = f"infer {model} shard {shard} of {config.infer.shards}"
+        self.rows = rows
+        self.window_tokens = WINDOW_BATCHES * config.infer.max_tokens
+        self.provenance = provenance
+        self.stop = stop
+        self.done = 0
+        self.started = self.progress_written = time.monotonic()
+
+    def finish(self, lengths: Sequence[int], predictor: Callable[[], Predictor]) -> None:
+        """Predict what is not predicted yet and write the shard's file."""
+        windows = plan_windows(lengths, self.rows, self.window_tokens)
+        found = self._usable_parts()
+        counts = [read_parts(found.get(w, [])).num_rows for w in range(len(windows))]
+        pending = [w for w, rows in enumerate(windows) if counts[w] < len(rows)]
+        self.done = before = sum(counts)
+        if before:
+            say(f"{self.label}: goes on after {before} of {len(self.rows)} rows")
+        if pending:
+            work = self._predict_windows(windows, pending, found, predictor())
+            for _ in track(work, total=len(self.rows) - before, label=self.label):
+                pass
+        parts = parts_of(self.folder)
+        tables = (self._in_order(rows, parts.get(w, [])) for w, rows in enumerate(windows))
+        if any(len(rows) > read_parts(parts.get(w, [])).num_rows for w, rows in enumerate(windows)):
+            row_ids = row_ids_of(self.test, self.rows)
+            if damage_of_shard(self.path, row_ids, self.provenance.identity) is None:
+                say(f"{self.label}: another process finished it meanwhile")
+                return
+            raise StageError(f"{self.label}: its parts vanished; run the same command again")
+        write_shard(self.path, tables, self.provenance)
+        self._report("complete", len(self.rows) - before)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _usable_parts(self) -> dict[int, list[Path]]:
+        """The whole parts by window; a damaged one is said and removed."""
+        usable: dict[int, list[Path]] = {}
+        for window, paths in parts_of(self.folder).items():
+            for path in paths:
+                if damage := damage_of_part(path, self.provenance.identity):
+                    say(f"{self.label}: {path.name} is made again: {damage}")
+                    path.unlink()
+                else:
+                    usable.setdefault(window, []).append(path)
+        return usable
+
+    def _predict_windows(
+        self,
+        windows: list[range],
+        pending: list[int],
+        found: dict[int, list[Path]],
+        predictor: Predictor,
+    ) -> Iterator[int]:
+        """Predict and write the windows that are not whole; yields each row that is done."""
+        self._report("running", 0)
+        before = self.done
+        tables = read_windows(self.test, [windows[w] for w in pending])
+        for w, table in zip(pending, tables, strict=True):
+            rows, labels = table["row"].to_pylist(), table["label"].to_pylist()
+            prompts = table["input_ids"].to_pylist()
+            known = set(read_parts(found.get(w, []))["row"].to_pylist())
+            batches = predictor.plan([len(prompt) for prompt in prompts])
+            held: list[pa.Table] = []
+            first, part_started = 0, time.monotonic()
+            for b, batch in enumerate(batches):
+                if all(rows[i] in known for i in batch):
+                    continue
+                try:
+                    predicted = predictor.predict([prompts[i] for i in batch])
+                except torch.OutOfMemoryError as error:
+                    raise StageError(
+                        f"{self.label}: the GPU's memory is too small for a batch; "
+                        "lower infer.max_tokens (what is done is kept)"
+                    ) from error
+                first = first if held else b
+                ids, stars = [rows[i] for i in batch], [labels[i] for i in batch]
+                held.append(predictions_table(ids, stars, *predicted))
+                stopping = self.stop.is_set()
+                if stopping or time.monotonic() - part_started > PART_SECONDS:
+                    self._write_part(w, first, held)
+                    held, part_started = [], time.monotonic()
+                self.done += len(batch)
+                if time.monotonic() - self.progress_written > PROGRESS_SECONDS:
+                    self._report("running", self.done - before)
+                yield from ids
+                if stopping:
+                    self._report("saved", self.done - before)
+                    raise SavedForRequeue(
+                        f"{self.label}: stopped by a signal, {self.done} of {len(self.rows)} rows "
+                        "are saved; the same command goes on from there"
+                    )
+            if held:
+                self._write_part(w, first, held)
+
+    def _write_part(self, window: int, batch: int, tables: list[pa.Table]) -> None:
+        table = pa.concat_tables(tables)
+        write_part(self.folder, window, batch, table, self.provenance.identity)
+
+    def _in_order(self, rows: range, parts: list[Path]) -> pa.Table:
+        """A window's predictions in the order of the test set."""
+        table = read_parts(parts)
+        place = {row: i for i, row in enumerate(table["row"].to_pylist())}
+        order = [place[row] for row in row_ids_of(self.test, rows) if row in place]
+        return table.take(pa.array(order, type=pa.int64()))
+
+    def _report(self, state: str, computed: int) -> None:
+        """Write how far the shard is; `computed`: rows predicted by this process."""
+        self.progress_written = time.monotonic()
+        seconds = self.progress_written - self.started
+        record = {
+            "state": state,
+            "rows": len(self.rows),
+            "done": self.done if state != "complete" else len(self.rows),
+            "rows_per_second": round(computed / seconds, 3) if computed and seconds else None,
+            "updated": time.time(),
+        }
+        write_json(self.progress, record)
