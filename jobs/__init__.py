@@ -1,0 +1,1 @@
+"""WHERE a stage runs: submitit launchers, Slurm and Apptainer. Never imports torch."""

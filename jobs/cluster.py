@@ -1,0 +1,156 @@
+"""The cluster's side of a run: resources of each stage, the container, requeue limits.
+
+Reads configs/clusters/*.yaml into one frozen object; unknown keys and wrong values are reported all
+at once. The object is stored as JSON beside the run's logs, where the supervisor reads it again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from yelp_hpc.paths import STAGES
+from yelp_hpc.settings import Frozen, read_settings
+
+
+def _one_line(value: str) -> str:
+    # a line break would start a line of its own in the sbatch script
+    if any(ord(character) < 32 or ord(character) == 127 for character in value):
+        raise ValueError("must not hold line breaks or control characters")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+_TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
+_OPTION = re.compile(r"^[a-z][a-z0-9-]*$")
+# what the launchers set themselves: a second value in `sbatch:` would silently win over it
+_RESERVED = frozenset(
+    {
+        *("array", "dependency", "error", "export", "job-name", "kill-on-invalid-dep"),
+        *("ntasks-per-node", "open-mode", "output", "requeue", "no-requeue", "signal", "wrap"),
+    }
+)
+
+
+def minutes(text: str) -> int:
+    """Minutes of a Slurm time: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``."""
+    match = _TIME.match(text)
+    if not match:
+        raise ValueError("write it as minutes, H:M:S or D-H:M:S")
+    days, *rest = (int(part) if part else 0 for part in match.groups())
+    count = sum(part is not None for part in match.groups()[1:])
+    if match[1] is not None or count == 3:
+        hours, mins, seconds = rest
+    else:
+        hours, mins, seconds = 0, rest[0], rest[1]
+    return max(1, days * 1440 + hours * 60 + mins + (1 if seconds else 0))
+
+
+class Resources(Frozen):
+    """What one job of a stage asks of Slurm. In a stage's section a null takes the default."""
+
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    gpu_type: Line | None = Field(default=None, description="type in --gres=gpu:TYPE:N; null: any")
+    gpus: int | None = Field(default=None, ge=0, description="GPUs a node")
+    nodes: int | None = Field(default=None, ge=1)
+    cpus: int | None = Field(default=None, ge=1, description="CPUs a node")
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
+        default=None, description="memory a node, e.g. 64G"
+    )
+    time: Line | None = Field(default=None, description="time limit of a job, which is requeued")
+    constraint: Line | None = None
+    exclude: Line | None = None
+    mail_user: Line | None = None
+    mail_type: Line | None = None
+    save_seconds: int | None = Field(
+        default=None,
+        ge=10,
+        description="seconds before the limit to save at",
+    )
+    sbatch: dict[str, Line] = Field(default={}, description="other sbatch options: value or ''")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value is None:
+            return value
+        # YAML 1.1 reads 1:30:00 as a number in base 60, seconds then
+        if isinstance(value, int):
+            value = str(value) if value < 100_000 else str(value // 60)
+        minutes(str(value))
+        return str(value)
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _OPTION.match(name):
+                raise ValueError(f"{name!r} is no sbatch option; write it without dashes in front")
+            if name in _RESERVED:
+                raise ValueError(f"{name} is set by the launchers and cannot be given here")
+        return value
+
+
+class Container(Frozen):
+    """The Apptainer image that stages run in."""
+
+    image: Line = Field(description="path of the .sif file, on a file system that all nodes see")
+    binds: tuple[Line, ...] = Field(default=(), description="SOURCE[:TARGET[:ro]] of your own")
+    env: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = Field(
+        default=(), description="names of host variables that are handed in"
+    )
+    nv: bool = Field(default=False, description="hand the NVIDIA driver in")
+    extra_args: tuple[Line, ...] = Field(default=(), description="further arguments of exec")
+
+
+class ClusterConfig(Frozen):
+    """Where and how the jobs of a run are run."""
+
+    defaults: Resources = Resources()
+    prepare: Resources = Resources()
+    train: Resources = Resources()
+    infer: Resources = Resources()
+    collect: Resources = Resources()
+    publish: Resources = Resources()
+    container: Container | None = Field(default=None, description="null: the host's Python")
+    python: Line | None = Field(default=None, description="host's; null: the submitting one")
+    command: tuple[Line, ...] | None = Field(
+        default=None, description="what runs a stage on the host; null: PYTHON -m yelp_hpc run"
+    )
+    setup: tuple[Line, ...] = Field(default=(), description="shell lines first: module load …")
+    array_parallelism: int = Field(default=16, ge=1, description="array tasks that run at once")
+    max_array_size: int = Field(default=1001, ge=2, description="the site's MaxArraySize")
+    requeue_cap: int = Field(default=5, ge=1, description="idle restarts before giving up")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ClusterConfig:
+        if self.container and self.command:
+            raise ValueError("give container or command, not both")
+        return self
+
+    def resources(self, stage: str) -> Resources:
+        """The resources of ``stage``: its own values over the defaults."""
+        own: Resources = getattr(self, stage)
+        merged = self.defaults.model_dump(exclude_none=True) | own.model_dump(exclude_none=True)
+        merged["sbatch"] = {**self.defaults.sbatch, **own.sbatch}
+        return Resources.model_validate(merged)
+
+
+def load_cluster(path: str | Path | None, overrides: tuple[str, ...] = ()) -> ClusterConfig:
+    """Read a cluster file; without one everything has its default.
+
+    Raises:
+        RequestError: the file cannot be used; all problems are in the one message.
+    """
+    if path is None:
+        return ClusterConfig()
+    cluster, _, _ = read_settings(ClusterConfig, Path(path), overrides)
+    return cluster
+
+
+assert set(STAGES) <= set(ClusterConfig.model_fields)

@@ -1,0 +1,210 @@
+"""submitit's executors, told everything: a job as data in, sbatch text or a running job out.
+
+Writes RUN/logs/slurm or RUN/logs/local (submitit's pickles and the supervisors' own output) and
+RUN/logs/cluster-DIGEST.json, the settings that every job of a submission reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.cluster import ClusterConfig, minutes
+from jobs.job import Job, job_name
+from jobs.slurm import clean_environment
+from jobs.supervisor import supervise
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.files import sha256_file, write_json
+from yelp_hpc.paths import RunPaths
+
+if TYPE_CHECKING:
+    from submitit import LocalExecutor, SlurmExecutor
+
+FOREVER = 365 * 24 * 60
+# what sbatch says → the key to change
+_HINTS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "time limit": "time",
+    "feature": "constraint",
+    "constraint": "constraint",
+    "generic resource": "gpus and gpu_type",
+    "gres": "gpus and gpu_type",
+    "node configuration": "nodes, gpus, cpus, memory or constraint",
+    "memory": "memory",
+    "cpu count": "cpus",
+    "node count": "nodes",
+    "job array": "max_array_size",
+    "node name": "exclude",
+}
+
+
+def freeze_cluster(paths: RunPaths, cluster: ClusterConfig) -> Path:
+    """Write the settings, and the image's hash, where the jobs of this submission read them.
+
+    Raises:
+        RequestError: the container's image does not exist.
+    """
+    image = None
+    if cluster.container:
+        sif = Path(cluster.container.image)
+        if not sif.is_file():
+            raise RequestError(f"container.image: {sif} does not exist (yelp_hpc image build)")
+        image = sha256_file(sif)
+    content = {"cluster": cluster.model_dump(mode="json"), "image_sha256": image}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    path = paths.logs / f"cluster-{digest}.json"
+    if not path.exists():
+        write_json(path, content)
+    return path
+
+
+def parameters(
+    job: Job, cluster: ClusterConfig, run: Path, code: Path, dependencies: Mapping[str, str]
+) -> dict[str, Any]:
+    """submitit's parameters for a job on Slurm.
+
+    Args:
+        code: the snapshot that goes first on PYTHONPATH.
+        dependencies: job name → job id of what was submitted.
+    """
+    want = cluster.resources(job.stage)
+    limit = want.time or "60"
+    after = [f"{kind}:{dependencies[name]}" for kind, name in job.after if name in dependencies]
+    save = want.save_seconds or 120
+    extra: dict[str, Any] = {
+        "time": limit,
+        # to the job step, which is the supervisor; it hands the signal on
+        "signal": f"USR2@{save}",
+        "requeue": True,
+        **{name: value or True for name, value in want.sbatch.items()},
+    }
+    if after:
+        extra |= {"dependency": ",".join(after), "kill-on-invalid-dep": "yes"}
+    if want.memory:
+        extra["mem"] = want.memory
+    if want.gpus:
+        kind = f"gpu:{want.gpu_type}" if want.gpu_type else "gpu"
+        extra["gres"] = f"{kind}:{want.gpus}"
+    chosen = {
+        "job_name": job_name(job, run),
+        "time": minutes(limit),
+        "nodes": want.nodes or 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": want.cpus,
+        "partition": want.partition,
+        "account": want.account,
+        "qos": want.qos,
+        "constraint": want.constraint,
+        "exclude": want.exclude,
+        "mail_user": want.mail_user,
+        "mail_type": want.mail_type or ("FAIL" if want.mail_user else None),
+        "array_parallelism": cluster.array_parallelism,
+        "stderr_to_stdout": True,
+        "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1"],
+        "setup": [*cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}"],
+        "additional_parameters": extra,
+    }
+    return {name: value for name, value in chosen.items() if value is not None} | {"wckey": None}
+
+
+def sbatch_text(
+    job: Job, params: Mapping[str, Any], paths: RunPaths, cluster: ClusterConfig
+) -> str:
+    """The sbatch script that ``submit`` hands in, without submitting it."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    folder = paths.logs / "slurm"
+    python = shlex.quote(cluster.python or _this_python())
+    call = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    array: dict[str, Any] = {"map_count": len(job.tasks)} if len(job.tasks) > 1 else {}
+    return str(_make_sbatch_string(command=call, folder=folder, **params, **array))
+
+
+def submit_slurm(
+    job: Job, params: Mapping[str, Any], paths: RunPaths, cluster: ClusterConfig, frozen: Path
+) -> str:
+    """Submit a job or an array with one sbatch; returns the job id.
+
+    Raises:
+        RequestError: Slurm refuses the request; its own message and the key to change are shown.
+        StageError: the controller cannot be reached.
+    """
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise RequestError(
+            "sbatch is not installed on this machine: log in to a node of the cluster, or use "
+            "--executor local"
+        )
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError
+
+    executor: SlurmExecutor = SlurmExecutor(
+        folder=paths.logs / "slurm", python=shlex.quote(cluster.python or _this_python())
+    )
+    fixed = [str(paths.root), str(frozen), job.model]
+    quiet = io.StringIO()
+    try:
+        with clean_environment(), contextlib.redirect_stderr(quiet):
+            executor.update_parameters(**params)
+            n = len(job.tasks)
+            columns = [[job.stage] * n, *([value] * n for value in fixed), list(job.tasks)]
+            submitted = executor.map_array(supervise, *columns)
+    except FailedJobError as error:
+        raise refusal(job, str(error)) from None
+    return str(submitted[0].job_id).partition("_")[0]
+
+
+def refusal(job: Job, message: str) -> RequestError | StageError:
+    """The error for what sbatch said."""
+    text = message.strip().removeprefix("sbatch: error: ")
+    if "contact slurm controller" in text.lower() or "communication" in text.lower():
+        return StageError(
+            f"the Slurm controller does not answer, so {job.name} was not submitted:\n  {text}\n"
+            "Nothing was lost: run the same command again when it is back."
+        )
+    key = next((key for words, key in _HINTS.items() if words in text.lower()), None)
+    where = f"{job.stage}.{key} or defaults.{key}" if key else f"{job.stage} or defaults"
+    return RequestError(
+        f"Slurm refuses {job.name}:\n  {text}\nChange {where} in the cluster config."
+    )
+
+
+def start_local(job: Job, task: str, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:
+    """Start one supervisor on this machine through submitit; returns its id and its process."""
+    from submitit import LocalExecutor
+
+    executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
+    executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(code)
+    main = threading.current_thread() is threading.main_thread()
+    # submitit's controller kills its tasks a second after Ctrl-C; made deaf to it, the supervisor,
+    # which sets its own handler, is the one that hears it and has the stage saved
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        handle: Any = executor.submit(
+            supervise, job.stage, str(paths.root), str(frozen), job.model, task
+        )
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler or signal.default_int_handler)
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return f"local-{handle.job_id}", handle._process
+
+
+def _this_python() -> str:
+    return sys.executable

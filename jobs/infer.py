@@ -1,0 +1,27 @@
+"""Launcher of ``infer``: a job array for each model, a task for each missing shard.
+
+More missing shards than the site's MaxArraySize are packed, neighbours into one task.
+"""
+
+from __future__ import annotations
+
+from jobs.cluster import ClusterConfig
+from jobs.job import Job, pack
+from jobs.progress import shards_done
+from yelp_hpc.config import Config
+from yelp_hpc.paths import RunPaths
+from yelp_hpc.shards import missing_shards
+
+
+def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
+    """An array for each model with shards to do."""
+    planned = []
+    for model in config.infer.models:
+        done = shards_done(paths, model, config.infer.shards)
+        missing = missing_shards(done, config.infer.shards)
+        # task ids run from 0 to MaxArraySize - 1
+        tasks = pack(missing, cluster.max_array_size)
+        if tasks:
+            first = "train" if model == "tuned" else "prepare"
+            planned.append(Job("infer", model, tasks, (("afterok", first),)))
+    return planned

@@ -1,0 +1,89 @@
+"""What is done, and whether anything has moved, read from the run directory alone.
+
+Markers decide, never a pickle and never Slurm. The cheap forms look at names and markers (status),
+the careful forms check hashes as well (before something is skipped).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from yelp_hpc.files import is_complete, read_marker
+from yelp_hpc.paths import RunPaths, shard_of
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+_NO_PROGRESS = (".jsonl", ".log", ".png", ".tmp")
+
+
+def prepared(paths: RunPaths, careful: bool = True) -> bool:
+    return _marked(paths.prepare, careful)
+
+
+def trained(paths: RunPaths, careful: bool = True) -> bool:
+    return _marked(paths.adapter, careful)
+
+
+def _marked(folder: Path, careful: bool) -> bool:
+    return is_complete(folder) if careful else read_marker(folder) is not None
+
+
+def shards_done(paths: RunPaths, model: str, shards: int) -> list[int]:
+    """The finished shards of ``model``; a shard's file is whole or absent."""
+    try:
+        found = [shard_of(path) for path in paths.predictions(model).iterdir()]
+    except OSError:
+        return []
+    return sorted(item[0] for item in found if item and item[1] == shards)
+
+
+def stage_done(paths: RunPaths, stage: str, model: str = "", shards: int = 0) -> bool:
+    """Whether a stage has nothing left to do, cheaply."""
+    if stage == "prepare":
+        return prepared(paths, careful=False)
+    if stage == "train":
+        return trained(paths, careful=False)
+    if stage == "infer":
+        return len(shards_done(paths, model, shards)) == shards
+    return (paths.metrics if stage == "collect" else paths.published).exists()
+
+
+def fingerprint(paths: RunPaths, stage: str, model: str, shards: str) -> Fingerprint:
+    """Name, size and time of every file that counts as progress of a job.
+
+    Logs do not: a stage that only ever starts and dies writes them too.
+    """
+    return tuple(sorted(_progress_files(paths, stage, model, shards)))
+
+
+def digest(state: Fingerprint) -> str:
+    """A fingerprint in a few characters."""
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def newest(state: Fingerprint) -> float | None:
+    """Time of the newest file of a fingerprint, seconds since the epoch."""
+    return max((item[2] for item in state), default=0) / 1e9 or None
+
+
+def _progress_files(
+    paths: RunPaths, stage: str, model: str, shards: str
+) -> Iterator[tuple[str, int, int]]:
+    if stage in ("collect", "publish"):
+        places = [paths.metrics, paths.report, paths.published]
+    elif stage == "infer":
+        names = [f"*shard-{int(shard):04d}*" for shard in shards.split(",") if shard] or ["*"]
+        folder = paths.predictions(model)
+        places = [path for name in names for path in folder.glob(name)]
+        places += [path for name in names for path in folder.glob(f"partial/{name}")]
+    else:
+        places = [paths.prepare if stage == "prepare" else paths.train]
+    for place in places:
+        for path in place.rglob("*") if place.is_dir() else (place,):
+            try:
+                status = path.stat()
+            except OSError:
+                continue  # renamed or removed while we look
+            if not path.is_dir() and not path.name.endswith(_NO_PROGRESS):
+                yield str(path.relative_to(paths.root)), status.st_size, status.st_mtime_ns

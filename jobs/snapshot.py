@@ -1,0 +1,48 @@
+"""Freeze the code of a submission: a requeue a day later runs what was submitted.
+
+Copies the two packages into RUN/code/DIGEST; jobs put that folder first on PYTHONPATH. Stages in an
+image use the image's own wheel, whose hash is recorded instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import yelp_hpc
+from yelp_hpc.errors import StageError
+from yelp_hpc.files import write_failure
+from yelp_hpc.paths import RunPaths
+
+_SUFFIXES = (".py", ".html", ".txt", ".json")
+
+
+def freeze(paths: RunPaths) -> Path:
+    """Copy the running code, if this version is not there yet, and return its folder."""
+    top = Path(yelp_hpc.__file__).resolve().parent.parent
+    files = sorted(
+        path.relative_to(top)
+        for package in ("jobs", "yelp_hpc")
+        for path in (top / package).rglob("*")
+        if path.suffix in _SUFFIXES and path.is_file()
+    )
+    digest = hashlib.sha256()
+    contents = [(top / name).read_bytes() for name in files]
+    for name, content in zip(files, contents, strict=True):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    folder = paths.code / digest.hexdigest()[:12]
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name, content in zip(files, contents, strict=True):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.is_dir():  # someone else was faster, with the same content
+            raise StageError(write_failure(folder, error)) from error
+    return folder

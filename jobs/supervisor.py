@@ -1,0 +1,309 @@
+"""The process on the compute node: starts a stage, passes one signal on, decides what comes next.
+
+Runs on the host's Python under submitit. Reads the cluster settings that the submission froze,
+writes RUN/logs/NAME.log (the stage's output) and RUN/logs/attempts. It alone asks Slurm for a
+requeue, so that an image needs no Slurm client; none of submitit's guesses about time limits,
+preemption or pickles has a say: its signal handlers are replaced here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from jobs import attempts, slurm
+from jobs.attempts import Attempt
+from jobs.cluster import ClusterConfig
+from jobs.container import check_image, command, stage_argv, stage_environment
+from jobs.job import Job
+from jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
+from jobs.train import rendezvous
+from jobs.verdict import Verdict, judge
+from yelp_hpc.errors import SavedForRequeue, StageError
+from yelp_hpc.files import read_json
+from yelp_hpc.paths import RunPaths
+
+HEARTBEAT = 10.0
+POLL = 0.2
+TAIL_LINES = 25
+
+
+class Stop:
+    """Receives signals; passes SIGUSR2 on to the running child, once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._passed = False
+        for number in (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        # a local SIGTERM or SIGINT after SIGUSR2 turns "again" into "stop", so the last one counts
+        if self.signal is None or number in (signal.SIGTERM, signal.SIGINT):
+            self.signal = number
+        self._pass_on()
+
+    def watch(self, child: subprocess.Popen[bytes] | None) -> None:
+        self._child, self._passed = child, False
+        if child is not None and self.signal is not None:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        # to the one process, never to its group: as a user, a signal to every process kills the
+        # image's squashfuse and the stage dies of SIGBUS before it has saved
+        if self._child is not None and self._child.poll() is None and not self._passed:
+            self._passed = True
+            self._child.send_signal(signal.SIGUSR2)
+
+
+def supervise(
+    stage: str, run_dir: str, cluster_file: str, model: str = "", shards: str = ""
+) -> str:
+    """Run a stage, or the shards of an array task one after the other, to a verdict.
+
+    Returns the verdict when the work is done. Ends the process with 75 when the job was requeued or
+    stopped after saving.
+
+    Raises:
+        StageError: it failed; the message ends with the last lines of the stage's log.
+    """
+    stop = Stop()
+    paths = RunPaths(run_dir)
+    frozen = read_json(Path(cluster_file))
+    cluster = ClusterConfig.model_validate(frozen["cluster"])
+    job = Job(stage, model, (shards,))
+    _remove_torn_pickles()
+    while True:
+        verdict = _attempt(stop, paths, cluster, frozen.get("image_sha256"), job)
+        print(f"{job.name}: {verdict.action}: {verdict.reason}", flush=True)
+        if verdict.action == "failed":
+            raise StageError(f"{job.name} failed: {verdict.reason}")
+        if verdict.action == "done":
+            return "done"
+        if verdict.action in ("requeued", "stopped"):
+            if os.environ.get("SLURM_PROCID", "0") != "0":
+                time.sleep(120)  # leave first and srun would end the leader before its requeue
+            # a plain exit writes no pickle, and 75 shows in sacct if the requeue did not take
+            sys.exit(SavedForRequeue.exit_code)
+        stop.signal = None
+
+
+def _attempt(
+    stop: Stop, paths: RunPaths, cluster: ClusterConfig, image: str | None, job: Job
+) -> Verdict:
+    shards = job.tasks[0]
+    now = fingerprint(paths, job.stage, job.model, shards)
+    attempt = _begin(paths, cluster, job, now)
+    leader = os.environ.get("SLURM_PROCID", "0") == "0"
+    if leader:
+        attempts.write(paths, attempt)
+    try:
+        if attempt.stalled > cluster.requeue_cap:
+            verdict = Verdict("failed", f"started {attempt.stalled} times without any progress")
+        else:
+            if cluster.container:
+                check_image(cluster.container, image)
+            verdict = _run(stop, paths, cluster, job, attempt, leader)
+    except StageError as error:
+        verdict = Verdict("failed", str(error))
+    if leader:
+        after = fingerprint(paths, job.stage, job.model, shards)
+        attempt.ended, attempt.verdict, attempt.reason = time.time(), verdict.action, verdict.reason
+        if verdict.action != "done":
+            kept = max(newest(after) or 0.0, attempt.started)
+            attempt.lost = max(0.0, attempt.ended - kept)
+        attempts.write(paths, attempt)
+        if verdict.action == "requeued" and verdict.ask:
+            verdict = _requeue(paths, attempt, verdict)
+    return verdict
+
+
+def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) -> Attempt:
+    """The attempt that begins, with the account of earlier ones that were killed outright."""
+    job_id = this_job()
+    earlier = attempts.read(paths, job.name, job_id)
+    for killed in earlier:
+        if killed.ended is None:
+            killed.ended, killed.verdict = attempts.last_seen(killed), "lost"
+            killed.reason = "killed without a chance to save (node failure or no grace)"
+            kept = max(newest(now) or 0.0, killed.started)
+            killed.lost = max(0.0, killed.ended - kept)
+            attempts.write(paths, killed)
+    before = digest(now)
+    stalled = earlier[-1].stalled + 1 if earlier and earlier[-1].before == before else 1
+    gpus = (cluster.resources(job.stage).gpus or 0) * int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return Attempt(
+        *(job.name, job_id, len(earlier), job.tasks[0], node, os.getpid(), gpus),
+        stalled=stalled,
+        before=before,
+    )
+
+
+def _run(
+    stop: Stop, paths: RunPaths, cluster: ClusterConfig, job: Job, attempt: Attempt, leader: bool
+) -> Verdict:
+    """Run the stage's process, or one for each shard, until done, stopped or failed."""
+    env = {**os.environ}
+    if job.stage == "train" and on_slurm():
+        env |= rendezvous(env, slurm.first_host(env.get("SLURM_JOB_NODELIST", "")))
+    node = env.get("YELP_HPC_NODE_RANK", "0")
+    log = paths.stage_log(
+        log_name(job.name, job.tasks[0]) + ("" if node == "0" else f"-node{node}")
+    )
+    failed: list[str] = []
+    for shard in job.tasks[0].split(","):
+        if shard and int(shard) in _done(paths, job, shard):
+            continue
+        arguments = stage_argv(job.stage, paths.root, job.model, shard)
+        argv = command(cluster, paths.root, arguments, env)
+        child_env = stage_environment(cluster, job.stage, env, hub_token(env))
+        code, fenced = _process(stop, paths, argv, child_env, log, attempt, leader, job)
+        if fenced:
+            return Verdict("stopped", fenced)
+        # a refused or failed shard must not keep the others of its task from being done
+        if shard and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
+            failed.append(f"shard {shard} exited {code}")
+            continue
+        if code != 0:
+            state = slurm.state_of(this_job()) if on_slurm() else "LOCAL"
+            now = digest(fingerprint(paths, job.stage, job.model, job.tasks[0]))
+            moved, cap = now != attempt.before, cluster.requeue_cap
+            return judge(code, stop.signal, state, attempt.stalled, moved, cap, tail(log))
+    if failed:
+        return Verdict("failed", f"{'; '.join(failed)}\n{tail(log)}")
+    return Verdict("done", "complete")
+
+
+def _done(paths: RunPaths, job: Job, shard: str) -> list[int]:
+    for path in paths.predictions(job.model).glob(f"shard-{int(shard):04d}-of-*.parquet"):
+        return shards_done(paths, job.model, int(path.stem.rpartition("-")[2]))
+    return []
+
+
+def log_name(name: str, shards: str) -> str:
+    """Name of the log of a job's task, after its first shard."""
+    first = shards.split(",")[0]
+    return f"{name}-{int(first):04d}" if first else name
+
+
+def _process(
+    stop: Stop, paths: RunPaths, argv: list[str], env: dict[str, str], log: Path,
+    attempt: Attempt, leader: bool, job: Job,
+) -> tuple[int, str]:  # fmt: skip
+    """Run one process to its end. Returns its exit code and why it was fenced off, if it was."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        head = f"=== job {attempt.job} restart {attempt.restart} on {attempt.node}: "
+        output.write(f"{head}{shlex.join(argv)}\n".encode())
+        output.flush()
+        try:
+            child = subprocess.Popen(
+                argv,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # its own session: Ctrl-C in a terminal reaches the supervisor alone
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        except OSError as error:
+            raise StageError(f"cannot start {argv[0]}: {error.strerror}") from None
+    stop.watch(child)
+    beat, fenced = time.monotonic(), ""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            code = child.wait(POLL)
+            break
+        if time.monotonic() - beat > HEARTBEAT and leader:
+            beat = time.monotonic()
+            attempts.beat(paths, attempt)
+            other = newer_attempt(paths, job, attempt)
+            if other and not fenced:
+                # this node was cut off and Slurm started the job elsewhere: only one may write
+                fenced = f"job {other.job} took over on {other.node}; this copy was stopped"
+                child.kill()
+    stop.watch(None)
+    return code, fenced
+
+
+def newer_attempt(paths: RunPaths, job: Job, attempt: Attempt) -> Attempt | None:
+    """An attempt at the same work that started later, for stages that must run only once."""
+    if job.stage == "infer":  # a shard done twice is harmless
+        return None
+    later = [a for a in attempts.read(paths, job.name) if a.started > attempt.started]
+    return later[-1] if later else None
+
+
+def _requeue(paths: RunPaths, attempt: Attempt, verdict: Verdict) -> Verdict:
+    try:
+        slurm.requeue(this_job())
+    except StageError as error:
+        if slurm.state_of(this_job()) == "RUNNING":
+            attempt.verdict, attempt.reason = "failed", f"saved, but the requeue failed: {error}"
+            attempts.write(paths, attempt)
+            return Verdict("failed", attempt.reason)
+        # preempted meanwhile: Slurm's own requeue was faster
+    return verdict
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when the supervisor is, so that nothing runs twice."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _remove_torn_pickles() -> None:
+    """A pickle that was being written when the node died makes submitit fail every later run."""
+    folder = os.environ.get("SUBMITIT_FOLDER")
+    if folder:
+        for path in Path(folder).glob(f"{this_job().removeprefix('local-')}_*.save_tmp"):
+            path.unlink(missing_ok=True)
+
+
+def on_slurm() -> bool:
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def this_job() -> str:
+    """``123``, ``123_4`` or ``local-PID``."""
+    env = os.environ
+    if not on_slurm():
+        return f"local-{env.get('SUBMITIT_LOCAL_JOB_ID', os.getpid())}"
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
+def hub_token(env: dict[str, str]) -> str | None:
+    """The Hub's token: from the environment, or the file that ``hf auth login`` wrote."""
+    if env.get("HF_TOKEN"):
+        return env["HF_TOKEN"]
+    home = env.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    path = Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8").strip() or None
+    return None
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, with where to find the rest."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 16_384))
+            lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    except OSError:
+        return f"(no log at {log})"
+    return "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])

@@ -1,0 +1,66 @@
+"""A stage that counts: stands in for the real ones where a test is about the jobs around them.
+
+Called as the real command is (STAGE --run DIR [--model M --shard K]). Works in steps of a tenth of
+a second, keeps each step in a checkpoint file, saves on SIGUSR2 and SIGTERM and then exits 75. How
+it shall behave stands in RUN/fake.json: {"steps": N, "fail": ["infer-base-3"], "stuck": true}.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+stage, _, run = sys.argv[1:4]
+options = dict(zip(sys.argv[4::2], sys.argv[5::2], strict=True))
+model, shard = options.get("--model", ""), options.get("--shard", "")
+name = "-".join(part for part in (stage, model, shard) if part)
+root = Path(run)
+plan = json.loads((root / "fake.json").read_text())
+stop = []
+for number in (signal.SIGUSR2, signal.SIGTERM):
+    signal.signal(number, lambda signum, frame: stop.append(signum))
+config = json.loads((root / "run.json").read_text())["shards"]
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.rename(path)
+
+
+with (root / "trace.jsonl").open("a") as trace:
+    trace.write(json.dumps({"name": name, "pid": os.getpid(), "began": time.time()}) + "\n")
+print(f"{name} begins", flush=True)
+if name in plan.get("fail", []):
+    print("the data is rotten", flush=True)
+    sys.exit(1)
+kept = root / "train" / "checkpoints" / "step.json" if stage == "train" else None
+if stage == "infer":
+    kept = root / "infer" / model / f"shard-{int(shard):04d}.partial"
+step = json.loads(kept.read_text()) if kept and kept.exists() else 0
+steps = plan.get("steps", 1) if stage in ("train", "infer") else 1
+while step < steps:
+    time.sleep(0.1)
+    if not plan.get("stuck"):
+        step += 1
+    if stop:
+        if kept and not plan.get("stuck"):
+            put(kept, step)
+        print(f"{name} saved step {step}", flush=True)
+        sys.exit(75)
+    if kept and step % 10 == 0 and not plan.get("stuck"):
+        put(kept, step)
+if stage in ("prepare", "train"):
+    put({"prepare": root / "prepare", "train": root / "train" / "adapter"}[stage] / "complete.json",
+        {"files": {}})
+elif stage == "infer":
+    put(root / "infer" / model / f"shard-{int(shard):04d}-of-{config:04d}.parquet", step)
+elif stage == "collect":
+    put(root / "report.html", 0)
+    put(root / "metrics.json", sorted(p.name for p in root.glob("infer/*/*.parquet")))
+else:
+    put(root / "published.json", 1)
+print(f"{name} ends", flush=True)
