@@ -1,0 +1,120 @@
+"""LoRA's dropout drawn per sequence, so that it depends on neither rank nor packing.
+
+The mask of a sequence is a function of (seed, step, adapter module, training row), the mask of the
+shared prefix of (seed, step, adapter module). Hence 1, 2 and 4 ranks train the same adapter with
+dropout on, gradient checkpointing draws the same mask twice, and a resumed run needs no state of a
+random number generator. Reads and writes tensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from yelp_hpc.models.linear import keep_mask
+from yelp_hpc.models.packed import PackedBatch
+
+# Any number that no training row has.
+_PREFIX = 2**63 - 1
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from its parts, equal on every machine."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass
+class DropoutContext:
+    """What is being computed now; shared by all dropout modules of a model."""
+
+    seed: int = 0
+    step: int = 0
+    rows: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
+    """Tokens of each segment: the shared prefix (may be 0), then each row's own."""
+    selected: int = 0
+    """Positions selected in each row; a last layer may compute these alone."""
+    generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+
+    @contextmanager
+    def batch(self, step: int, rows: Sequence[int], batch: PackedBatch) -> Iterator[None]:
+        """Draw for this micro-batch inside the block (forward and backward)."""
+        self.step, self.rows = step, tuple(rows)
+        self.segments = (batch.prefix_length, *batch.lengths)
+        self.selected = len(batch.select) // len(batch.lengths)
+        try:
+            yield
+        finally:
+            self.rows, self.segments = (), ()
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device)
+        return self.generators[device]
+
+
+class SequenceDropout(nn.Module):
+    """Inverted dropout (Srivastava et al. 2014) on packed tokens `[..., T, features]`."""
+
+    def __init__(self, p: float, name: str, context: DropoutContext) -> None:
+        super().__init__()
+        self.p = p
+        self.name = name
+        self.context = context
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Raises RuntimeError for states that are neither all tokens nor the selected ones."""
+        if not self.training or self.p == 0:
+            return states
+        return states * self.mask(states)
+
+    def mask(self, states: Tensor) -> Tensor:
+        """`1 / (1 - p)` where kept and 0 where dropped; `[T, features]`."""
+        context = self.context
+        segments, owners = context.segments, (_PREFIX, *context.rows)
+        tokens, what = states.shape[-2], self.name
+        if tokens != sum(segments):
+            if tokens != context.selected * len(context.rows):
+                raise RuntimeError(
+                    f"dropout of {self.name}: {tokens} tokens are not those of this micro-batch"
+                )
+            segments, owners = (context.selected,) * len(context.rows), context.rows
+            what += "/selected"
+        mask = torch.empty(tokens, states.shape[-1], dtype=states.dtype, device=states.device)
+        start = 0
+        for length, owner in zip(segments, owners, strict=True):
+            seed = derive_seed(context.seed, context.step, what, owner)
+            self._fill(mask[start : start + length], seed)
+            start += length
+        return mask
+
+    def _fill(self, mask: Tensor, seed: int) -> None:
+        if not mask.numel():
+            return
+        if mask.device.type == "cpu":
+            mask.copy_(keep_mask(mask.shape[0], mask.shape[1], self.p, seed))
+            return
+        generator = self.context.generator(mask.device)
+        generator.manual_seed(seed)
+        mask.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+
+
+def use_sequence_dropout(model: nn.Module, seed: int) -> DropoutContext:
+    """Replace the `lora_dropout` of every adapted module; returns the context to set per batch."""
+    context = DropoutContext(seed=seed)
+    for name, module in model.named_modules():
+        dropouts = getattr(module, "lora_dropout", None)
+        if isinstance(dropouts, nn.ModuleDict):
+            for adapter, dropout in list(dropouts.items()):
+                if isinstance(dropout, nn.Dropout):
+                    dropouts[adapter] = SequenceDropout(dropout.p, name, context)
+    return context
