@@ -1,0 +1,249 @@
+"""Stage publish: the adapter (or merged model), its card and its record in one commit to the Hub.
+
+Reads ``train/adapter/``, ``metrics.json``, ``run.json``, the pictures and the base model's
+tokenizer files; writes ``published.json``. The token never leaves this process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.card import GpuHours, base_model_id, model_card
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.files import MARKER, damaged_files, read_json, read_marker, write_json
+from yelp_hpc.hub import Backoff, HubFile, Published, Target, publish_files
+from yelp_hpc.hub_token import Token, find_token, redact
+from yelp_hpc.paths import RunPaths
+from yelp_hpc.progress import say
+
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
+    "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+def run(
+    run: RunPaths, config: Config, dry_run: bool = False, backoff: Backoff | None = None
+) -> None:
+    """Publish the run, or do nothing when it is published already.
+
+    Without publish.repo_id it says so, records it and ends well, so that a chain does too.
+
+    Args:
+        dry_run: print the card and the files with their sizes; no network, nothing written.
+
+    Raises:
+        RequestError: no token, or the token, the name or the visibility is refused.
+        StageError: an earlier stage is not done, or the Hub keeps failing.
+    """
+    publish = config.publish
+    if publish.repo_id is None and not dry_run:
+        say("publish: publish.repo_id is not set, so nothing is published")
+        if not run.published.exists():
+            write_json(run.published, {"repo_id": None, "skipped": "publish.repo_id is not set"})
+        return
+    if publish.branch and publish.pull_request:
+        raise RequestError(
+            "publish.branch and publish.pull_request exclude each other: a pull request is opened "
+            "against the main branch; set one of them"
+        )
+    check_finished(run)
+    with ExitStack() as stack:
+        files = collect_files(run, config, stack)
+        if dry_run:
+            print(preview(config, files), flush=True)
+            return
+        assert publish.repo_id is not None
+        target = Target(publish.repo_id, publish.private, publish.branch, publish.pull_request)
+        before = _read_published(run)
+        if before.get("files") == describe_files(files) and before.get("target") == vars(target):
+            say(
+                f"publish: already done, {before.get('url')} (commit {before.get('commit')}); "
+                f"delete {run.published} to look at the Hub again"
+            )
+            return
+        token = find_token(publish.token_file)
+        if token is None:
+            raise RequestError(
+                "there is no Hub token: set HF_TOKEN, name a file of mode 0600 in "
+                "publish.token_file, or log in with `hf auth login`"
+            )
+        refuse_secrets(files, token)
+        obsolete = _obsolete(before, files, publish.repo_id)
+        message = f"{config.name}: {'merged model' if publish.merged else 'LoRA adapter'}, metrics"
+        try:
+            done = publish_files(files, target, token, message, obsolete=obsolete, backoff=backoff)
+        except OSError as error:
+            # A fault outside the Hub's own errors; its text could quote a request.
+            raise StageError(f"publish failed: {redact(error, token.secret)}") from None
+        write_json(run.published, record(done, target, files))
+    where = done.pull_request or f"{done.url} (commit {done.commit})"
+    say(f"publish: {'done' if done.committed else 'the Hub has all of it already'}, {where}")
+
+
+def check_finished(run: RunPaths) -> None:
+    """Raises StageError listing what earlier stages still owe."""
+    problems = damaged_files(run.adapter)
+    problems += [f"{path} is missing" for path in (run.metrics, run.run_json) if not path.is_file()]
+    if problems:
+        raise StageError(
+            all_problems("publish needs a finished run:", problems)
+            + f"\nSee `python -m yelp_hpc status --run {run.root}` for the stage to run first."
+        )
+
+
+def collect_files(run: RunPaths, config: Config, stack: ExitStack) -> list[HubFile]:
+    """Everything that is uploaded, by name; ``stack`` holds temporary folders open."""
+    content: dict[str, Path | bytes] = {}
+    folder = base_folder(run, config)
+    content |= {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if config.publish.merged:
+        from yelp_hpc.export import export_merged
+
+        # Beside the run: as large as the base model, and node-local disks often are not.
+        scratch = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=".merged-", dir=run.root))
+        )
+        merged = scratch / "model"
+        export_merged(run, config, merged)
+        content |= {p.name: p for p in merged.iterdir() if p.is_file() and p.name != MARKER}
+    else:
+        marker = read_marker(run.adapter) or {"files": {}}
+        content |= {name: run.adapter / name for name in marker["files"]}
+        content["adapter_config.json"] = portable_adapter_config(run, config)
+    content["metrics.json"] = run.metrics
+    content["run.json"] = run.run_json
+    pictures = {path.name: path for path in (run.loss_png, run.root / "confusion.png")}
+    pictures = {name: path for name, path in pictures.items() if path.is_file()}
+    content |= pictures
+    card = model_card(
+        config,
+        read_json(run.metrics),
+        read_json(run.run_json),
+        pictures=sorted(pictures),
+        gpu_hours=gpu_hours(run),
+        native=_model_type(folder) == "chatglm",
+    )
+    content["README.md"] = card.encode()
+    return [HubFile.of(name, content[name]) for name in sorted(content)]
+
+
+def base_folder(run: RunPaths, config: Config) -> Path:
+    """The base model's folder: where prepare found it, else wherever it is found now."""
+    recorded = (read_json(run.run_json).get("model") or {}).get("folder")
+    if recorded and Path(recorded).is_dir():
+        return Path(recorded)
+    from yelp_hpc.models.local import model_folder
+
+    return model_folder(config.model)
+
+
+def portable_adapter_config(run: RunPaths, config: Config) -> bytes:
+    """adapter_config.json with the base model's Hub id in place of a path of this machine."""
+    values = read_json(run.adapter / "adapter_config.json")
+    path = config.model.path
+    values["base_model_name_or_path"] = base_model_id(config) or Path(path).name
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def gpu_hours(run: RunPaths) -> GpuHours | None:
+    """GPU-hours of the starts of train that the supervisor recorded; None without a GPU."""
+    used = lost = 0.0
+    for path in sorted((run.attempts / "train").glob("*.json")):
+        try:
+            attempt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            gpus, started, ended = attempt["gpus"], attempt["started"], attempt["ended"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if gpus and ended:
+            used += gpus * (ended - started) / 3600
+            lost += gpus * attempt.get("lost", 0.0) / 3600
+    return GpuHours(used, lost) if used else None
+
+
+def refuse_secrets(files: Sequence[HubFile], token: Token) -> None:
+    """Raises RequestError when a file that would be uploaded holds the token."""
+    secret = token.secret.encode()
+    for file in files:
+        if isinstance(file.content, bytes):
+            found = secret in file.content
+        else:
+            found = file.size < 50_000_000 and secret in file.content.read_bytes()
+        if found:
+            raise RequestError(
+                f"{file.name} holds the Hub token of {token.source}; nothing was uploaded. "
+                "Remove it there and make a new token, for this one has been written to disk"
+            )
+
+
+def describe_files(files: Sequence[HubFile]) -> list[dict[str, Any]]:
+    return [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in files]
+
+
+def record(done: Published, target: Target, files: Sequence[HubFile]) -> dict[str, Any]:
+    """The content of published.json."""
+    return {
+        "repo_id": target.repo_id,
+        "url": done.url,
+        "commit": done.commit,
+        "pull_request": done.pull_request,
+        "target": vars(target),
+        "published": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "files": describe_files(files),
+    }
+
+
+def preview(config: Config, files: Sequence[HubFile]) -> str:
+    """What would be uploaded: the card, then names and sizes."""
+    publish = config.publish
+    card = next(f.content for f in files if f.name == "README.md")
+    assert isinstance(card, bytes)
+    where = publish.repo_id or "nowhere (publish.repo_id is not set)"
+    kind = "private" if publish.private else "public"
+    how = "a pull request" if publish.pull_request else f"branch {publish.branch or 'main'}"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    width = max(len(f.name) for f in files)
+    lines = [f"  {f.name:<{width}}  {f.size:>14,} bytes" for f in files]
+    total = sum(f.size for f in files)
+    return "\n".join(
+        [
+            card.decode().rstrip(),
+            "",
+            f"{len(files)} files to {where} at {endpoint} ({kind}, {how}):",
+            *lines,
+            f"  {'total':<{width}}  {total:>14,} bytes",
+        ]
+    )
+
+
+def _read_published(run: RunPaths) -> dict[str, Any]:
+    """published.json, {} when it is missing or torn (it is then made again)."""
+    try:
+        found = read_json(run.published)
+    except StageError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _obsolete(before: dict[str, Any], files: Sequence[HubFile], repo_id: str) -> list[str]:
+    """Files that an earlier publication of this run put there and that this one does not have."""
+    if before.get("repo_id") != repo_id:
+        return []
+    names = {file.name for file in files}
+    return [f["name"] for f in before.get("files", []) if f["name"] not in names]
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return str(read_json(folder / "config.json").get("model_type"))
+    except StageError:
+        return None
