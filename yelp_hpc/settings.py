@@ -35,6 +35,12 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+# 1:30:00 is a time limit, not the number 5400 that YAML 1.1 reads
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit] = [
+        ("tag:yaml.org,2002:str", re.compile(r"^[0-9]+(:[0-9]+)+$")),
+        *_Loader.yaml_implicit_resolvers[_digit],
+    ]
 
 
 def read_settings(
@@ -63,7 +69,7 @@ def read_settings(
 
 def parse_value(text: str) -> Any:
     """A value as YAML reads it: numbers, true, null, [a, b] or plain text."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:

@@ -1,0 +1,36 @@
+"""The configured model as a local folder: every later step reads the model from there."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from yelp_hpc import demo
+from yelp_hpc.config import ModelConfig
+from yelp_hpc.errors import RequestError
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """The local folder of the configured model, fetched or made on first use.
+
+    Raises:
+        RequestError: the demo model's name is unknown, or the folder or Hub id cannot be used.
+        StageError: it could not be fetched.
+    """
+    if model.path.startswith("demo:"):
+        if model.path != demo.MODEL:
+            raise RequestError(f"model.path {model.path} is unknown; the demo's is {demo.MODEL}")
+        return demo.model_folder()
+    from yelp_hpc.models.load import fetch_model
+
+    return fetch_model(model.path, model.revision, demo.cache_folder() / "hub")
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names, sizes and contents of a model folder's files, sorted by name."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name[0] != "."):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {path.stat().st_size} {content}\n".encode())
+    return digest.hexdigest()

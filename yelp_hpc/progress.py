@@ -1,0 +1,39 @@
+"""Progress: one bar on a terminal, a line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+LOG_SECONDS = 5.0
+
+
+def say(text: str) -> None:
+    """Print one line to standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
+    """Yield ``items`` and show how many of ``total`` are done.
+
+    A terminal gets a bar with the time left; anything else a line every few seconds, none when
+    the work ends before that.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track as bar
+
+        yield from bar(items, description=label, total=total, console=Console(stderr=True))
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS:
+            last = now
+            left = (now - start) / done * (total - done) if done else float("nan")
+            say(f"{label}: {done}/{total}, {now - start:.0f} s, about {left:.0f} s left")
+        yield item
