@@ -8,43 +8,26 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shlex
-import socket
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs import attempts, slurm
 from jobs.cluster import ClusterConfig
-from jobs.container import command, stage_argv
 from jobs.job import Job
+from jobs.local import local_alive, run_chain
 from jobs.progress import stage_done
+from jobs.submission import Submission, new_submission, record
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
-from yelp_hpc.files import append_jsonl, read_jsonl, write_failure
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.files import read_json, read_jsonl, write_failure
+from yelp_hpc.manifest import update_run
 from yelp_hpc.paths import STAGES, RunPaths
 
-FOLLOW_SECONDS = 0.3
 WAIT_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job that was submitted, or with ``dry_run`` would be."""
-
-    name: str
-    stage: str
-    job: str
-    """Slurm's job id, ``local-PID``, or "" for a dry run."""
-    tasks: tuple[str, ...]
-    command: str
-    """What the first task runs, as a person would type it."""
-    script: str = ""
-    """Dry run: the sbatch script."""
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
@@ -99,7 +82,10 @@ def submit(
     paths = RunPaths(checked_run(run_dir))
     planned = plan(stage, config, paths, cluster)
     if dry_run:
-        return list(_dry(planned, paths, cluster, executor))
+        dry = list(_dry(planned, paths, cluster, executor))
+        for submission in dry:
+            print(f"# {submission.name}\n{submission.script}\n$ {submission.command}\n")
+        return dry
     if not planned:
         say(f"{stage}: nothing to do, everything is there")
         return []
@@ -110,7 +96,8 @@ def submit(
         if executor == "slurm":
             submissions = _submit_slurm(planned, paths, cluster, live, say)
     if executor == "local":
-        return _run_local(planned, paths, cluster, say)
+        frozen, code = _freeze(paths, cluster)
+        return run_chain(planned, paths, cluster, frozen, code, say)
     if wait:
         follow(paths, submissions, say)
     return submissions
@@ -138,19 +125,18 @@ def _submit_slurm(
     live: dict[str, str],
     say: Callable[[str], None],
 ) -> list[Submission]:
-    from jobs.executor import freeze_cluster, parameters, submit_slurm
-    from jobs.snapshot import freeze
+    from jobs.executor import parameters, submit_slurm
 
-    frozen, code = freeze_cluster(paths, cluster), freeze(paths)
+    frozen, code = _freeze(paths, cluster)
     ids = {name: job for name, job in live.items() if not job.startswith("local-")}
     submissions: list[Submission] = []
     try:
         for job in planned:
             params = parameters(job, cluster, paths.root, code, ids)
             ids[job.name] = submit_slurm(job, params, paths, cluster, frozen)
-            submission = _submission(job, ids[job.name], paths, cluster)
+            submission = new_submission(job, ids[job.name], paths, cluster)
             submissions.append(submission)
-            _record(paths, submission, "slurm", frozen, code)
+            record(paths, submission, "slurm", frozen, code)
             many = f", an array of {len(job.tasks)}" if len(job.tasks) > 1 else ""
             say(f"{job.name}: job {ids[job.name]}{many}")
     except (RequestError, StageError):
@@ -158,85 +144,6 @@ def _submit_slurm(
             slurm.cancel([submission.job for submission in submissions])
         raise
     return submissions
-
-
-def _run_local(
-    planned: Sequence[Job], paths: RunPaths, cluster: ClusterConfig, say: Callable[[str], None]
-) -> list[Submission]:
-    from jobs.executor import freeze_cluster
-    from jobs.snapshot import freeze
-
-    frozen, code = freeze_cluster(paths, cluster), freeze(paths)
-    submissions: list[Submission] = []
-    failed: dict[str, str] = {}
-    for job in planned:
-        blocked = [name for kind, name in job.after if kind == "afterok" and name in failed]
-        if blocked:
-            failed[job.name] = f"not started, {blocked[0]} failed"
-            continue
-        for task in job.tasks:
-            submission, attempt = _run_task(job, task, paths, cluster, frozen, code, say)
-            submissions.append(submission)
-            if attempt is None or attempt.verdict == "failed":
-                reason = attempt.reason if attempt else "its supervisor died"
-                failed[job.name] = reason
-                say(f"{job.name} failed: {reason.partition(chr(10))[0]}")
-            elif attempt.verdict == "stopped":
-                raise SavedForRequeue(f"{job.name}: {attempt.reason}. Run the same command again.")
-    if failed:
-        first, reason = next(iter(failed.items()))
-        raise StageError(
-            f"{first} failed: {reason}\nWhen the cause is gone, run the same command again: what "
-            "is finished is kept."
-        )
-    return submissions
-
-
-def _run_task(
-    job: Job,
-    task: str,
-    paths: RunPaths,
-    cluster: ClusterConfig,
-    frozen: Path,
-    code: Path,
-    say: Callable[[str], None],
-) -> tuple[Submission, attempts.Attempt | None]:
-    from jobs.executor import start_local
-    from jobs.supervisor import log_name
-
-    log = paths.stage_log(log_name(job.name, task))
-    offset = log.stat().st_size if log.exists() else 0
-    local_id, process = start_local(job, task, paths, code, frozen)
-    submission = _submission(Job(job.stage, job.model, (task,)), local_id, paths, cluster)
-    _record(paths, submission, "local", frozen, code)
-    say(f"{job.name}{f' shard {task}' if task else ''}: started, log {log}")
-    while True:
-        try:
-            ended = process.poll() is not None
-            offset = _copy_new(log, offset)
-            if ended:
-                break
-            time.sleep(FOLLOW_SECONDS)
-        except KeyboardInterrupt:
-            say(f"{job.name}: told to save and stop")
-    tried = attempts.read(paths, job.name, local_id)
-    return submission, tried[-1] if tried and tried[-1].verdict else None
-
-
-def _copy_new(log: Path, offset: int) -> int:
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(offset)
-        new = file.read()
-        sys.stderr.write(new.decode(errors="replace"))
-        sys.stderr.flush()
-        return offset + len(new)
-    return offset
-
-
-def _submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfig) -> Submission:
-    first = job.tasks[0].split(",")[0]
-    argv = command(cluster, paths.root, stage_argv(job.stage, paths.root, job.model, first), {})
-    return Submission(job.name, job.stage, job_id, job.tasks, shlex.join(argv))
 
 
 def _dry(
@@ -250,27 +157,24 @@ def _dry(
         if executor == "slurm":
             params = parameters(job, cluster, paths.root, paths.code / "DIGEST", ids)
             script = sbatch_text(job, params, paths, cluster)
-        submission = _submission(job, "", paths, cluster)
+        submission = new_submission(job, "", paths, cluster)
         yield Submission(job.name, job.stage, "", job.tasks, submission.command, script)
 
 
-def _record(
-    paths: RunPaths, submission: Submission, executor: str, frozen: Path, code: Path
-) -> None:
-    record: dict[str, Any] = {
-        "time": time.time(),
-        "name": submission.name,
-        "stage": submission.stage,
-        "job": submission.job,
-        "executor": executor,
-        "tasks": list(submission.tasks),
-        "command": submission.command,
-        "cluster": frozen.name,
-        "code": code.name,
-        "host": socket.gethostname(),
-        "user": os.environ.get("USER") or str(os.getuid()),
-    }
-    append_jsonl(paths.submissions, record)
+def _freeze(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
+    """Freeze settings and code, and say in run.json which code and image the jobs run."""
+    from jobs.executor import freeze_cluster
+    from jobs.snapshot import freeze
+
+    frozen, code = freeze_cluster(paths, cluster), freeze(paths)
+    if paths.run_json.exists():
+        container = read_json(frozen)["cluster"]["container"]
+        image = container and {
+            "path": container["image"],
+            "sha256": read_json(frozen)["image_sha256"],
+        }
+        update_run(paths, snapshot=f"code/{code.name}", image=image)
+    return frozen, code
 
 
 def _live(paths: RunPaths, with_slurm: bool) -> dict[str, str]:
@@ -279,21 +183,10 @@ def _live(paths: RunPaths, with_slurm: bool) -> dict[str, str]:
     ids = [record["job"] for record in records if record.get("executor") == "slurm"]
     alive = {row.parent for row in slurm.queue(ids)} if ids and with_slurm else set()
     live = {}
-    for record in records:
-        if record["job"] in alive or local_alive(record):
-            live[record["name"]] = record["job"]
+    for line in records:
+        if line["job"] in alive or local_alive(line):
+            live[line["name"]] = line["job"]
     return live
-
-
-def local_alive(record: dict[str, Any]) -> bool:
-    """Whether a local submission's supervisor still runs; only its own machine can tell."""
-    if record.get("executor") != "local" or record.get("host") != socket.gethostname():
-        return False
-    try:
-        text = Path(f"/proc/{record['job'].removeprefix('local-')}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"submitit" in text
 
 
 def _refuse_running(planned: Sequence[Job], live: dict[str, str]) -> None:
@@ -394,5 +287,7 @@ def cancel(run_dir: str | Path) -> list[str]:
     local = [record["job"] for record in records if local_alive(record)]
     for job in local:
         with suppress(ProcessLookupError):
-            os.kill(int(job.removeprefix("local-")), 15)
+            os.kill(int(job.removeprefix("local-")), signal.SIGTERM)
+    for job in alive + local:
+        print(f"cancelled {job}")
     return alive + local

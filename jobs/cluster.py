@@ -79,9 +79,6 @@ class Resources(Frozen):
     def _time(cls, value: Any) -> Any:
         if isinstance(value, bool) or value is None:
             return value
-        # YAML 1.1 reads 1:30:00 as a number in base 60, seconds then
-        if isinstance(value, int):
-            value = str(value) if value < 100_000 else str(value // 60)
         minutes(str(value))
         return str(value)
 

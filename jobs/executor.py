@@ -114,7 +114,10 @@ def parameters(
         "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
         "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1"],
-        "setup": [*cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}"],
+        "setup": [
+            *cluster.setup,
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
         "additional_parameters": extra,
     }
     return {name: value for name, value in chosen.items() if value is not None} | {"wckey": None}
@@ -188,7 +191,7 @@ def start_local(job: Job, task: str, paths: RunPaths, code: Path, frozen: Path) 
     executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
     executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(code)
+    os.environ["PYTHONPATH"] = f"{code}:{before}" if before else str(code)
     main = threading.current_thread() is threading.main_thread()
     # submitit's controller kills its tasks a second after Ctrl-C; made deaf to it, the supervisor,
     # which sets its own handler, is the one that hears it and has the stage saved

@@ -39,7 +39,7 @@ class Row:
         return self.job.partition("_")[0]
 
 
-def client(argv: Sequence[str], timeout: float = 60) -> str:
+def client(argv: Sequence[str], timeout: float = 60, epoch: bool = False) -> str:
     """Run a Slurm command and return what it prints.
 
     Raises:
@@ -53,8 +53,11 @@ def client(argv: Sequence[str], timeout: float = 60) -> str:
             text=True,
             timeout=timeout,
             check=False,
-            # one form of dates, and no cut of sparse arrays (SLURM_BITSTR_LEN)
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"},
+            env={
+                **os.environ,
+                "SLURM_TIME_FORMAT": "%s" if epoch else "standard",
+                "SLURM_BITSTR_LEN": "0",  # else sparse arrays are cut short
+            },
         )
     except FileNotFoundError:
         raise RequestError(
@@ -137,6 +140,15 @@ def state_of(job: str) -> str:
     except StageError as error:
         return "GONE" if "Invalid job id" in str(error) else "UNREACHABLE"
     return lines[0].strip() or "GONE"
+
+
+def end_time(job: str) -> float | None:
+    """When the time limit ends a running job, seconds since 1970, if Slurm tells."""
+    try:
+        text = client(["squeue", "--noheader", "--Format=EndTime:|", f"--jobs={job}"], epoch=True)
+        return float(text.split("|")[0])
+    except (StageError, ValueError):
+        return None
 
 
 def requeue(job: str) -> None:

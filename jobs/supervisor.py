@@ -156,8 +156,13 @@ def _run(
 ) -> Verdict:
     """Run the stage's process, or one for each shard, until done, stopped or failed."""
     env = {**os.environ}
-    if job.stage == "train" and on_slurm():
-        env |= rendezvous(env, slurm.first_host(env.get("SLURM_JOB_NODELIST", "")))
+    if on_slurm():
+        if job.stage == "train" and env.get("SLURM_JOB_NUM_NODES", "1") != "1":
+            env |= rendezvous(env, slurm.first_host(env["SLURM_JOB_NODELIST"]))
+        # the stage saves by itself before the limit, should no signal come; Slurm before 23.02
+        # does not tell it
+        if "YELP_HPC_DEADLINE" not in env and (end := slurm.end_time(this_job())):
+            env["YELP_HPC_DEADLINE"] = str(end)
     node = env.get("YELP_HPC_NODE_RANK", "0")
     log = paths.stage_log(
         log_name(job.name, job.tasks[0]) + ("" if node == "0" else f"-node{node}")

@@ -54,8 +54,10 @@ while step < steps:
     if kept and step % 10 == 0 and not plan.get("stuck"):
         put(kept, step)
 if stage in ("prepare", "train"):
-    put({"prepare": root / "prepare", "train": root / "train" / "adapter"}[stage] / "complete.json",
-        {"files": {}})
+    put(
+        {"prepare": root / "prepare", "train": root / "train" / "adapter"}[stage] / "complete.json",
+        {"files": {}},
+    )
 elif stage == "infer":
     put(root / "infer" / model / f"shard-{int(shard):04d}-of-{config:04d}.parquet", step)
 elif stage == "collect":

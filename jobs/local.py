@@ -1,0 +1,119 @@
+"""The chain on this machine: one supervisor after the other, through submitit's local executor.
+
+There is no queue to hand the chain to, so it runs in the foreground to its end. Follows each
+stage's log to standard error; Ctrl-C has the running stage save and stop.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from jobs import attempts
+from jobs.cluster import ClusterConfig
+from jobs.job import Job
+from jobs.submission import Submission, new_submission, record
+from yelp_hpc.errors import SavedForRequeue, StageError
+from yelp_hpc.paths import RunPaths
+
+FOLLOW_SECONDS = 0.3
+
+
+def run_chain(
+    planned: Sequence[Job],
+    paths: RunPaths,
+    cluster: ClusterConfig,
+    frozen: Path,
+    code: Path,
+    say: Callable[[str], None],
+) -> list[Submission]:
+    """Run the jobs here in order, a supervisor each, and skip what depends on a failed one.
+
+    Args:
+        frozen: the cluster settings that supervisors read.
+        code: the snapshot that they run.
+
+    Raises:
+        StageError: a stage failed.
+        SavedForRequeue: stopped by a signal after saving.
+    """
+    submissions: list[Submission] = []
+    failed: dict[str, str] = {}
+    for job in planned:
+        blocked = [name for kind, name in job.after if kind == "afterok" and name in failed]
+        if blocked:
+            failed[job.name] = f"not started, {blocked[0]} failed"
+            continue
+        for task in job.tasks:
+            submission, attempt = _run_task(job, task, paths, cluster, frozen, code, say)
+            submissions.append(submission)
+            if attempt is None or attempt.verdict == "failed":
+                reason = attempt.reason if attempt else "its supervisor died"
+                failed[job.name] = reason
+                say(f"{job.name} failed: {reason.partition(chr(10))[0]}")
+            elif attempt.verdict == "stopped":
+                raise SavedForRequeue(f"{job.name}: {attempt.reason}. Run the same command again.")
+    if failed:
+        first, reason = next(iter(failed.items()))
+        raise StageError(
+            f"{first} failed: {reason}\nWhen the cause is gone, run the same command again: what "
+            "is finished is kept."
+        )
+    return submissions
+
+
+def _run_task(
+    job: Job,
+    task: str,
+    paths: RunPaths,
+    cluster: ClusterConfig,
+    frozen: Path,
+    code: Path,
+    say: Callable[[str], None],
+) -> tuple[Submission, attempts.Attempt | None]:
+    from jobs.executor import start_local
+    from jobs.supervisor import log_name
+
+    log = paths.stage_log(log_name(job.name, task))
+    offset = log.stat().st_size if log.exists() else 0
+    local_id, process = start_local(job, task, paths, code, frozen)
+    submission = new_submission(Job(job.stage, job.model, (task,)), local_id, paths, cluster)
+    record(paths, submission, "local", frozen, code)
+    say(f"{job.name}{f' shard {task}' if task else ''}: started, log {log}")
+    while True:
+        try:
+            ended = process.poll() is not None
+            offset = _copy_new(log, offset)
+            if ended:
+                break
+            time.sleep(FOLLOW_SECONDS)
+        except KeyboardInterrupt:
+            say(f"{job.name}: told to save and stop")
+    tried = attempts.read(paths, job.name, local_id)
+    return submission, tried[-1] if tried and tried[-1].verdict else None
+
+
+def _copy_new(log: Path, offset: int) -> int:
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(offset)
+        new = file.read()
+        sys.stderr.write(new.decode(errors="replace"))
+        sys.stderr.flush()
+        return offset + len(new)
+    return offset
+
+
+def local_alive(record: dict[str, Any]) -> bool:
+    """Whether a local submission's supervisor still runs; only its own machine can tell."""
+    if record.get("executor") != "local" or record.get("host") != socket.gethostname():
+        return False
+    try:
+        text = Path(f"/proc/{record['job'].removeprefix('local-')}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"submitit" in text

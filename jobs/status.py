@@ -1,0 +1,315 @@
+"""The state of a run: from the markers first, then squeue, then sacct where it answers.
+
+``gather`` reads the run directory and asks Slurm once; ``summarise`` is pure; ``show_status`` and
+``show_logs`` print. A controller that is down or an sacct that is absent only takes columns away.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs import attempts, slurm
+from jobs.attempts import Attempt
+from jobs.local import local_alive
+from jobs.progress import shards_done, stage_done
+from jobs.slurm import Row
+from jobs.supervisor import log_name
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.files import read_jsonl
+from yelp_hpc.paths import RunPaths
+
+WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about one job of the chain, before any judgement."""
+
+    name: str
+    stage: str
+    done: bool
+    submission: dict[str, Any] | None = None
+    """The newest one."""
+    alive: bool = False
+    """A local supervisor runs."""
+    rows: tuple[Row, ...] = ()
+    accounting: tuple[Row, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    shards: int = 0
+    shards_done: frozenset[int] = frozenset()
+    training: dict[str, Any] | None = None
+    """Last line of train/log.jsonl."""
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """One line of the table."""
+
+    name: str
+    state: str
+    """done, running, waiting, failed, cancelled, stopped, partial or absent."""
+    job: str = ""
+    node: str = ""
+    elapsed: str = ""
+    limit: str = ""
+    restarts: int = 0
+    detail: str = ""
+    gpu_hours: float = 0.0
+    gpu_hours_lost: float = 0.0
+    shards: dict[str, int] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
+    """Everything that ``summarise`` needs, and why Slurm did not answer, if it did not."""
+    paths = RunPaths(Path(run_dir).absolute())
+    records = read_jsonl(paths.submissions)
+    newest = {record["name"]: record for record in records if "name" in record}
+    ids = [record["job"] for record in newest.values() if record.get("executor") == "slurm"]
+    problem, queued, accounted = "", [], []
+    try:
+        queued = slurm.queue(ids)
+    except YelpHpcError as error:
+        problem = str(error)
+    done_by_marker = {}
+    names = ["prepare", "train", *(f"infer-{m}" for m in config.infer.models), "collect"]
+    if config.publish.repo_id:
+        names.append("publish")
+    for name in names:
+        stage, _, model = name.partition("-")
+        done_by_marker[name] = stage_done(paths, stage, model, config.infer.shards)
+    living = {row.parent for row in queued}
+    gone = [
+        record["job"]
+        for name, record in newest.items()
+        if record["job"] in ids and record["job"] not in living and not done_by_marker.get(name)
+    ]
+    if gone and not problem:
+        accounted = slurm.accounting(gone)
+    log = read_jsonl(paths.train_log)
+    facts = []
+    for name in names:
+        stage, _, model = name.partition("-")
+        record = newest.get(name)
+        job = record["job"] if record else ""
+        facts.append(
+            Facts(
+                name=name,
+                stage=stage,
+                done=done_by_marker[name],
+                submission=record,
+                alive=bool(record and local_alive(record)),
+                rows=tuple(row for row in queued if row.parent == job),
+                accounting=tuple(row for row in accounted if row.parent == job),
+                attempts=tuple(attempts.read(paths, name)),
+                shards=config.infer.shards if stage == "infer" else 0,
+                shards_done=frozenset(
+                    shards_done(paths, model, config.infer.shards) if stage == "infer" else ()
+                ),
+                training=log[-1] if stage == "train" and log else None,
+                steps=total_steps(log[-1], config) if stage == "train" and log else None,
+            )
+        )
+    return facts, problem
+
+
+def total_steps(line: dict[str, Any], config: Config) -> int | None:
+    """Steps of the whole training, from a line that tells the step and the epoch."""
+    step, epoch = line.get("step"), line.get("epoch")
+    if not step or not epoch:
+        return config.train.max_steps
+    steps = round(step / epoch * config.train.epochs)
+    return min(steps, config.train.max_steps or steps)
+
+
+def summarise(facts: Sequence[Facts]) -> list[JobStatus]:
+    """The table's lines. Pure: markers win over squeue, squeue over attempts, these over sacct."""
+    return [_summarise(fact) for fact in facts]
+
+
+def _summarise(fact: Facts) -> JobStatus:
+    job = fact.submission["job"] if fact.submission else ""
+    mine = [a for a in fact.attempts if a.job.partition("_")[0] == job]
+    # of each part of the work that is not done: how its last attempt ended
+    last = {a.shards: a for a in fact.attempts if not _covered(a.shards, fact.shards_done)}
+    state, detail = _state(fact, last)
+    running = [row for row in fact.rows if row.state in ("RUNNING", "COMPLETING")]
+    shown = running[0] if running else (fact.rows or fact.accounting or (Row("", ""),))[0]
+    used, lost = attempts.gpu_hours(fact.attempts)
+    latest = mine[-1] if mine else None
+    elapsed = shown.elapsed
+    if not elapsed and latest:
+        elapsed = _clock(attempts.last_seen(latest) - latest.started)
+    shards = {}
+    if fact.shards:
+        shards = {
+            "done": len(fact.shards_done),
+            "running": len(running),
+            "failed": sum(a.verdict == "failed" for a in last.values()),
+            "all": fact.shards,
+        }
+        parts = [f"{shards['done']}/{fact.shards} shards"]
+        parts += [f"{shards[k]} {k}" for k in ("running", "failed") if shards[k]]
+        detail = ", ".join([*parts, *([detail] if detail and state != "done" else [])])
+    elif fact.training and state != "done":
+        detail = "; ".join(part for part in (_training(fact), detail) if part)
+    return JobStatus(
+        name=fact.name,
+        state=state,
+        job=job,
+        node=shown.node or (latest.node if latest else ""),
+        elapsed=elapsed,
+        limit=shown.limit,
+        restarts=max(
+            [row.restarts for row in fact.rows] + [attempt.restart for attempt in mine], default=0
+        ),
+        detail=detail,
+        gpu_hours=round(used, 3),
+        gpu_hours_lost=round(lost, 3),
+        shards=shards,
+        training=fact.training or {},
+    )
+
+
+def _covered(shards: str, done: frozenset[int]) -> bool:
+    return bool(shards) and {int(shard) for shard in shards.split(",")} <= done
+
+
+def _state(fact: Facts, last: dict[str, Attempt]) -> tuple[str, str]:
+    if fact.done:
+        return "done", ""
+    if any(row.state in ("RUNNING", "COMPLETING") for row in fact.rows) or fact.alive:
+        return "running", ""
+    if fact.rows:
+        words = slurm.reason_in_words(fact.rows[0].reason)
+        return "waiting", words
+    failed = [attempt for attempt in last.values() if attempt.verdict == "failed"]
+    if failed:
+        return "failed", failed[-1].reason.partition("\n")[0]
+    states = {row.state for row in fact.accounting}
+    if "CANCELLED" in states:
+        return "cancelled", "cancelled; submit it again to go on"
+    if states - {"COMPLETED", "PENDING", "RUNNING", "REQUEUED"}:
+        bad = sorted(states - {"COMPLETED"})[0]
+        return "failed", f"Slurm says {bad}: {_WORDS.get(bad, 'see `logs`')}"
+    if any(attempt.verdict in ("stopped", "lost", "") for attempt in last.values()):
+        return "stopped", "interrupted; submit it again to go on"
+    if fact.shards_done:
+        return "partial", "submit infer to do the rest"
+    if fact.submission is None:
+        return "absent", "not submitted"
+    return "unknown", "submitted, but Slurm has no trace of it"
+
+
+_WORDS = {
+    "TIMEOUT": "the time limit came before it had saved: raise save_seconds",
+    "OUT_OF_MEMORY": "raise memory",
+    "NODE_FAIL": "the node died and the job was not requeued",
+    "FAILED": "it failed before its supervisor could say why: see `logs`",
+}
+
+
+def _training(fact: Facts) -> str:
+    line = fact.training or {}
+    parts = [f"step {line.get('step')}/{fact.steps or '?'}"]
+    if isinstance(line.get("loss"), int | float):
+        parts.append(f"loss {line['loss']:.4f}")
+    if line.get("tokens_per_second"):
+        parts.append(f"{line['tokens_per_second']:.0f} tokens/s")
+    if line.get("eta_seconds") is not None:
+        parts.append(f"ETA {_clock(line['eta_seconds'])}")
+    return ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def render(lines: Sequence[JobStatus], problem: str = "") -> str:
+    """The table as plain text."""
+    head = ("stage", "state", "job", "node", "elapsed/limit", "restarts", "")
+    rows = [head]
+    for line in lines:
+        time_used = "/".join(part for part in (line.elapsed, line.limit) if part)
+        rows.append(
+            (line.name, line.state, line.job, line.node, time_used, str(line.restarts), line.detail)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    text = [
+        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
+    used, lost = sum(x.gpu_hours for x in lines), sum(x.gpu_hours_lost for x in lines)
+    if used:
+        text.append(f"GPU-hours: {used:.2f} used, {lost:.2f} of them lost to interruptions")
+    if problem:
+        text.append(f"from the run directory alone, Slurm did not answer: {problem}")
+    return "\n".join(text)
+
+
+def collect_status(run_dir: str | Path, config: Config) -> tuple[list[JobStatus], str]:
+    """The lines of the table, and why Slurm did not answer, if it did not."""
+    facts, problem = gather(run_dir, config)
+    return summarise(facts), problem
+
+
+def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False) -> None:
+    """Print the state; with ``watch`` again and again until nothing runs or waits."""
+    from yelp_hpc.manifest import load_run
+
+    paths, config = load_run(run_dir)
+    while True:
+        lines, problem = collect_status(paths.root, config)
+        if as_json:
+            value = {"run": str(paths.root), "stages": [asdict(line) for line in lines]}
+            print(json.dumps({**value, "slurm": problem or None}), flush=True)
+        else:
+            clear = "\x1b[2J\x1b[H" if watch and sys.stdout.isatty() else ""
+            print(f"{clear}{render(lines, problem)}", flush=True)
+        if not watch or not any(line.state in ("running", "waiting") for line in lines):
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
+    """Logs of a run, the one to read first: the last failure's, then the newest.
+
+    Raises:
+        RequestError: there is no log yet.
+    """
+    paths = RunPaths(Path(run_dir).absolute())
+    known = {path for path in paths.logs.glob("*.log") if path.is_file()}
+    if stage:
+        known = {path for path in known if path.stem.partition("-")[0] == stage}
+    if not known:
+        what = f"{stage} has" if stage else "the run has"
+        raise RequestError(f"{what} no log yet in {paths.logs}")
+    names = sorted(paths.attempts.iterdir()) if paths.attempts.is_dir() else []
+    last: dict[str, Attempt] = {}
+    for folder in names:
+        for attempt in attempts.read(paths, folder.name):
+            last[log_name(folder.name, attempt.shards)] = attempt
+    failed = {name: a.ended or 0.0 for name, a in last.items() if a.verdict == "failed"}
+    return sorted(
+        known,
+        key=lambda path: (failed.get(path.stem, 0.0), path.stat().st_mtime),
+        reverse=True,
+    )
+
+
+def show_logs(run_dir: str | Path, stage: str | None = None, lines: int = 40) -> None:
+    """Print the end of the log to read first and name the others."""
+    first, *others = find_logs(run_dir, stage)
+    print(f"==> {first} <==")
+    print("\n".join(first.read_text(errors="replace").splitlines()[-lines:]))
+    if others:
+        print(f"also: {', '.join(path.name for path in others[:8])}")

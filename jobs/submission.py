@@ -1,0 +1,57 @@
+"""What was submitted: one record a job, kept in RUN/submissions.jsonl."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import ClusterConfig
+from jobs.container import command, stage_argv
+from jobs.job import Job
+from yelp_hpc.files import append_jsonl
+from yelp_hpc.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that was submitted, or with ``dry_run`` would be."""
+
+    name: str
+    stage: str
+    job: str
+    """Slurm's job id, ``local-PID``, or "" for a dry run."""
+    tasks: tuple[str, ...]
+    command: str
+    """What the first task runs, as a person would type it."""
+    script: str = ""
+    """Dry run: the sbatch script."""
+
+
+def new_submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfig) -> Submission:
+    first = job.tasks[0].split(",")[0]
+    argv = command(cluster, paths.root, stage_argv(job.stage, paths.root, job.model, first), {})
+    return Submission(job.name, job.stage, job_id, job.tasks, shlex.join(argv))
+
+
+def record(
+    paths: RunPaths, submission: Submission, executor: str, frozen: Path, code: Path
+) -> None:
+    line: dict[str, Any] = {
+        "time": time.time(),
+        "name": submission.name,
+        "stage": submission.stage,
+        "job": submission.job,
+        "executor": executor,
+        "tasks": list(submission.tasks),
+        "command": submission.command,
+        "cluster": frozen.name,
+        "code": code.name,
+        "host": socket.gethostname(),
+        "user": os.environ.get("USER") or str(os.getuid()),
+    }
+    append_jsonl(paths.submissions, line)

@@ -1,0 +1,55 @@
+"""The cluster's settings: what is refused, and how stages inherit the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cluster import load_cluster, minutes
+from yelp_hpc.errors import RequestError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
+
+
+@pytest.mark.parametrize("name", ["4x3090", "local", "test"])
+def test_the_shipped_files_load(name: str) -> None:
+    load_cluster(CONFIGS / f"{name}.yaml")
+
+
+def test_a_stage_takes_the_defaults_that_it_does_not_set(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "defaults: {partition: a, time: 1:30:00, sbatch: {nice: '5', comment: x}}\n"
+        "train: {partition: b, sbatch: {comment: y}}\n"
+    )
+    train = load_cluster(file).resources("train")
+    assert train.partition == "b"
+    assert minutes(train.time or "") == 90
+    assert train.sbatch == {"nice": "5", "comment": "y"}
+    assert load_cluster(file).resources("collect").partition == "a"
+
+
+def test_every_problem_is_reported_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "train: {partion: gpu, gpus: -1, time: soon}\n"
+        'infer: {account: "a\\n#SBATCH --uid=0", sbatch: {signal: TERM}}\n'
+        "contaner: {}\n"
+    )
+    with pytest.raises(RequestError) as caught:
+        load_cluster(file)
+    message = str(caught.value)
+    for part in (
+        *("train.partion; did you mean train.partition?", "contaner; did you mean container?"),
+        *("train.gpus", "train.time", "infer.account", "signal is set by the launchers"),
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("5", 5), ("5:30", 6), ("1:00:00", 60), ("2-0", 2880), ("1-1:30", 1530), ("1-1:00:01", 1501)],
+)
+def test_minutes_reads_slurms_times(text: str, expected: int) -> None:
+    assert minutes(text) == expected

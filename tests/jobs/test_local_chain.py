@@ -1,0 +1,154 @@
+"""The whole machinery on this machine: submitit's local executor, real supervisors, played stages."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs import attempts
+from jobs.chain import cancel, submit
+from jobs.status import collect_status, find_logs
+from tests.jobs.conftest import FakeRun
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.paths import RunPaths
+
+MakeRun = Callable[..., FakeRun]
+
+
+def go(run: FakeRun, stage: str = "all") -> int:
+    return len(submit(stage, run.root, run.config, run.cluster, "local", say=lambda text: None))
+
+
+def once_started(run: FakeRun, name: str, act: Callable[[int], None]) -> threading.Thread:
+    """Call ``act`` with the supervisor's pid a moment after the stage ``name`` began."""
+
+    def wait() -> None:
+        while not any(line["name"] == name for line in run.trace()):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        act(attempts.read(RunPaths(run.root), name.partition("-")[0])[-1].pid)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_the_chain_runs_once_and_then_has_nothing_to_do(fake_run: MakeRun) -> None:
+    run = fake_run("a run", shards=2)
+    assert go(run) == 7
+    assert [line["name"] for line in run.trace()] == [
+        *("prepare", "train", "infer-base-0", "infer-base-1", "infer-tuned-0", "infer-tuned-1"),
+        "collect",
+    ]
+    assert go(run) == 0
+    assert len(run.trace()) == 7
+    lines, _ = collect_status(run.root, run.config)
+    assert {line.state for line in lines} == {"done"}
+
+
+def test_a_failed_shard_stops_only_what_needs_it_and_is_done_alone_next_time(
+    fake_run: MakeRun,
+) -> None:
+    run = fake_run(shards=3, cluster={"max_array_size": 2}, fail=["infer-base-1"]).prepared()
+    (run.root / "train" / "adapter").mkdir(parents=True)
+    (run.root / "train" / "adapter" / "complete.json").write_text('{"files": {}}')
+    with pytest.raises(StageError, match="the data is rotten"):
+        go(run, "infer")
+    assert len(run.predictions("base")) == 2
+    assert len(run.predictions("tuned")) == 3
+    lines, _ = collect_status(run.root, run.config)
+    base = next(line for line in lines if line.name == "infer-base")
+    assert base.state == "failed"
+    assert base.shards["done"] == 2
+    assert "rotten" in find_logs(run.root)[0].read_text()
+    before = len(run.trace())
+    run.plan(steps=1)
+    go(run, "infer")
+    assert [line["name"] for line in run.trace()[before:]] == ["infer-base-1"]
+
+
+def test_a_signal_to_save_runs_the_stage_again_where_it_was(fake_run: MakeRun) -> None:
+    run = fake_run(steps=25).prepared()
+    thread = once_started(run, "train", lambda pid: os.kill(pid, signal.SIGUSR2))
+    go(run, "train")
+    thread.join()
+    tried = attempts.read(RunPaths(run.root), "train")
+    assert [attempt.verdict for attempt in tried] == ["again", "done"]
+    assert len(run.trace()) == 2
+
+
+def test_cancel_saves_and_stops(fake_run: MakeRun) -> None:
+    run = fake_run(steps=200).prepared()
+    thread = once_started(run, "train", lambda pid: cancel(run.root) and None)
+    with pytest.raises(SavedForRequeue):
+        go(run, "train")
+    thread.join()
+    assert attempts.read(RunPaths(run.root), "train")[-1].verdict == "stopped"
+    assert (run.root / "train" / "checkpoints" / "step.json").exists()
+
+
+def test_a_stage_that_never_gets_anywhere_is_given_up(fake_run: MakeRun) -> None:
+    run = fake_run(cluster={"requeue_cap": 2}, steps=1000, stuck=True).prepared()
+    stop = threading.Event()
+
+    def pester() -> None:
+        seen = 0
+        while not stop.is_set():
+            tried = attempts.read(RunPaths(run.root), "train")
+            if len(run.trace()) > seen and tried and not tried[-1].verdict:
+                seen += 1
+                time.sleep(0.4)
+                os.kill(tried[-1].pid, signal.SIGUSR2)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=pester, daemon=True)
+    thread.start()
+    with pytest.raises(StageError, match="no progress"):
+        go(run, "train")
+    stop.set()
+    thread.join()
+    assert len(run.trace()) == 2
+
+
+def test_a_running_stage_is_not_submitted_twice(fake_run: MakeRun) -> None:
+    run = fake_run(steps=20).prepared()
+    refused: list[str] = []
+
+    def again(pid: int) -> None:
+        with pytest.raises(RequestError, match="already submitted") as caught:
+            go(run, "train")
+        refused.append(str(caught.value))
+
+    thread = once_started(run, "train", again)
+    go(run, "train")
+    thread.join()
+    assert "local-" in refused[0]
+    assert len(run.trace()) == 1
+
+
+def test_a_stage_without_its_input_is_refused(fake_run: MakeRun) -> None:
+    with pytest.raises(RequestError, match="needs prepare"):
+        go(fake_run(), "train")
+
+
+def test_a_command_that_does_not_exist_is_one_clear_message(fake_run: MakeRun) -> None:
+    run = fake_run(cluster={"command": ["/no/such/python"]})
+    with pytest.raises(StageError, match="cannot start /no/such/python: No such file"):
+        go(run, "prepare")
+
+
+def test_no_secret_stays_in_the_run_directory(
+    fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    run = fake_run(shards=1)
+    go(run)
+    files = [path for path in Path(run.root).rglob("*") if path.is_file()]
+    assert any(path.suffix == ".pkl" for path in files)
+    assert not [path for path in files if b"hf_very_secret" in path.read_bytes()]
