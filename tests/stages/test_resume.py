@@ -1,0 +1,224 @@
+"""Interrupted in ten ways, the training ends with the very bytes of an uninterrupted one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tiny import make_model, prepare_run, tiny_config
+
+from yelp_hpc.files import damaged_files, read_jsonl
+from yelp_hpc.paths import RunPaths, step_of
+
+LAUNCHER = """
+import json, sys
+from yelp_hpc.config import config_from_dict
+from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.paths import RunPaths
+from yelp_hpc.stages.train import run
+try:
+    run(RunPaths(sys.argv[1]), config_from_dict(json.loads(sys.argv[2])))
+except YelpHpcError as error:
+    print(f"verdict: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+STEPS = 170
+WAIT = 120
+
+
+class Launch:
+    """A training in processes of its own."""
+
+    def __init__(self, run: RunPaths, config, **environ: str) -> None:
+        self.run = run
+        self.output = run.root / f"output-{time.monotonic_ns()}"
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", LAUNCHER, str(run.root), config.model_dump_json()],
+                stderr=file,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+            )
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in order."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def until_step(self, step: int) -> int:
+        """Wait until the log holds `step`; returns the last step there."""
+        return self._until(lambda: (last := last_step(self.run)) >= step and last)
+
+    def until_writing(self) -> None:
+        """Wait until a checkpoint is being written."""
+        self._until(lambda: any(self.run.checkpoints.glob(".step-*.tmp/state.json")))
+
+    def _until(self, condition):
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            if result := condition():
+                return result
+            assert self.process.poll() is None, self.output.read_text()
+        pytest.fail(f"waited too long:\n{self.output.read_text()}")
+
+    def kill(self) -> None:
+        """SIGKILL to the launcher alone; its ranks must follow it."""
+        ranks = self.ranks()
+        assert len(ranks) == 2
+        self.process.kill()
+        self.process.wait()
+        end = time.monotonic() + 10
+        while any(alive(pid) for pid in ranks):
+            assert time.monotonic() < end, "a rank outlived its launcher"
+            time.sleep(0.01)
+
+    def end(self) -> tuple[int, str]:
+        """The exit code and what was said."""
+        code = self.process.wait(timeout=WAIT)
+        return code, self.output.read_text()
+
+
+def alive(pid: int) -> bool:
+    with suppress(OSError):
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
+
+
+def last_step(run: RunPaths) -> int:
+    return max((line["step"] for line in read_jsonl(run.train_log)), default=0)
+
+
+def newest(run: RunPaths) -> Path:
+    """The newest checkpoint that is whole."""
+    found = [p for p in run.checkpoints.glob("step-*") if not damaged_files(p)]
+    return max(found, key=lambda path: step_of(path) or 0)
+
+
+def digest(run: RunPaths) -> str:
+    return hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_ten_interruptions_change_no_byte(tmp_path):
+    model = make_model(tmp_path / "model")
+    calm, rough = prepare_run(tmp_path / "calm", model), RunPaths(tmp_path / "rough")
+    shutil.copytree(calm.root, rough.root)
+    config = tiny_config(
+        model, train={"nproc": 2, "epochs": 20, "max_steps": STEPS, "save_every_steps": 10}
+    )
+    code, said = Launch(calm, config).end()
+    assert code == 0, said
+
+    def interrupted(launch: Launch) -> None:
+        """It says that it saved, and no finished step is lost."""
+        code, said = launch.end()
+        assert code == 75, said
+        if last := last_step(rough):
+            assert step_of(newest(rough)) == last
+
+    launch = Launch(rough, config)  # 1: before anything was done
+    while not len(launch.ranks()) == 2:
+        time.sleep(0.01)
+    launch.process.send_signal(signal.SIGUSR2)
+    interrupted(launch)
+
+    launch = Launch(rough, config)  # 2: SIGUSR2 at some step
+    launch.until_step(12)
+    launch.process.send_signal(signal.SIGUSR2)
+    interrupted(launch)
+
+    launch = Launch(rough, config)  # 3: SIGTERM
+    launch.until_step(28)
+    launch.process.send_signal(signal.SIGTERM)
+    interrupted(launch)
+
+    launch = Launch(rough, config)  # 4: SIGKILL of the launcher: nothing left behind
+    launch.until_step(44)
+    launch.kill()
+
+    launch = Launch(rough, config)  # 5: SIGKILL of one rank: the job ends at once and says who
+    launch.until_step(58)
+    os.kill(launch.ranks()[1], signal.SIGKILL)
+    code, said = launch.end()
+    assert code == 1
+    assert "verdict: rank 1 was killed by SIGKILL" in said
+
+    torn = False
+    launch = Launch(rough, config)  # 6: SIGKILL in the middle of writing a checkpoint
+    launch.until_step(72)
+    launch.until_writing()
+    os.kill(launch.ranks()[0], signal.SIGKILL)
+    torn = any(rough.checkpoints.glob(".step-*.tmp"))
+    assert launch.end()[0] == 1
+
+    launch = Launch(rough, config)  # 7: the newest checkpoint cut in half afterwards
+    launch.until_step(88)
+    launch.kill()
+    cut = newest(rough)
+    weights = cut / "adapter_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+
+    launch = Launch(rough, config)  # 8: the signal reaches one rank only
+    launch.until_step(106)
+    os.kill(launch.ranks()[1], signal.SIGUSR2)
+    interrupted(launch)
+    assert f"checkpoint {cut} is damaged and skipped" in launch.output.read_text()
+
+    launch = Launch(rough, config)  # 9: two signals, one after the other
+    launch.until_step(124)
+    launch.process.send_signal(signal.SIGUSR2)
+    launch.process.send_signal(signal.SIGTERM)
+    interrupted(launch)
+
+    # 10: the time is nearly up
+    interrupted(Launch(rough, config, YELP_HPC_DEADLINE=str(time.time() + 9)))
+
+    code, said = Launch(rough, config).end()
+    assert code == 0, said
+    assert torn, "the kill did not hit a write"
+    assert digest(rough) == digest(calm)
+    lines, undisturbed = read_jsonl(rough.train_log), read_jsonl(calm.train_log)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "learning_rate", "validation_loss"):
+        assert [x.get(key) for x in lines] == [x.get(key) for x in undisturbed]
+    assert lines[-1]["restarts"] >= 8
+    assert not list(rough.checkpoints.glob(".*"))
+
+
+def test_any_world_size_and_packing_trains_the_same_adapter(tmp_path):
+    """1, 2 and 4 ranks, other token budgets; dropout is on; the last batch of an epoch is small."""
+    from safetensors.numpy import load_file
+
+    model = make_model(tmp_path / "model")
+    adapters, losses = [], []
+    settings = {"epochs": 2, "save_every_steps": 2, "evaluate_every": 6}
+    for nproc, max_tokens in ((1, 100), (2, 4096), (4, 256)):
+        run = prepare_run(tmp_path / f"ranks-{nproc}", model, train=21)
+        config = tiny_config(model, train={**settings, "nproc": nproc, "max_tokens": max_tokens})
+        code, said = Launch(run, config).end()
+        assert code == 0, said
+        adapters.append(load_file(run.adapter / "adapter_model.safetensors"))
+        losses.append([line["loss"] for line in read_jsonl(run.train_log)])
+        assert len(list(run.logs.glob("train-rank-*.log"))) == nproc
+    # Another world size goes on where two ranks stood.
+    run = RunPaths(tmp_path / "ranks-2")
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoint(6))
+    config = tiny_config(model, train={**settings, "nproc": 1, "max_tokens": 4096})
+    code, said = Launch(run, config).end()
+    assert code == 0, said
+    assert "going on from step 4" in said
+    adapters.append(load_file(run.adapter / "adapter_model.safetensors"))
+    losses.append([line["loss"] for line in read_jsonl(run.train_log)])
+    assert len(losses[0]) == 6
+    for other, loss in zip(adapters[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], abs=1e-5)
+        for name, tensor in adapters[0].items():
+            assert abs(other[name] - tensor).max() < 1e-5, name
+    assert any(abs(tensor).max() > 1e-3 for name, tensor in adapters[0].items() if "lora_B" in name)

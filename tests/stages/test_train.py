@@ -1,0 +1,307 @@
+"""Stage train on a tiny Llama: what is written is what PEFT and plain transformers compute too."""
+
+from __future__ import annotations
+
+import math
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import make_model, prepare_run, tiny_config
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from yelp_hpc.checkpoint import read_checkpoint
+from yelp_hpc.distributed import StopRequest, deadline, first_host, rendezvous
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.export import export_merged
+from yelp_hpc.files import is_complete, read_json, read_jsonl
+from yelp_hpc.paths import RunPaths
+from yelp_hpc.stages import train
+from yelp_hpc.training import truncate_log
+from yelp_hpc.training_data import f1_macro, read_rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def train_here(run, config, stop=None):
+    """One rank in this process, without the launcher."""
+    payload = {
+        "run": str(run.root),
+        "config": config.model_dump(mode="json"),
+        "model": config.model.path,
+        "fingerprint": train.training_fingerprint(run, config),
+    }
+    threads = torch.get_num_threads()
+    try:
+        train.train_rank(payload, stop or StopRequest())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    """A finished training through the launcher, and its settings."""
+    run = prepare_run(tmp_path_factory.mktemp("run"), model)
+    config = tiny_config(model, train={"epochs": 2, "evaluate_every": 5})
+    train.run(run, config)
+    return run, config
+
+
+def losses(run):
+    return [line["loss"] for line in read_jsonl(run.train_log)]
+
+
+def test_the_log_holds_every_step_once_and_the_loss_falls(trained):
+    run, _ = trained
+    lines = read_jsonl(run.train_log)
+    assert [line["step"] for line in lines] == list(range(1, 23))
+    checked = [line["step"] for line in lines if "validation_loss" in line]
+    assert checked == [5, 10, 15, 20, 22]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert lines[-1]["validation_loss"] < lines[4]["validation_loss"]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[:3] == [0, 2.5e-3, 5e-3]  # two steps of warm-up, then the cosine
+    assert rates[12] == pytest.approx(5e-3 * 0.5 * (1 + math.cos(math.pi * 10 / 20)))
+    for key in ("tokens_per_second", "examples_per_second", "memory_bytes", "grad_norm", "time"):
+        assert all(line[key] > 0 for line in lines), key
+
+
+def test_peft_alone_finds_the_logged_validation_loss(trained):
+    """The adapter on the plain model, one padded-free sequence at a time, no code of ours."""
+    run, config = trained
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    tuned = PeftModel.from_pretrained(base, str(run.adapter)).eval()
+    rows = read_rows(run.split("validation"), read_json(run.tokens))
+    total, confusion = 0.0, [[0] * 5 for _ in range(5)]
+    for i in range(len(rows)):
+        with torch.no_grad():
+            logits = tuned(input_ids=torch.tensor([rows.sequence(i)])).logits[0, -2:]
+        targets = torch.tensor([rows.label_ids[rows.labels[i]], rows.eos_id])
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        confusion[rows.labels[i]][logits[0, rows.label_ids].argmax()] += 1
+    last = read_jsonl(run.train_log)[-1]
+    assert last["validation_loss"] == pytest.approx(total / (2 * len(rows)), abs=1e-5)
+    assert last["validation_accuracy"] == sum(confusion[i][i] for i in range(5)) / len(rows)
+    assert last["validation_f1_macro"] == pytest.approx(f1_macro(confusion))
+
+
+def test_the_adapter_folder_is_pefts_and_whole(trained):
+    run, config = trained
+    assert is_complete(run.adapter)
+    settings = read_json(run.adapter / "adapter_config.json")
+    assert settings["base_model_name_or_path"] == config.model.path
+    assert settings["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (4, 8, "LORA")
+    assert run.loss_png.read_bytes().startswith(b"\x89PNG")
+    # A checkpoint is an adapter of PEFT's as well.
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    PeftModel.from_pretrained(base, str(run.checkpoint(22)))
+
+
+def test_a_finished_training_does_nothing(trained, capfd):
+    run, config = trained
+    before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*")}
+    train.run(run, config)
+    assert "already done" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*")} == before
+
+
+def test_another_training_in_the_same_folder_is_refused(trained):
+    run, config = trained
+    other = tiny_config(
+        config.model.path, lora={"rank": 2}, train={"epochs": 2, "evaluate_every": 5}
+    )
+    with pytest.raises(RequestError, match=r"lora.rank: 4 there, 2 now"):
+        train.run(run, other)
+
+
+def test_gradients_checkpointed_or_not_and_any_packing_are_equal(model, trained, tmp_path):
+    straight = losses(trained[0])
+    for number, settings in enumerate([{"gradient_checkpointing": "on"}, {"max_tokens": 4096}]):
+        run = prepare_run(tmp_path / str(number), model)
+        train_here(run, tiny_config(model, train={"epochs": 2, "evaluate_every": 5, **settings}))
+        assert losses(run) == pytest.approx(straight, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_starts_like_fp32(model, trained, tmp_path, precision):
+    run = prepare_run(tmp_path, model)
+    train_here(run, tiny_config(model, train={"epochs": 2, "precision": precision, "max_steps": 5}))
+    assert losses(run) == pytest.approx(losses(trained[0])[:5], rel=5e-3)
+    state = read_checkpoint(run.checkpoint(5)).state["scaler"]
+    assert (state.get("scale") == 65536) == (precision == "fp16")
+
+
+def test_fp16_skips_a_step_that_overflows(model, tmp_path):
+    """A scale far too large: the steps are skipped, the scale halves, the rate stays."""
+    run = prepare_run(tmp_path, model)
+    config = tiny_config(model, train={"precision": "fp16", "max_steps": 1, "evaluate_every": 99})
+    train_here(run, config)
+    folder = run.checkpoint(1)
+    assert read_jsonl(run.train_log)[0]["skipped"] == 0
+    config = tiny_config(model, train={"precision": "fp16", "max_steps": 4, "evaluate_every": 99})
+    from yelp_hpc.checkpoint import CheckpointStore
+
+    snapshot = read_checkpoint(folder)
+    snapshot.state["scaler"]["scale"] = 2.0**40
+    snapshot.state["fingerprint"] = train.training_fingerprint(run, config)
+    CheckpointStore(run.checkpoints, 2).save(snapshot)
+    train_here(run, config)
+    lines = read_jsonl(run.train_log)
+    assert lines[1]["skipped"] == 1
+    assert lines[1]["grad_norm"] is None
+    assert lines[1]["loss_scale"] == 2.0**39
+    assert lines[2]["learning_rate"] == lines[1]["learning_rate"]
+
+
+def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(model, tmp_path):
+    run = prepare_run(tmp_path, model)
+    config = tiny_config(
+        model,
+        train={
+            "learning_rate": 1e9, "warmup_steps": 0, "max_grad_norm": 1e9, "save_every_steps": 1,
+            "evaluate_every": 99,
+        },
+    )  # fmt: skip
+    with pytest.raises(StageError, match=r"step 2: .*last good checkpoint is .*step-000001"):
+        train_here(run, config)
+    assert not run.adapter.exists()
+
+
+def test_a_stop_in_the_middle_of_a_step_repeats_that_step(model, trained, tmp_path):
+    """Asked to stop at every check in turn: no step is applied twice, none is lost."""
+    run = prepare_run(tmp_path, model)
+    config = tiny_config(model, train={"epochs": 2, "evaluate_every": 5})
+
+    class After(StopRequest):
+        checks = 7
+
+        @property
+        def pending(self):
+            self.checks -= 1
+            return self.checks < 0
+
+    starts = 1
+    while True:
+        stop = After()
+        stop.checks = 7 + 5 * starts
+        try:
+            train_here(run, config, stop)
+            break
+        except SavedForRequeue:
+            starts += 1
+    assert starts > 5
+    first, second = (r.adapter / "adapter_model.safetensors" for r in (trained[0], run))
+    assert first.read_bytes() == second.read_bytes()
+    lines = read_jsonl(run.train_log)
+    assert [line["step"] for line in lines] == list(range(1, 23))
+    assert [x.get("validation_loss") for x in lines] == [
+        x.get("validation_loss") for x in read_jsonl(trained[0].train_log)
+    ]
+
+
+def test_merged_export_equals_the_adapter_on_its_base(trained, tmp_path):
+    run, config = trained
+    out = tmp_path / "merged"
+    export_merged(run, config, out)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out)("the food was superb")["input_ids"]])
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    tuned = PeftModel.from_pretrained(base, str(run.adapter)).eval()
+    merged = AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        difference = (merged(ids).logits - tuned(ids).logits).abs().max()
+        with tuned.disable_adapter():
+            effect = (merged(ids).logits - tuned(ids).logits).abs().max()
+    assert difference < 1e-4 < effect
+    with pytest.raises(RequestError, match="not empty"):
+        export_merged(run, config, out)
+    with pytest.raises(RequestError, match="run train"):
+        export_merged(RunPaths(tmp_path / "nothing"), config, tmp_path / "other")
+
+
+def test_missing_input_is_one_message(model, tmp_path):
+    with pytest.raises(RequestError, match="run prepare first") as caught:
+        train.run(RunPaths(tmp_path), tiny_config(model))
+    assert str(caught.value).count("is missing") == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_rank_is_the_launchers(model, tmp_path):
+    run = prepare_run(tmp_path, model)
+    with pytest.raises(RequestError, match=r"lora.target nonsense .*\n.*train-rank-0.log"):
+        train.run(run, tiny_config(model, lora={"target": ["nonsense"]}))
+
+
+def test_tensorboard_without_its_package_is_refused(model, tmp_path):
+    if find_spec("tensorboard") is not None:
+        pytest.skip("tensorboard is installed")
+    with pytest.raises(RequestError, match="tensorboard is not installed"):
+        train.run(prepare_run(tmp_path, model), tiny_config(model, train={"tensorboard": True}))
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    run = RunPaths(tmp_path)
+    run.train.mkdir()
+    run.train_log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    truncate_log(run, 2, pending=False)
+    assert run.train_log.read_text() == '{"step": 1}\n{"step": 2}\n'
+    truncate_log(run, 2, pending=True)
+    assert run.train_log.read_text() == '{"step": 1}\n'
+
+
+STEP = {
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_several_nodes_meet_by_slurms_variables_or_by_ours():
+    place = rendezvous(STEP)
+    assert (place.nodes, place.node_rank, place.address) == (2, 1, "gpu03")
+    assert place.port == 20000 + 123456 % 20000
+    assert rendezvous({"SLURM_NNODES": "2", "SLURM_NODEID": "0"}).nodes == 1  # no job step
+    ours = {
+        "YELP_HPC_NNODES": "3",
+        "YELP_HPC_NODE_RANK": "2",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "9",
+    }
+    place = rendezvous({**STEP, **ours})
+    assert (place.nodes, place.node_rank, place.address, place.port) == (3, 2, "a", 9)
+    with pytest.raises(RequestError, match="SLURM_NODEID is not set"):
+        rendezvous({"YELP_HPC_NNODES": "2"})
+    with pytest.raises(RequestError, match="not numbers"):
+        rendezvous({"YELP_HPC_NNODES": "two"})
+    with pytest.raises(RequestError, match="outside"):
+        rendezvous({**STEP, "SLURM_NODEID": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[03-05,9]", "n03"),
+        ("a[1,3]b[2-4],c", "a1b2"),
+        ("x,n[1-2]", "x"),
+    ],
+)
+def test_first_host(nodelist, first):
+    assert first_host(nodelist) == first
+
+
+def test_a_passed_deadline_is_none():
+    assert deadline({"YELP_HPC_DEADLINE": "50", "SLURM_JOB_END_TIME": "80"}, now=10) == 50
+    assert deadline({"SLURM_JOB_END_TIME": "80"}, now=10) == 80
+    assert deadline({"SLURM_JOB_END_TIME": "80"}, now=90) is None
+    assert deadline(dict(os.environ) | {"YELP_HPC_DEADLINE": ""}, now=1e12) is None
+    with pytest.raises(RequestError):
+        deadline({"YELP_HPC_DEADLINE": "soon"}, now=0)
