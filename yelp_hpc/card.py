@@ -71,7 +71,7 @@ def model_card(
         _pictures(pictures),
         _use(config, repo, native),
         _training(config, record, gpu_hours),
-        _limits(config, record),
+        _limits(config, metrics, record),
         _provenance(record),
     ]
     body = "\n\n".join(section for section in sections if section)
@@ -106,7 +106,7 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
         base_model=base_model_id(config),
         base_model_relation="finetune" if publish.merged else "adapter",
         datasets=[str(data.path)] if data.source == "hub" else None,
-        language="en",
+        language=None if data.source == "file" else "en",
         library_name="transformers" if publish.merged else "peft",
         license=publish.license,
         metrics=["accuracy", "f1"],
@@ -274,18 +274,18 @@ def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | N
     return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
-def _limits(config: Config, record: Mapping[str, Any]) -> str:
+def _limits(config: Config, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     data = record.get("data") or {}
     truncated, twins = data.get("truncated"), data.get("duplicates")
     facts = [
-        "It was tested on reviews like those it was trained on, in English, and on nothing else.",
-        "A neighbouring rating is its usual mistake; look at the confusion matrix before relying "
-        "on single answers.",
+        "It was tested on reviews from the source that it was trained on, and on nothing else.",
         "It inherits the biases of the base model and of the people who wrote the reviews. It is "
         "not meant for decisions about persons or businesses.",
         "One training run with one seed: the intervals cover the choice of test reviews, not the "
         "chance in training.",
     ]
+    if mistakes := _mistakes(metrics):
+        facts.insert(1, mistakes)
     if truncated:
         facts.append(
             f"{truncated:,} reviews over {config.data.cutoff} tokens lost their end before the "
@@ -298,6 +298,20 @@ def _limits(config: Config, record: Mapping[str, Any]) -> str:
         "own terms hold as well."
     )
     return "## Limitations\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def _mistakes(metrics: Mapping[str, Any]) -> str:
+    """How far off the tuned model's wrong answers are, from its confusion matrix."""
+    matrix = (metrics["models"].get("tuned") or {}).get("confusion") or []
+    wrong = sum(sum(cells) for cells in matrix) - sum(c[i] for i, c in enumerate(matrix))
+    near = sum(
+        cells[j] for i, cells in enumerate(matrix) for j in (i - 1, i + 1) if 0 <= j < len(LABELS)
+    )
+    return (
+        f"{wrong:,} test reviews got a wrong answer, {near:,} of them one star off."
+        if wrong
+        else ""
+    )
 
 
 def _provenance(record: Mapping[str, Any]) -> str:
