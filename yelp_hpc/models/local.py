@@ -21,6 +21,9 @@ def model_folder(model: ModelConfig) -> Path:
         if model.path != demo.MODEL:
             raise RequestError(f"model.path {model.path} is unknown; the demo's is {demo.MODEL}")
         return demo.model_folder()
+    local = Path(model.path).expanduser()
+    if local.is_dir():  # before the slow import of what downloads
+        return local
     from yelp_hpc.models.load import fetch_model
 
     return fetch_model(model.path, model.revision, demo.cache_folder() / "hub")
