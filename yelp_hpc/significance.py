@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from yelp_hpc.metrics import (
     CLASSES,
@@ -149,7 +150,7 @@ def _log_tail(successes: int, trials: int) -> float:
     return log_largest + math.log(total)
 
 
-def joint_table(labels: Counts, base: Counts, tuned: Counts) -> Counts:
+def joint_table(labels: Counts, base: NDArray[Any], tuned: NDArray[Any]) -> Counts:
     """``[5, 7, 7]`` counts of truth, base's and tuned's column; column 6 is any stray integer."""
     width = UNPARSED + 2
     flat = (labels * width + base) * width + tuned
