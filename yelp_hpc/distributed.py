@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 
+PACKAGE = str(Path(__file__).resolve().parents[1])
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 SAVED = SavedForRequeue.exit_code
 
@@ -101,6 +102,8 @@ def rank_environment(
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        # The ranks run the code that started them, wherever they are started.
+        "PYTHONPATH": os.pathsep.join(filter(None, (PACKAGE, environ.get("PYTHONPATH")))),
     }
     if "OMP_NUM_THREADS" not in environ:
         values["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
@@ -210,8 +213,19 @@ def _relay(stream: IO[bytes], log: Path) -> None:
         for line in stream:
             file.write(line)
             with suppress(OSError, ValueError):
-                sys.stderr.write(line.decode(errors="replace"))
+                sys.stderr.write(on_screen(line.decode(errors="replace"), sys.stderr.isatty()))
                 sys.stderr.flush()
+
+
+def on_screen(line: str, terminal: bool, width: int = 24) -> str:
+    """A line of the log as it is shown: on a terminal `step A/B …` becomes a bar that stays put."""
+    step = re.match(r"step (\d+)/(\d+) ", line)
+    if not terminal or step is None:
+        return line
+    done, steps = int(step[1]), int(step[2])
+    filled = width * done // steps
+    end = "\n" if done == steps or "validation" in line else ""
+    return f"\r\x1b[K[{'━' * filled}{' ' * (width - filled)}] {line.rstrip()}{end}"
 
 
 def _watch(ranks: list[_Rank], stopped: threading.Event) -> None:

@@ -312,7 +312,8 @@ class Training:
 
     def _diverged(self, step: int, what: str) -> StageError:
         self.store.wait()
-        good, _ = self.store.newest() if self.world.first else (None, [])
+        self.world.sum(torch.zeros(1, device=self.world.device))  # all look after the last write
+        good, _ = self.store.newest()
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         return StageError(
             f"step {step + 1}: {what}; {kept}. A lower train.learning_rate, a longer "

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +200,8 @@ def join_world(config: Config) -> World:
             f"train.nproc is {config.train.nproc}, but this node shows {gpus} GPUs: "
             "one rank needs one GPU"
         )
-    state = PartialState(cpu=not gpus)
+    # A node that never comes is given up after this time; a rank that dies is seen at once.
+    state = PartialState(cpu=not gpus, timeout=timedelta(minutes=10))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if gpus:
         torch.use_deterministic_algorithms(True, warn_only=True)
