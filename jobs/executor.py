@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
 
 FOREVER = 365 * 24 * 60
+_INHERITED = "${PYTHONPATH:+:$PYTHONPATH}"
 # what sbatch says → the key to change
 _HINTS = {
     "partition": "partition",

@@ -1,4 +1,4 @@
-"""The whole machinery on this machine: submitit's local executor, real supervisors, played stages."""
+"""The whole machinery on this machine: submitit locally, real supervisors, played stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from jobs import attempts
 from jobs.chain import cancel, submit
 from jobs.status import collect_status, find_logs
-from tests.jobs.conftest import FakeRun
+from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.paths import RunPaths
 

@@ -16,7 +16,7 @@ from jobs.container import command, stage_argv, stage_environment
 from jobs.executor import refusal
 from jobs.job import Job, pack
 from jobs.supervisor import hub_token
-from tests.jobs.conftest import FakeRun
+from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.paths import RunPaths
 

@@ -1,0 +1,151 @@
+"""Training on a cluster that dies, all of it real: Slurm, two ranks, the stages, the faults.
+
+Five runs of the same training are interrupted at the same time, each in its own way; each has to
+end by itself with the adapter of the run that nobody interrupted, byte for byte.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import attempts
+from jobs.attempts import Attempt, last_seen
+from tests.cluster.conftest import GPU, Cluster, copy_run, read, wait_ended, wait_for, yelp_hpc
+from tests.tiny import HEAD, TAIL, make_model, reviews
+from yelp_hpc.files import read_jsonl, sha256_file
+from yelp_hpc.paths import RunPaths
+
+pytestmark = pytest.mark.timeout(900)
+
+# fault → where it runs; the GPUs make the preempting jobs want exactly these two nodes
+PLACES = {
+    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 40, "nodelist": "c1"},
+    "requeue": {"partition": "cpu", "nodelist": "c1"},
+    "node-failure": {"partition": "cpu", "nodelist": "c2"},
+    "grace": {"partition": "low", "nodelist": "g1", "gpus": 4, "gpu_type": "rtx3090"},
+    "no-grace": {"partition": "low0", "nodelist": "g2", "gpus": 4, "gpu_type": "rtx3090"},
+}
+
+
+@dataclass
+class Outcome:
+    reference: RunPaths
+    runs: dict[str, RunPaths] = field(default_factory=dict)
+    jobs: dict[str, str] = field(default_factory=dict)
+
+    def tried(self, fault: str) -> list[Attempt]:
+        return attempts.read(self.runs[fault], "train")
+
+
+@pytest.fixture(scope="module")
+def outcome(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
+    """Everything happens here once; the tests look at what came of it."""
+    top = tmp_path_factory.mktemp("faults")
+    config = write_config(top)
+    reference = RunPaths(top / "reference")
+    common = ["--config", str(config)]
+    yelp_hpc("submit", "all", *common, "--executor", "local", "--run", str(reference.root))
+    result = Outcome(reference)
+    for fault, place in PLACES.items():
+        run = RunPaths(copy_run(reference.root, top / fault))
+        stage = "all" if fault == "requeue" else "train"
+        cluster = write_cluster(top / f"{fault}.yaml", place)
+        yelp_hpc("submit", stage, *common, "--cluster", str(cluster), "--run", str(run.root))
+        result.runs[fault] = run
+        lines = read_jsonl(run.submissions)
+        result.jobs[fault] = next(line["job"] for line in lines if line["name"] == "train")
+    for fault in ("grace", "no-grace", "node-failure", "requeue"):
+        checkpoints = result.runs[fault].checkpoints
+        wait_for(lambda d=checkpoints: list(d.glob("step-*")), 240, f"{fault}: a checkpoint")
+    slurm.preempt()
+    slurm.kill_node("c2", result.jobs["node-failure"])
+    slurm.sh("scontrol", "requeue", result.jobs["requeue"])
+    wait_for(lambda: "down" in slurm.sh("sinfo", "-hN", "-n", "c2", "-o", "%T"), 60, "c2 down")
+    slurm.script("slurm_up.sh")
+    every = [line["job"] for run in result.runs.values() for line in read_jsonl(run.submissions)]
+    wait_ended(every, 600)
+    yield result
+
+
+def write_config(top: Path) -> Path:
+    make_model(top / "model")
+    with (top / "reviews.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *reviews(600)])
+    values = {
+        "name": "faults",
+        "model": {"path": str(top / "model")},
+        "data": {"source": "file", "train": str(top / "reviews.csv"), "test_rows": 60},
+        "prompt": {"template": HEAD + "{review}" + TAIL + "{label}"},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "train": {
+            **{"nproc": 2, "learning_rate": 5e-3, "warmup_steps": 2, "global_batch": 8},
+            **{"max_tokens": 256, "epochs": 10, "save_every_steps": 40, "evaluate_every": 500},
+        },
+        "infer": {"shards": 1},
+        "collect": {"bootstrap": 100},
+    }
+    path = top / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def write_cluster(path: Path, place: dict[str, object]) -> Path:
+    own = {key: value for key, value in place.items() if key != "nodelist"}
+    own["sbatch"] = {"nodelist": place["nodelist"]}
+    defaults = {"partition": "cpu", "memory": "500M", "time": "10", "save_seconds": 30}
+    path.write_text(yaml.safe_dump({"defaults": defaults, "train": own}))
+    return path
+
+
+@pytest.mark.parametrize("fault", list(PLACES))
+def test_the_adapter_is_that_of_the_uninterrupted_run(outcome: Outcome, fault: str) -> None:
+    tried = outcome.tried(fault)
+    assert tried[-1].verdict == "done", tried[-1].reason
+    assert len(tried) >= (3 if fault == "time-limit" else 2)
+    name = "adapter_model.safetensors"
+    mine = sha256_file(outcome.runs[fault].adapter / name)
+    assert mine == sha256_file(outcome.reference.adapter / name)
+
+
+@pytest.mark.parametrize("fault", list(PLACES))
+def test_nothing_ran_twice_at_once_and_no_finished_step_was_lost(
+    outcome: Outcome, fault: str
+) -> None:
+    tried = outcome.tried(fault)
+    for before, after in pairwise(tried):
+        assert last_seen(before) <= after.started
+    steps = [line["step"] for line in read_jsonl(outcome.runs[fault].train_log)]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict"),
+    [
+        ("time-limit", "requeued"),
+        ("grace", "requeued"),
+        ("requeue", "stopped"),  # Slurm itself requeues
+        ("node-failure", "lost"),
+    ],
+)
+def test_the_reason_is_recorded(outcome: Outcome, fault: str, verdict: str) -> None:
+    first = outcome.tried(fault)[0]
+    assert first.verdict == verdict
+    assert first.reason
+
+
+def test_the_chain_on_slurm_gives_the_figures_of_the_local_one(outcome: Outcome) -> None:
+    slurm_made = read(outcome.runs["requeue"].metrics)
+    assert slurm_made["models"] == read(outcome.reference.metrics)["models"]
+
+
+def test_gpu_hours_lost_are_part_of_those_used(outcome: Outcome) -> None:
+    used, lost = attempts.gpu_hours(outcome.tried("no-grace"))
+    assert GPU["gpu_type"] == "rtx3090"
+    assert 0 < lost < used
