@@ -207,7 +207,7 @@ def jobs(attempts: Sequence[Mapping[str, Any]], submissions: Sequence[Mapping[st
         parts.append(
             f'<figure class="card">{chart}<ul class="key">{key}</ul>'
             f"<p>GPU-hours: {used:.2f}, of them lost to interruptions: {lost:.2f}.</p></figure>"
-            f'<details class="card"><summary>{len(attempts)} starts</summary>{table}</details>'
+            f'<details class="card"><summary>Starts of jobs ({len(attempts)})</summary>{table}</details>'
         )
     if submissions:
         rows = (
@@ -219,7 +219,7 @@ def jobs(attempts: Sequence[Mapping[str, Any]], submissions: Sequence[Mapping[st
             for s in submissions[-_LISTED:]
         )
         table = _table(["time", "job", "id", "executor", "command"], rows, "left")
-        title = f"{len(submissions)} submissions"
+        title = f"Submissions ({len(submissions)})"
         parts.append(f'<details class="card"><summary>{title}</summary>{table}</details>')
     return f"<h2>Jobs</h2>{''.join(parts)}"
 
@@ -314,7 +314,7 @@ def provenance(record: Mapping[str, Any]) -> str:
     for title, rows in (("Configuration", config), ("Packages", packages)):
         if rows:
             table = _table(["", ""], rows, "left")
-            parts.append(f'<details class="card"><summary>{title}</summary>{table}</details>')
+            parts.append(f'<details class="card long"><summary>{title}</summary>{table}</details>')
     return f"<h2>Provenance</h2>{''.join(parts)}"
 
 

@@ -29,7 +29,7 @@ def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "middle")
     )
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that span ``low`` to ``high`` (steps of 1, 2 or 5 times a power of ten)."""
     if not high > low:
         return [low]
@@ -41,10 +41,15 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A tick's number: ``1200`` → ``1.2k``, ``5e-05`` stays."""
+    """A number in little room: ``1200`` → ``1.2k``, ``0.0005`` → ``5e-4``."""
     if abs(value) >= 1_000_000:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value / 1e6:.3g}M"
+    if abs(value) >= 10_000 or (abs(value) >= 1000 and value % 100 == 0):
+        return f"{value / 1000:.3g}k"
+    if 0 < abs(value) < 0.01:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:.4g}"
 
 
 def thin(points: Points, limit: int = 300) -> list[tuple[float, float]]:
