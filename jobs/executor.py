@@ -188,25 +188,24 @@ def refusal(job: Job, message: str) -> RequestError | StageError:
 def start_local(job: Job, task: str, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:
     """Start one supervisor on this machine through submitit; returns its id and its process."""
     from submitit import LocalExecutor
+    from submitit.core.utils import environment_variables
 
     executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
     executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{code}:{before}" if before else str(code)
     main = threading.current_thread() is threading.main_thread()
     # submitit's controller kills its tasks a second after Ctrl-C; made deaf to it, the supervisor,
     # which sets its own handler, is the one that hears it and has the stage saved
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    inherited = os.environ.get("PYTHONPATH")
+    path = f"{code}:{inherited}" if inherited else str(code)
     try:
-        handle: Any = executor.submit(
-            supervise, job.stage, str(paths.root), str(frozen), job.model, task
-        )
+        with environment_variables(PYTHONPATH=path, PYTHONSAFEPATH="1"):
+            handle: Any = executor.submit(
+                supervise, job.stage, str(paths.root), str(frozen), job.model, task
+            )
     finally:
         if main:
             signal.signal(signal.SIGINT, handler or signal.default_int_handler)
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
     return f"local-{handle.job_id}", handle._process
 
 

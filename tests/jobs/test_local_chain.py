@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -152,3 +153,14 @@ def test_no_secret_stays_in_the_run_directory(
     files = [path for path in Path(run.root).rglob("*") if path.is_file()]
     assert any(path.suffix == ".pkl" for path in files)
     assert not [path for path in files if b"hf_very_secret" in path.read_bytes()]
+
+
+def test_jobs_run_the_code_that_was_submitted_not_the_checkout(
+    fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    shown = "import yelp_hpc, jobs; print('code:', yelp_hpc.__file__, jobs.__file__)"
+    run = fake_run(cluster={"command": [sys.executable, "-c", shown]})
+    go(run, "prepare")
+    log = (run.root / "logs" / "prepare.log").read_text()
+    assert log.count(f"{run.root}/code/") == 2
