@@ -1,0 +1,164 @@
+"""Soak: rounds of random faults against real training on a real Slurm.
+
+Needs root and the cluster of `make cluster`:
+
+    python benchmarks/chaos.py --rounds 20 --seed 1
+
+Each round trains the tiny model of the tests on two ranks, strikes it a few times at random moments
+(scontrol requeue, SIGUSR2, SIGTERM, a kill of a rank's process, of the supervisor or of the whole
+node, preemption without grace) and compares the adapter with that of the uninterrupted run. An
+inference array runs beside it under kills, and every row of the test set is counted at the end.
+Prints rounds, faults by kind, lost rows, wrong hashes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jobs import slurm as client
+from tests.cluster.conftest import (
+    Cluster,
+    copy_run,
+    descendants,
+    processes,
+    wait_ended,
+    wait_for,
+    yelp_hpc,
+)
+from tests.cluster.test_interruptions import write_config
+from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.files import read_jsonl, sha256_file
+from yelp_hpc.paths import RunPaths
+
+FAULTS = ("requeue", "USR2", "TERM", "node", "preempt", "shard-requeue", "shard-USR2")
+SHARDS = 4
+
+
+def strike(fault: str, cluster: Cluster, train: str, infer: str) -> bool:
+    """Do one fault to what is running now; False when nothing was there to be hit."""
+    job = infer if fault.startswith("shard") else train
+    running = [row for row in client.queue([job]) if row.state == "RUNNING"]
+    if not running:
+        return False
+    victim = random.choice(running)
+    if fault.endswith("requeue"):
+        cluster.sh("scontrol", "requeue", victim.job)
+    elif fault.endswith(("USR2", "TERM")):
+        cluster.sh("scancel", f"--signal={fault[-4:].strip('-')}", victim.job)
+    elif fault == "preempt":
+        cluster.preempt()
+    else:
+        cluster.kill_node(victim.node, victim.job)
+        wait_for(lambda: "down" in cluster.sh("sinfo", "-hN", "-o", "%T"), 60, "the node down")
+        cluster.script("slurm_up.sh")
+    return True
+
+
+def kill_leftovers(run: Path) -> None:
+    """End processes of this run that a failed round left behind."""
+    mine = [pid for pid, line in processes() if str(run) in line and pid != os.getpid()]
+    for pid in descendants(mine):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--faults", type=int, default=3, help="faults a round, at most")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    random.seed(options.seed)
+    cluster = Cluster()
+    if not cluster.up():
+        print("no Slurm answers: make cluster", file=sys.stderr)
+        return 2
+    counts: collections.Counter[str] = collections.Counter()
+    wrong = lost = unfinished = 0
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        config = write_config(top)
+        values = yaml.safe_load(config.read_text())
+        values["infer"]["shards"] = SHARDS
+        values["train"]["epochs"] = 4
+        config.write_text(yaml.safe_dump(values))
+        place = {"partition": "low0", "gpus": 4, "gpu_type": "rtx3090"}
+        settings = {
+            "defaults": {"partition": "cpu", "memory": "500M", "time": "10"},
+            "train": place,
+        }
+        where = top / "cluster.yaml"
+        where.write_text(yaml.safe_dump({**settings, "requeue_cap": 20}))
+        reference = RunPaths(top / "reference")
+        yelp_hpc(
+            *("submit", "all", "--config", str(config), "--executor", "local"),
+            *("--run", str(reference.root)),
+        )
+        name = "adapter_model.safetensors"
+        expected = sha256_file(reference.adapter / name)
+        for round_ in range(options.rounds):
+            run = RunPaths(copy_run(reference.root, top / f"round-{round_}"))
+            yelp_hpc(
+                *("submit", "all", "--config", str(config), "--cluster", str(where)),
+                *("--run", str(run.root)),
+            )
+            ids = {line["name"]: line["job"] for line in read_jsonl(run.submissions)}
+            end = time.monotonic() + 240
+            done = 0
+            while done < options.faults and time.monotonic() < end:
+                time.sleep(random.uniform(1, 6))
+                fault = random.choice(FAULTS)
+                with suppress(YelpHpcError):
+                    if strike(fault, cluster, ids["train"], ids["infer-base"]):
+                        counts[fault] += 1
+                        done += 1
+                if not client.queue([ids["train"]]):
+                    break
+            try:
+                wait_ended(list(ids.values()), 300)
+            except AssertionError:
+                unfinished += 1
+                client.cancel(list(ids.values()))
+                kill_leftovers(run.root)
+            adapter = run.adapter / name
+            wrong += not adapter.exists() or sha256_file(adapter) != expected
+            lost += missing_rows(run, reference)
+            total = sum(counts.values())
+            print(
+                f"round {round_ + 1}: {total} faults so far, {wrong} wrong, {lost} lost", flush=True
+            )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    print(f"{options.rounds} rounds, {sum(counts.values())} faults: {kinds}")
+    print(f"lost rows: {lost}; wrong hashes: {wrong}; rounds that did not end: {unfinished}")
+    return int(bool(lost or wrong or unfinished))
+
+
+def missing_rows(run: RunPaths, reference: RunPaths) -> int:
+    """Rows of the test set that a model's shards do not hold exactly once."""
+    import pyarrow.parquet as pq
+
+    rows = set(pq.read_table(reference.split("test"), columns=["row"])["row"].to_pylist())
+    lost = 0
+    for model in ("base", "tuned"):
+        found: collections.Counter[int] = collections.Counter()
+        for path in run.predictions(model).glob("shard-*.parquet"):
+            found.update(pq.read_table(path, columns=["row"])["row"].to_pylist())
+        lost += sum(found[row] != 1 for row in rows)
+    return lost
+
+
+if __name__ == "__main__":
+    sys.exit(main())
