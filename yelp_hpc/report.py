@@ -207,7 +207,8 @@ def jobs(attempts: Sequence[Mapping[str, Any]], submissions: Sequence[Mapping[st
         parts.append(
             f'<figure class="card">{chart}<ul class="key">{key}</ul>'
             f"<p>GPU-hours: {used:.2f}, of them lost to interruptions: {lost:.2f}.</p></figure>"
-            f'<details class="card"><summary>Starts of jobs ({len(attempts)})</summary>{table}</details>'
+            f'<details class="card"><summary>Starts of jobs ({len(attempts)})</summary>'
+            f"{table}</details>"
         )
     if submissions:
         rows = (
