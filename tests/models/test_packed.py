@@ -1,4 +1,4 @@
-"""Packed arithmetic equals the plain model, sequence by sequence, in logits and in LoRA gradients."""
+"""Packed arithmetic equals the plain model, in logits and in LoRA gradients."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from yelp_hpc.models.attention import Layout, attend, attend_varlen
 from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches, prepare_model
 
 VOCAB = 97
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    eos_token_id=1,
-)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-bias": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),

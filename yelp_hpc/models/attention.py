@@ -1,9 +1,11 @@
-"""Attention over a packed micro-batch: every sequence sees the shared prefix and itself, nothing else.
+"""Attention over a packed micro-batch: every sequence sees the shared prefix and itself, nothing
+else.
 
 Registers `yelp_packed` with transformers, so that any decoder whose attention goes through
 `ALL_ATTENTION_FUNCTIONS` runs on packed tokens unchanged. On the CPU the sequences are laid out as
 causal rows `[prefix; own tokens; padding]` in groups of similar length (padding stands behind the
-tokens, so the causal mask alone hides it); on CUDA torch's variable-length kernel takes the tokens as
+tokens, so the causal mask alone hides it); on CUDA torch's variable-length kernel takes the tokens
+as
 they are. Reads and writes tensors only.
 """
 
@@ -30,7 +32,8 @@ _PADDING_ALLOWED = 0.15
 
 
 class Layout:
-    """Where the tokens of a packed micro-batch lie, and the index tensors made from it (made once, used by every layer).
+    """Where the tokens of a packed micro-batch lie, and the index tensors made from it (made once,
+    used by every layer).
 
     `prefix_length` shared tokens come first, then `lengths[i]` tokens of each sequence.
     """
@@ -46,9 +49,11 @@ class Layout:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, int, int]]:
-        """Rows for a padded causal kernel: `(tokens, rows, width)`; `tokens` is `[rows * width]` positions in T.
+        """Rows for a padded causal kernel: `(tokens, rows, width)`; `tokens` is `[rows * width]`
+        positions in T.
 
-        Padding repeats the row's last token. The rows of a group differ by at most the padding allowed.
+        Padding repeats the row's last token. The rows of a group differ by at most the padding
+        allowed.
         """
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
         groups: list[list[int]] = []
@@ -78,16 +83,19 @@ class Layout:
         """For every token of T, its place in the concatenation of all groups' rows; shape `[T]`."""
         place = torch.empty(self.total, dtype=torch.int64, device=self.device)
         rows = torch.cat([tokens for tokens, _, _ in self.groups])
-        # Written backwards, the first occurrence wins: the token itself and not its copy as padding.
+        # Written backwards, the first occurrence wins: the token itself and not its copy as
+        # padding.
         order = torch.arange(len(rows) - 1, -1, -1, device=self.device)
         place.scatter_(0, rows.flip(0), order)
         return place
 
     @cached_property
     def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
-        """`(key_tokens, cu_seq_q, cu_seq_k, max_q, max_k)` for a variable-length kernel, causal from the lower right.
+        """`(key_tokens, cu_seq_q, cu_seq_k, max_q, max_k)` for a variable-length kernel, causal
+        from the lower right.
 
-        Queries are the T tokens in order: the prefix, then each sequence. Keys of each sequence are the
+        Queries are the T tokens in order: the prefix, then each sequence. Keys of each sequence
+        are the
         prefix and its own; without a prefix the keys are the T tokens too and `key_tokens` is None.
         """
         prefix = self.prefix_length
@@ -132,9 +140,11 @@ def packed_attention(
     packed: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]` out.
+    """transformers' attention interface: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]`
+    out.
 
-    Outside a packed forward it is transformers' own sdpa. Raises NotImplementedError for attention with
+    Outside a packed forward it is transformers' own sdpa. Raises NotImplementedError for attention
+    with
     a soft cap or a sliding window shorter than a sequence.
     """
     layout = packed if packed is not None else _layout.get()
@@ -162,7 +172,9 @@ def attend(
     scale: float | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Packed attention on `[T, heads, head_dim]` (fewer key and value heads allowed); returns the same shape as `query`."""
+    """Packed attention on `[T, heads, head_dim]` (fewer key and value heads allowed); returns the
+    same shape as `query`.
+    """
     if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
         kernel = _varlen_kernel()
         if kernel is not None:
@@ -181,6 +193,60 @@ def attend(
         outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, layout.scatter)
+
+
+def rows_forward(
+    states: Tensor, heads: int, layout: Layout, scale: float, *, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Packed attention on the CPU without autograd: `states` `[T, heads + 2 * groups, head_dim]`
+    holds queries, keys and values side by side.
+
+    Returns `[T, heads, head_dim]` and, if `keep`, what `rows_backward` needs.
+    """
+    split = [heads, *[(states.shape[1] - heads) // 2] * 2]
+    outputs, saved = [], []
+    for tokens, rows, width in layout.groups:
+        packed = states.index_select(0, tokens).view(rows, width, *states.shape[1:])
+        q, k, v = (part.transpose(1, 2) for part in packed.split(split, 2))
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, True, scale=scale
+        )
+        outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
+        if keep:
+            saved += [packed, out, log_sum]
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.index_select(0, layout.scatter), saved
+
+
+def rows_backward(
+    dout: Tensor, heads: int, layout: Layout, scale: float, saved: list[Tensor]
+) -> Tensor:
+    """The gradient of `states` of `rows_forward`, given that of its result."""
+    places = sum(rows * width for _, rows, width in layout.groups)
+    # Padding and the prefix's copies have no part in the result, hence no gradient.
+    dplaces = dout.new_zeros(places, *dout.shape[1:]).index_copy_(0, layout.scatter, dout)
+    prefix = layout.prefix_length
+    gradients, shared = [], None
+    start = 0
+    for i, (_, rows, width) in enumerate(layout.groups):
+        packed, out, log_sum = saved[3 * i : 3 * i + 3]
+        split = [heads, *[(packed.shape[2] - heads) // 2] * 2]
+        q, k, v = (part.transpose(1, 2) for part in packed.split(split, 2))
+        dpart = dplaces[start : start + rows * width].view(rows, width, heads, -1).transpose(1, 2)
+        start += rows * width
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dpart, q, k, v, out, log_sum, 0.0, True, scale=scale
+        )
+        dpacked = torch.cat([part.transpose(1, 2) for part in parts], 2)
+        if prefix:
+            own = dpacked[:, :prefix].sum(0)
+            shared = own if shared is None else shared.add_(own)
+        gradients.append(dpacked.view(rows * width, *packed.shape[2:]))
+    joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+    dstates = joined.index_select(0, layout.scatter)
+    if shared is not None:
+        dstates[:prefix] = shared
+    return dstates
 
 
 def attend_varlen(
@@ -215,7 +281,7 @@ def _varlen_kernel() -> Any:
 
 
 def _packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask inside a packed forward (the layout says it all), transformers' sdpa mask elsewhere."""
+    """No mask inside a packed forward (the layout says it all), elsewhere that of sdpa."""
     if _layout.get() is not None:
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)

@@ -1,8 +1,11 @@
-"""Packed micro-batches: no padding, the shared prompt prefix computed once, logits only where they are wanted.
+"""Packed micro-batches: no padding, the shared prompt prefix computed once, logits only where they
+are wanted.
 
-`pack` lays sequences one after the other behind the prefix that they share, `prepare_model` switches a
+`pack` lays sequences one after the other behind the prefix that they share, `prepare_model`
+switches a
 transformers causal LM (with or without peft's LoRA) to attention that keeps them apart, and
-`forward_selected` returns the logits of the chosen positions. The model stays numerically the one it
+`forward_selected` returns the logits of the chosen positions. The model stays numerically the one
+it
 was; its adapters stay peft's. Reads and writes tensors only.
 """
 
@@ -11,11 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from yelp_hpc.models.attention import IMPLEMENTATION, Layout, register, use_layout
+from yelp_hpc.models.fused import FusedDecoder
+from yelp_hpc.models.linear import speed_up_linears
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -24,8 +31,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 class PackedBatch:
     """One micro-batch of T tokens, batch dimension 1.
 
-    `input_ids` `[T]`: the shared prefix (`prefix_length` tokens, may be 0), then each sequence's remainder;
-    `position_ids` `[T]`: 0..P-1, then P..P+len-1 for each sequence; `lengths`: the remainders' lengths;
+    `input_ids` `[T]`: the shared prefix (`prefix_length` tokens, may be 0), then each sequence's
+    remainder;
+    `position_ids` `[T]`: 0..P-1, then P..P+len-1 for each sequence; `lengths`: the remainders'
+    lengths;
     `select` `[S]`: the positions in T whose logits are wanted.
     """
 
@@ -46,7 +55,8 @@ class PackedBatch:
 
 
 def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) -> PackedBatch:
-    """Pack token sequences that share their first `prefix_length` tokens; select the last `last` positions of each.
+    """Pack token sequences that share their first `prefix_length` tokens; select the last `last`
+    positions of each.
 
     Raises ValueError if there is no sequence, if one does not share the prefix, or if one has fewer
     than `last` tokens behind it (a shared position cannot be one sequence's answer).
@@ -63,7 +73,8 @@ def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) 
         length = len(sequence) - prefix_length
         if length < last:
             raise ValueError(
-                f"sequence {i} has {len(sequence)} tokens: too few for a prefix of {prefix_length} and {last} selected"
+                f"sequence {i} has {len(sequence)} tokens: too few for a prefix of "
+                f"{prefix_length} and {last} selected"
             )
         if list(sequence[:prefix_length]) != prefix:
             raise ValueError(
@@ -85,9 +96,11 @@ def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) 
 def plan_microbatches(
     lengths: Sequence[int], max_tokens: int, prefix_length: int
 ) -> list[list[int]]:
-    """Group sequences (by index; `lengths` without the prefix) so that prefix plus remainders fit `max_tokens`.
+    """Group sequences (by index; `lengths` without the prefix) so that prefix plus remainders fit
+    `max_tokens`.
 
-    Longest first, neighbours in length together, so that a group needs little padding inside attention.
+    Longest first, neighbours in length together, so that a group needs little padding inside
+    attention.
     A sequence over the budget is a group of its own. Deterministic: ties keep their order.
     """
     groups: list[list[int]] = []
@@ -103,15 +116,27 @@ def plan_microbatches(
 
 
 def prepare_model(model: ModelT, *, fused: bool = True) -> ModelT:
-    """Switch a transformers causal LM (or peft's wrapper of one) to packed attention; returns the same model.
+    """Switch a transformers causal LM (or peft's wrapper of one) to packed attention; returns the
+    same model.
 
-    `forward_selected` needs it. Ordinary calls (`generate`, padded batches) work as before. `fused` also
+    `forward_selected` needs it. Ordinary calls (`generate`, padded batches) work as before.
+    `fused` also
     replaces arithmetic by faster, equal one where the architecture is known.
     """
     register()
     base = base_model(model)
     base.config._attn_implementation = IMPLEMENTATION
+    # Held outside of the module's state: it is no parameter, and deep copies must make their own.
+    if fused and FusedDecoder.supports(base):
+        _decoders[base] = FusedDecoder(base.get_decoder())
+    else:
+        _decoders.pop(base, None)
+        if fused:
+            speed_up_linears(base)
     return model
+
+
+_decoders: WeakKeyDictionary[nn.Module, FusedDecoder] = WeakKeyDictionary()
 
 
 def base_model(model: nn.Module) -> Any:
@@ -123,11 +148,16 @@ def base_model(model: nn.Module) -> Any:
 def forward_selected(
     model: nn.Module, batch: PackedBatch, vocabulary: Tensor | None = None
 ) -> Tensor:
-    """Logits `[S, V]` at `batch.select`, or `[S, len(vocabulary)]` of these vocabulary rows only."""
+    """Logits `[S, V]` at `batch.select`; with `vocabulary`, `[S, its length]` of these rows."""
     base = base_model(model)
     if base.config._attn_implementation != IMPLEMENTATION:
         raise ValueError("the model is not prepared: call prepare_model(model) first")
     layout = Layout(batch.prefix_length, batch.lengths, batch.input_ids.device)
+    decoder = _decoders.get(base)
+    if decoder is not None:
+        hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select)
+        rows = base.lm_head.weight if vocabulary is None else base.lm_head.weight[vocabulary]
+        return F.linear(hidden, rows)
     with use_layout(layout):
         output = base(
             input_ids=batch.input_ids.unsqueeze(0),
