@@ -160,14 +160,14 @@ def _results(metrics: Mapping[str, Any]) -> str:
 
 def _confusion(models: Mapping[str, Any]) -> str:
     """The tuned model's confusion matrix as a table: readable without the picture."""
-    matrix = (models.get("tuned") or {}).get("confusion")
+    tuned = models.get("tuned") or {}
+    matrix = tuned.get("confusion")
     if not matrix:
         return ""
+    titles = tuned.get("confusion_columns") or [*LABELS, "unparsed", "outside 0-4"]
     width = len(matrix[0])
-    titles = [*LABELS, "none"][:width]
-    titles += [f"other {i + 1}" for i in range(width - len(titles))]
     lines = [
-        "| truth \\ answer | " + " | ".join(titles) + " |",
+        "| truth \\ answer | " + " | ".join(titles[:width]) + " |",
         "|---|" + "---:|" * width,
         *(
             f"| {label} | " + " | ".join(str(cell) for cell in cells) + " |"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,41 @@ def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
             yield f"{path}: belongs to no shard of this run ({shards} shards)"
         seen: dict[int, Path] = {}
         test = _test_labels(run)
+        yield from _base_weights(run, sorted(expected & found), record, config)
         for path in sorted(expected & found):
-            yield from _shard(path, run, config, record, model, test, seen)
+            yield from _shard(path, run, config, model, test, seen)
         if expected <= found and test and len(seen) < len(test):
             yield f"{folder}: {len(test) - len(seen)} of {len(test)} test rows have no prediction"
+
+
+def _base_weights(
+    run: RunPaths, paths: Sequence[Path], record: Mapping[str, Any], config: Config
+) -> Iterator[str]:
+    """The shards were made with run.json's base weights; where all of them name others, it is
+    run.json that was altered."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from yelp_hpc.shard_files import provenance_of
+
+    wanted = str((record.get("model") or {}).get("fingerprint") or config.model.path)
+    found: dict[Path, str | None] = {}
+    for path in paths:
+        with suppress(OSError, ValueError, pa.ArrowException):  # said by _shard
+            found[path] = provenance_of(pq.read_schema(path)).get("base_model")
+    values = set(found.values())
+    if len(values) == 1 and values != {wanted}:
+        yield f"{run.run_json}: model.fingerprint is {wanted!r}, every shard has {values.pop()!r}"
+        return
+    for path, value in found.items():
+        if value != wanted:
+            yield f"{path}: base_model is {value!r}, run.json says {wanted!r}"
 
 
 def _shard(
     path: Path,
     run: RunPaths,
     config: Config,
-    record: Mapping[str, Any],
     model: str,
     test: Mapping[int, int],
     seen: dict[int, Path],
@@ -163,7 +188,7 @@ def _shard(
     except (OSError, pa.ArrowException, ValueError) as error:
         yield f"{path}: is torn or altered ({str(error).splitlines()[0]})"
         return
-    wanted = _provenance(run, config, record, model)
+    wanted = _provenance(run, config, model)
     if origin.get("identity") != _identity(origin):
         yield f"{path}: its provenance was altered (it does not hash to its identity)"
     for key, value in wanted.items():
@@ -197,10 +222,9 @@ def _follows(prediction: int | None, scores: Any, text: str | None, mode: str) -
     return bool(prediction == scores.index(max(scores)))
 
 
-def _provenance(
-    run: RunPaths, config: Config, record: Mapping[str, Any], model: str
-) -> dict[str, str]:
-    """What a shard's metadata must say, by field of `shard_files.Provenance`."""
+def _provenance(run: RunPaths, config: Config, model: str) -> dict[str, str]:
+    """What a shard's metadata must say, by field of `shard_files.Provenance`; the base weights are
+    `_base_weights`'s."""
     prepared = (read_marker(run.prepare) or {"files": {}})["files"]
     adapter = (read_marker(run.adapter) or {"files": {}})["files"]
     limit = config.infer.max_new_tokens if config.infer.mode == "generate" else ""
@@ -209,7 +233,6 @@ def _provenance(
         "mode": config.infer.mode,
         "precision": config.infer.precision,
         "max_new_tokens": str(limit),
-        "base_model": str((record.get("model") or {}).get("fingerprint") or config.model.path),
         "adapter_sha256": adapter.get(WEIGHTS, "") if model == "tuned" else "",
         "test_sha256": prepared.get(run.split("test").name, ""),
     }
@@ -235,66 +258,26 @@ def _test_labels(run: RunPaths) -> dict[int, int]:
 
 
 def _metrics(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
-    """metrics.json says what the shards say."""
-    recorded = read_json(run.metrics).get("models") or {}
-    for model in sorted({*recorded, *config.infer.models}):
-        if model not in recorded:
-            yield f"{run.metrics}: has no figures for the {model} model"
-            continue
-        if model not in config.infer.models:
-            yield f"{run.metrics}: has figures for a {model} model that this run does not have"
-            continue
-        try:
-            computed = recompute(run, config, model)
-        except (OSError, ValueError) as error:
-            yield f"{run.metrics}: {model} cannot be computed again: {str(error).splitlines()[0]}"
-            continue
-        for key, value in computed.items():
-            for inner, mine, theirs in _unequal(value, recorded[model].get(key), key):
-                yield f"{run.metrics}: {model} {inner} is {theirs!r}, the shards give {mine!r}"
+    """metrics.json says what the shards say: every figure is computed again."""
+    from yelp_hpc.stages.collect import measure
 
-
-def recompute(run: RunPaths, config: Config, model: str) -> dict[str, Any]:
-    """The figures of metrics.json for one model that follow from the shards' predictions alone.
-
-    Raises OSError or ValueError when a shard cannot be read.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from yelp_hpc import metrics
-
-    counted = metrics.tally([], [])
-    for shard in range(config.infer.shards):
-        path = run.shard(model, shard, config.infer.shards)
-        try:
-            table = pq.read_table(path, columns=["label", "prediction"])
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: {error}") from None
-        labels, answers = table["label"].to_pylist(), table["prediction"].to_pylist()
-        counted = metrics.add_tallies(counted, metrics.tally(labels, answers))
-    counts = counted.counts
-
-    def plain(values: Mapping[str, Any]) -> dict[str, float | None]:
-        return {k: None if math.isnan(v) else float(v) for k, v in values.items()}
-
-    return {
-        "rows": counted.rows,
-        "answered": counted.rows - counted.unparsed,
-        "unparsed": counted.unparsed,
-        **plain({"accuracy": metrics.accuracy(counts)}),
-        "f1": plain(metrics.f1_honest(counts)),
-        "f1_report": plain(metrics.f1_report(counts)),
-        "per_class": metrics.per_class(counts),
-        "confusion": counts.tolist(),
-    }
+    recorded = read_json(run.metrics)
+    try:
+        computed, _ = measure(run, config)
+    except (StageError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        yield f"{run.metrics}: cannot be computed again: {reason}"
+        return
+    for key, mine, theirs in _unequal(json.loads(json.dumps(computed)), recorded, ""):
+        yield f"{run.metrics}: {key} is {theirs!r}, the shards give {mine!r}"
 
 
 def _unequal(mine: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """Leaves of ``mine`` that ``theirs`` has otherwise, numbers to within `TOLERANCE`."""
+    """Leaves that differ between two JSON values, numbers to within `TOLERANCE`."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key, value in mine.items():
-            yield from _unequal(value, theirs.get(key), f"{path}.{key}")
+        for key in sorted({*mine, *theirs}):
+            inner = f"{path}.{key}" if path else key
+            yield from _unequal(mine.get(key), theirs.get(key), inner)
     elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             yield from _unequal(a, b, f"{path}[{i}]")

@@ -31,9 +31,8 @@ def finish_run(root: Path, model: Path) -> RunPaths:
     from yelp_hpc.adapter import adapter_config, add_lora
     from yelp_hpc.models.load import load_model
     from yelp_hpc.models.local import folder_fingerprint
-    from yelp_hpc.stages import infer
+    from yelp_hpc.stages import collect, infer
     from yelp_hpc.stages.train import training_fingerprint
-    from yelp_hpc.verify import recompute
 
     make_model(model)
     run = prepare_run(root, model)
@@ -91,6 +90,5 @@ def finish_run(root: Path, model: Path) -> RunPaths:
     lines = [{"step": i, "loss": 2.0 / i} for i in range(1, 12)]
     run.train_log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.loss_png.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    models = {name: recompute(run, config, name) for name in config.infer.models}
-    write_json(run.metrics, {"models": models, "report": {}})
+    collect.run(run, config)
     return run
