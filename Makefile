@@ -35,5 +35,8 @@ cluster:  ## a private Slurm of four virtual nodes on this machine (Debian, root
 cluster-down:
 	bash tests/cluster/slurm_down.sh wipe
 
+lock:  ## write the lock files anew from pyproject.toml
+	bash containers/lock.sh
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage
