@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,8 +77,8 @@ def read_test_set(path: Path) -> TestSet:
         start = 0
         for batch in file.iter_batches(_BATCH, columns=["row", "label"]):
             stop = start + batch.num_rows
-            ids[start:stop] = batch.column("row").to_numpy(zero_copy_only=False)
-            labels[start:stop] = batch.column("label").to_numpy(zero_copy_only=False)
+            ids[start:stop] = integers(batch.column("row"))
+            labels[start:stop] = integers(batch.column("label"))
             start = stop
     except FileNotFoundError:
         raise StageError(f"{path} is missing; {mend}") from None
@@ -165,10 +166,10 @@ class Coverage:
             raise ValueError("its columns are not those of a shard")
         if batch.column("row").null_count or batch.column("label").null_count:
             raise ValueError("it holds rows without a row id or a label")
-        rows = _integers(batch.column("row"))
-        labels = _integers(batch.column("label"))
-        unparsed = batch.column("prediction").is_null().to_numpy(zero_copy_only=False)
-        predictions = _integers(batch.column("prediction").fill_null(0))
+        rows = integers(batch.column("row"))
+        labels = integers(batch.column("label"))
+        unparsed = integers(batch.column("prediction").is_null()).astype(bool)
+        predictions = np.where(unparsed, 0, integers(batch.column("prediction")))
         scores = read_scores(batch.column("scores"), predictions, unparsed)
         places = self.test.positions(rows)
         if (places < 0).any():
@@ -288,8 +289,8 @@ def read_scores(
         return None
     if column.null_count:
         raise ValueError("some of its rows have scores and some have none")
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    if not (column.value_lengths().to_numpy(zero_copy_only=False) == CLASSES).all():
+    flat = _values(column.flatten().cast(pa.float64()), np.float64)
+    if not (integers(column.value_lengths()) == CLASSES).all():
         raise ValueError(f"it holds rows that have not {CLASSES} scores")
     scores = flat.reshape(-1, CLASSES)
     if not np.isfinite(scores).all():
@@ -301,8 +302,17 @@ def read_scores(
     return scores
 
 
-def _integers(column: pa.Array) -> Counts:
-    return column.cast(pa.int64()).to_numpy(zero_copy_only=False)
+def integers(column: pa.Array) -> Counts:
+    """An integer or boolean column as int64; what stands at a null is arbitrary."""
+    return _values(column.cast(pa.int64()), np.int64)
+
+
+def _values(column: pa.Array, dtype: type[Any]) -> NDArray[Any]:
+    """A view of a column's buffer. (`to_numpy` imports pandas where it is installed: a second.)"""
+    buffer = column.buffers()[1]
+    if buffer is None:
+        return np.zeros(len(column), dtype=dtype)
+    return np.frombuffer(buffer, dtype, len(column), column.offset * np.dtype(dtype).itemsize)
 
 
 def _first_line(error: Exception) -> str:

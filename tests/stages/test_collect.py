@@ -150,9 +150,13 @@ def test_the_command_prints_base_against_tuned(tmp_path):
     assert json.loads(quiet.stdout)["models"] == found
 
 
-def test_the_stage_imports_neither_torch_nor_pandas():
+def test_collecting_imports_neither_torch_nor_pandas(tmp_path):
+    run, _ = make_run(tmp_path / "run")
     code = (
-        "import sys, yelp_hpc.stages.collect, yelp_hpc.report\n"
+        "import sys\n"
+        "from yelp_hpc.manifest import load_run\n"
+        "from yelp_hpc.stages.collect import collect\n"
+        f"collect(*load_run({str(run.root)!r}))\n"
         "print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'submitit') "
         "if m in sys.modules])"
     )

@@ -20,6 +20,7 @@ from yelp_hpc.coverage import (
     OUTSIDE,
     Answers,
     Coverage,
+    integers,
     read_test_set,
     refuse_unless_complete,
 )
@@ -287,10 +288,15 @@ def _texts_at(test: Path, positions: list[int]) -> dict[int, str]:
 
 def _generated(path: Path, row: int) -> str | None:
     """What the model wrote for a row; None in score mode."""
-    if "text" not in pq.read_schema(path).names:
+    file = pq.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
         return None
-    table = pq.read_table(path, columns=["text"], filters=[("row", "==", row)])
-    return None if table.num_rows == 0 else table["text"][0].as_py()
+    for batch in file.iter_batches(columns=["row", "text"]):
+        places = np.flatnonzero(integers(batch.column("row")) == row)
+        if len(places):
+            text: str | None = batch.column("text")[int(places[0])].as_py()
+            return text
+    return None
 
 
 def _number(value: Any) -> float | None:
