@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 
 # fault → where it runs; the GPUs make the preempting jobs want exactly these two nodes
 PLACES = {
-    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 40, "nodelist": "c1"},
+    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 20, "nodelist": "c1"},
     "requeue": {"partition": "cpu", "nodelist": "c1"},
     "node-failure": {"partition": "cpu", "nodelist": "c2"},
     "grace": {"partition": "low", "nodelist": "g1", "gpus": 4, "gpu_type": "rtx3090"},
@@ -100,7 +100,7 @@ def write_cluster(path: Path, place: dict[str, object]) -> Path:
     own = {key: value for key, value in place.items() if key != "nodelist"}
     own["sbatch"] = {"nodelist": place["nodelist"]}
     defaults = {"partition": "cpu", "memory": "500M", "time": "10", "save_seconds": 30}
-    path.write_text(yaml.safe_dump({"defaults": defaults, "train": own}))
+    path.write_text(yaml.safe_dump({"defaults": defaults, "train": own, "requeue_cap": 20}))
     return path
 
 
