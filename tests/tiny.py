@@ -54,7 +54,7 @@ def make_model(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=320,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -83,10 +83,10 @@ def make_model(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     return folder
 
 
-def tiny_config(model: Path, **changes: dict[str, Any]) -> Config:
+def tiny_config(model_path: Path, /, **changes: dict[str, Any]) -> Config:
     """Settings that fit the tiny model; `changes` replace keys section by section."""
     values: dict[str, Any] = {
-        "model": {"path": str(model)},
+        "model": {"path": str(model_path)},
         "data": {"source": "file", "train": "reviews.csv", "test_rows": 10},
         "prompt": {"template": HEAD + "{review}" + TAIL + "{label}"},
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,3 +306,25 @@ def test_a_passed_deadline_is_none():
     assert deadline(dict(os.environ) | {"YELP_HPC_DEADLINE": ""}, now=1e12) is None
     with pytest.raises(RequestError):
         deadline({"YELP_HPC_DEADLINE": "soon"}, now=0)
+
+
+GLM = Path(__file__).parents[1] / "models" / "golden" / "model"
+
+
+@pytest.mark.parametrize(("weights", "precision"), [("fp32", "fp32"), ("fp16", "fp16")])
+def test_chatglm3_trains_alike_however_it_is_packed(model, tmp_path, weights, precision):
+    """The report's architecture, number formats and adapted module."""
+    found = []
+    for max_tokens in (64, 4096):
+        run = prepare_run(tmp_path / str(max_tokens), model, train=16)
+        config = tiny_config(
+            GLM,
+            model={"path": str(GLM), "precision": weights},
+            lora={"target": ["query_key_value"]},
+            train={"precision": precision, "max_tokens": max_tokens, "epochs": 2},
+        )
+        train_here(run, config)
+        found.append(losses(run))
+    assert len(found[0]) == 4
+    assert found[0] == pytest.approx(found[1], abs=1e-5 if precision == "fp32" else 5e-3)
+    assert found[0][-1] < found[0][0]

@@ -60,7 +60,10 @@ class DropoutContext:
 
 
 class SequenceDropout(nn.Module):
-    """Inverted dropout (Srivastava et al. 2014) on packed tokens `[..., T, features]`."""
+    """Inverted dropout (Srivastava et al. 2014) on packed tokens.
+
+    `[T, features]`, with a batch dimension of 1 before or behind T.
+    """
 
     def __init__(self, p: float, name: str, context: DropoutContext) -> None:
         super().__init__()
@@ -75,13 +78,13 @@ class SequenceDropout(nn.Module):
         """Raises RuntimeError for states that are neither all tokens nor the selected ones."""
         if not self.training or self.p == 0:
             return states
-        return states * self.mask(states)
+        return states * self.mask(states).view_as(states)
 
     def mask(self, states: Tensor) -> Tensor:
         """`1 / (1 - p)` where kept and 0 where dropped; `[T, features]`."""
         context = self.context
         segments, owners = context.segments, (_PREFIX, *context.rows)
-        tokens, what = states.shape[-2], self.name
+        tokens, what = states.numel() // states.shape[-1], self.name
         if tokens != sum(segments):
             if tokens != context.selected * len(context.rows):
                 raise RuntimeError(
