@@ -92,7 +92,8 @@ def main() -> None:
             seconds, processor, memory = measure(run)
         print(
             f"{rows:>10,} rows, {shards:>6,} shards, two models: {seconds:6.1f} s "
-            f"({processor:.1f} s of processor), {memory / 2**20:5.0f} MiB peak, {2 * rows / seconds:,.0f} predictions/s",
+            f"({processor:.1f} s of processor), {memory / 2**20:5.0f} MiB peak, "
+            f"{2 * rows / seconds:,.0f} predictions/s",
             flush=True,
         )
 
