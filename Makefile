@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
 
 test: $(VENV)/installed lint  ## ruff, mypy and every test, on a real Slurm and Apptainer where root can install them
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		bash tests/cluster/slurm_install.sh && bash tests/cluster/apptainer_install.sh; fi
+		bash tests/cluster/slurm_install.sh && bash tests/cluster/apptainer_install.sh >/dev/null && bash tests/browser_install.sh; fi
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=15
 
 lint: $(VENV)/installed

@@ -37,7 +37,7 @@ def test_a_full_disk_is_named_and_nothing_overwritten(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
     try:
         write_bytes(disk / "file", b"old")
-        with pytest.raises(StageError, match="No space left.*Nothing was overwritten"):
+        with pytest.raises(StageError, match=r"No space left.*Nothing was overwritten"):
             write_bytes(disk / "file", bytes(200_000))
         assert (disk / "file").read_bytes() == b"old"
         assert [p.name for p in disk.iterdir()] == ["file"]

@@ -49,7 +49,7 @@ def test_only_the_review_is_cut() -> None:
 
 
 def test_a_cutoff_below_the_template_is_refused() -> None:
-    with pytest.raises(RequestError, match="data.cutoff"):
+    with pytest.raises(RequestError, match=r"data\.cutoff"):
         Prompt(TEMPLATE, LABELS, characters, 60)
 
 

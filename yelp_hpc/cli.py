@@ -109,8 +109,8 @@ def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) ->
     if stage != "infer" and (model is not None or shard is not None):
         raise RequestError(f"--model and --shard belong to infer, not to {stage}")
     run, config = load_run(run_dir)
-    # Read once, when OpenMP's runtime is loaded. Its default spins for long at every barrier, which on
-    # a node that is shared with other work costs many times the arithmetic.
+    # Read once, when OpenMP's runtime is loaded. Its default spins for long at every barrier, which
+    # on a node that is shared with other work costs many times the arithmetic.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill the log
@@ -146,7 +146,6 @@ def collect(run_dir: str, as_json: bool) -> None:
 def status(run_dir: str, as_json: bool, watch: bool) -> None:
     """Show each stage's state, from markers first, then Slurm."""
     from jobs.status import show_status
-
     from yelp_hpc.manifest import load_run
 
     run, _ = load_run(run_dir)
@@ -160,7 +159,6 @@ def status(run_dir: str, as_json: bool, watch: bool) -> None:
 def logs(run_dir: str, stage: str | None, lines: int) -> None:
     """Show the end of the right log: the last failure's first."""
     from jobs.status import show_logs
-
     from yelp_hpc.manifest import load_run
 
     run, _ = load_run(run_dir)

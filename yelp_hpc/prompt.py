@@ -93,7 +93,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all ``sequences`` share; 0 for no sequence."""
     if not sequences:
         return 0
-    low, high = min(sequences), max(sequences)
+    low, high = min(map(list, sequences)), max(map(list, sequences))
     shared = 0
     for a, b in zip(low, high, strict=False):
         if a != b:

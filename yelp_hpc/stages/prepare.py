@@ -83,7 +83,7 @@ def run(run: RunPaths, config: Config) -> None:
     }
     write_json(run.tokens, tokens)
     names = [run.split(n).name for n in SPLITS] + [run.alpaca(n).name for n in SPLITS]
-    summary = {
+    summary: dict[str, Any] = {
         "rows": {name: len(tables[name]["row"]) for name in SPLITS},
         "tokens": {name: sum(tables[name]["length"]) for name in SPLITS},
         "truncated": truncated,
