@@ -293,6 +293,11 @@ def _limits(config: Config, metrics: Mapping[str, Any], record: Mapping[str, Any
         )
     if twins:
         facts.append(f"{twins:,} test reviews also stand in the training data.")
+    if config.model.path in DEMO_MODELS and not config.publish.merged:
+        facts.append(
+            "The adapter was trained and tested on the base model's packaged GGUF weights. The "
+            "Hub's own, which the snippet loads, may differ from them, and so may the answers."
+        )
     facts.append(
         f"The licence given here is `{config.publish.license}`; the base model's and the data's "
         "own terms hold as well."

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from yelp_hpc.errors import RequestError, StageError
@@ -263,6 +268,11 @@ class _Hub:
     def explain(self, what: str, error: BaseException, attempts: int) -> Exception:
         """The one message for a fault that did not pass."""
         repo, told = self.target.repo_id, self.describe(error)
+        if isinstance(error, OfflineModeIsEnabled):
+            return RequestError(
+                "HF_HUB_OFFLINE is set, so the Hub is not asked; unset it for publish, or run it "
+                "where the network is (publish.where: login)"
+            )
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401:
             return RequestError(
@@ -318,6 +328,8 @@ def _is_transport(error: BaseException) -> bool:
 def _passes(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRIED
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     # hf_xet, the Hub's block store, reports faults of the network as bare RuntimeError.
     return _is_transport(error) or type(error) is RuntimeError
 

@@ -1,7 +1,7 @@
 """A local server that speaks the Hub's HTTP protocol, as far as huggingface_hub's client needs it.
 
-For tests only. State lies on disk: a folder a repository with its commits as JSON, blobs by hash,
-so a new server on the same folder goes on where the old one stopped. Faults are injected by rules.
+For tests only. The state lies on disk (`state.py`), so a new server on the same folder goes on
+where the old one stopped; its rules say which requests go wrong, and how.
 """
 
 from __future__ import annotations
@@ -16,133 +16,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.hub.state import Hub
+
 LFS_FROM = 2048  # bytes; larger files and weights go to LFS
 WEIGHTS = (".safetensors", ".bin", ".png")
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the next ``times`` requests whose ``METHOD /path`` matches."""
-
-    match: str
-    status: int = 0
-    times: int = 1
-    headers: dict[str, str] = field(default_factory=dict)
-    message: str = "injected"
-    cut: int | None = None
-    """Read so many bytes of the request's body, then reset the connection."""
-    after: bool = False
-    """Do the work first, then lose the answer (reset the connection)."""
-    stall: float = 0.0
-    """Seconds to stand still after reading ``cut`` bytes."""
-
-
-class Hub:
-    """The state on disk and the rules in force."""
-
-    def __init__(self, root: Path, chunk: int = 64_000) -> None:
-        self.root, self.chunk = root, chunk
-        self.lock = threading.RLock()
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
-        self.tokens: dict[str, dict[str, Any]] = {"good-token": {"user": "me", "write": True}}
-        self.url = ""
-        (root / "lfs").mkdir(parents=True, exist_ok=True)
-        (root / "blobs").mkdir(exist_ok=True)
-        (root / "repos").mkdir(exist_ok=True)
-
-    def fault(self, request: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times > 0 and re.search(fault.match, request):
-                    fault.times -= 1
-                    return fault
-        return None
-
-    def count(self, pattern: str) -> int:
-        return sum(bool(re.search(pattern, r)) for r in self.requests)
-
-    # Repositories
-
-    def path(self, repo: str) -> Path:
-        return self.root / "repos" / (repo.replace("/", "--") + ".json")
-
-    def load(self, repo: str) -> dict[str, Any] | None:
-        path = self.path(repo)
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def save(self, repo: str, state: dict[str, Any]) -> None:
-        self.path(repo).write_text(json.dumps(state))
-
-    def create(self, repo: str, private: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"private": private, "refs": {}, "commits": {}, "pulls": []}
-        blob = self.put_blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
-        self.commit(state, "refs/heads/main", {".gitattributes": blob}, "initial commit", None)
-        self.save(repo, state)
-        return state
-
-    def commit(
-        self, state: dict[str, Any], ref: str, files: dict[str, Any], title: str, parent: str | None
-    ) -> str:
-        number = len(state["commits"])
-        oid = hashlib.sha1(json.dumps([files, title, parent, number]).encode()).hexdigest()
-        state["commits"][oid] = {"files": files, "title": title, "parent": parent}
-        state["refs"][ref] = oid
-        return oid
-
-    def resolve(self, state: dict[str, Any], revision: str) -> str | None:
-        if revision in state["commits"]:
-            return revision
-        found = state["refs"].get(revision) or state["refs"].get(f"refs/heads/{revision}")
-        return found
-
-    def put_blob(self, content: bytes) -> dict[str, Any]:
-        oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        (self.root / "blobs" / oid).write_bytes(content)
-        return {"oid": oid, "size": len(content)}
-
-    def lfs_entry(self, sha: str) -> dict[str, Any]:
-        size = (self.root / "lfs" / sha).stat().st_size
-        pointer = (
-            f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha}\nsize {size}\n".encode()
-        )
-        oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
-        return {
-            "oid": oid,
-            "size": size,
-            "lfs": {"oid": sha, "size": size, "pointerSize": len(pointer)},
-        }
-
-    def content(self, entry: dict[str, Any]) -> bytes:
-        lfs = entry.get("lfs")
-        path = self.root / ("lfs/" + lfs["oid"] if lfs else "blobs/" + entry["oid"])
-        return path.read_bytes()
-
-    def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """Every file of a revision, for assertions."""
-        state = self.load(repo)
-        assert state is not None
-        oid = self.resolve(state, revision)
-        assert oid is not None
-        return {n: self.content(e) for n, e in state["commits"][oid]["files"].items()}
-
-    def history(self, repo: str, revision: str = "main") -> list[str]:
-        """Titles of the commits of a revision, oldest first."""
-        state = self.load(repo)
-        assert state is not None
-        titles, oid = [], self.resolve(state, revision)
-        while oid:
-            titles.append(state["commits"][oid]["title"])
-            oid = state["commits"][oid]["parent"]
-        return titles[::-1]
 
 
 class Refuse(Exception):
@@ -354,12 +237,6 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             quoted, _, folder = raw.partition("/")
             return self.tree(repo, unquote(quoted), unquote(folder))
-        if what == "paths-info":
-            state = self.repo(repo)
-            files = state["commits"][self.revision(state, rest)]["files"]
-            asked = parse_qs(self.body.decode()).get("paths", [])
-            found = [{"type": "file", "path": p, **files[p]} for p in asked if p in files]
-            return self.answer(found)
         if what == "preupload":
             self.preupload(repo, rest)
         elif what == "commit":

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.hub.finished import BASE, REPO, finish_run, settings
-from tests.hub.server import Fault, Hub, serving
+from tests.hub.server import serving
+from tests.hub.state import Fault, Hub
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.files import write_json
@@ -226,6 +227,16 @@ def test_a_wrong_token(
         publish.run(run, config, backoff=QUICK)
     assert "hf_wrongwrongwrong" not in str(caught.value)
     assert hub.count("POST /api/repos/create") == 0
+
+
+def test_offline_mode_is_named(
+    hub: Hub, run: RunPaths, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set"):
+        publish.run(run, config)
 
 
 def test_a_token_that_may_not_write_there(
