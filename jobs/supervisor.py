@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -28,8 +29,9 @@ from jobs.job import Job
 from jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
 from jobs.train import rendezvous
 from jobs.verdict import Verdict, judge
-from yelp_hpc.errors import SavedForRequeue, StageError
+from yelp_hpc.errors import SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.files import read_json
+from yelp_hpc.manifest import load_run
 from yelp_hpc.paths import RunPaths
 
 HEARTBEAT = 10.0
@@ -115,7 +117,7 @@ def _attempt(
             if cluster.container:
                 check_image(cluster.container, image)
             verdict = _run(stop, paths, cluster, job, attempt, leader)
-    except StageError as error:
+    except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
     if leader:
         after = fingerprint(paths, job.stage, job.model, shards)
@@ -167,13 +169,16 @@ def _run(
     log = paths.stage_log(
         log_name(job.name, job.tasks[0]) + ("" if node == "0" else f"-node{node}")
     )
+    token = None
+    if job.stage == "publish":
+        token = hub_token(env, load_run(paths.root)[1].publish.token_file)
     failed: list[str] = []
     for shard in job.tasks[0].split(","):
         if shard and int(shard) in _done(paths, job, shard):
             continue
         arguments = stage_argv(job.stage, paths.root, job.model, shard)
         argv = command(cluster, paths.root, arguments, env)
-        child_env = stage_environment(cluster, job.stage, env, hub_token(env))
+        child_env = stage_environment(cluster, job.stage, env, token)
         code, fenced = _process(stop, paths, argv, child_env, log, attempt, leader, job)
         if fenced:
             return Verdict("stopped", fenced)
@@ -292,10 +297,19 @@ def this_job() -> str:
     return env["SLURM_JOB_ID"]
 
 
-def hub_token(env: dict[str, str]) -> str | None:
-    """The Hub's token: from the environment, or the file that ``hf auth login`` wrote."""
-    if env.get("HF_TOKEN"):
-        return env["HF_TOKEN"]
+def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | None:
+    """The Hub's token: from the environment, ``publish.token_file`` or ``hf auth login``.
+
+    Read here, on the host: neither file need be visible inside the image.
+
+    Raises:
+        RequestError: the token file cannot be used.
+    """
+    if env.get("HF_TOKEN") or token_file:
+        from yelp_hpc.hub_token import find_token
+
+        token = find_token(token_file)
+        return token.secret if token else None
     home = env.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
     path = Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
     with suppress(OSError):

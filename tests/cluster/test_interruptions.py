@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 
 # fault → where it runs; the GPUs make the preempting jobs want exactly these two nodes
 PLACES = {
-    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 20, "nodelist": "c1"},
+    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 30, "nodelist": "c1"},
     "requeue": {"partition": "cpu", "nodelist": "c1"},
     "node-failure": {"partition": "cpu", "nodelist": "c2"},
     "grace": {"partition": "low", "nodelist": "g1", "gpus": 4, "gpu_type": "rtx3090"},
