@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from yelp_hpc.packing import DataPlan, deal, epoch_order, shared_prefix
+from yelp_hpc.packing import DataPlan, deal, epoch_order, largest_microbatch, shared_prefix
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,21 @@ def test_shared_prefix_leaves_every_sequence_a_prompt_token():
     assert shared_prefix([5, 6, 7], shortest=9) == 3
     assert shared_prefix([5, 6, 7], shortest=3) == 2
     assert shared_prefix([], shortest=3) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("max_tokens", [64, 300, 10_000])
+def test_no_microbatch_is_larger_than_foretold(world_size, max_tokens):
+    from yelp_hpc.models.packed import plan_microbatches
+
+    draw = random.Random(1)
+    lengths = [draw.randint(2, 90) for _ in range(50)]
+    plan = DataPlan(50, 8, 1, seed=4)
+    largest = 0
+    for step in range(plan.steps):
+        own = [lengths[row] for row in plan.batch(step)]
+        for rank in deal(own, world_size):
+            for group in plan_microbatches([own[i] for i in rank], max_tokens, 10):
+                largest = max(largest, 10 + sum(own[rank[i]] for i in group))
+    foretold = largest_microbatch(plan, lengths, world_size, max_tokens, 10)
+    assert largest <= foretold <= max(max_tokens, 100)

@@ -85,6 +85,21 @@ def deal(lengths: Sequence[int], world_size: int) -> list[list[int]]:
     return dealt
 
 
+def largest_microbatch(
+    plan: DataPlan, lengths: Sequence[int], world_size: int, max_tokens: int, prefix_length: int
+) -> int:
+    """An upper bound on the tokens of any micro-batch of the run, the shared prefix included.
+
+    `lengths`: tokens of each row behind the prefix. A rank's share of a step is at most an equal
+    part and one sequence; the budget `max_tokens` cuts it, but never a single sequence.
+    """
+    share, longest = 0.0, max(lengths)
+    for step in range(min(plan.steps, plan.steps_per_epoch)):
+        own = [lengths[row] for row in plan.batch(step)]
+        share = max(share, min(sum(own), sum(own) / world_size + max(own)))
+    return prefix_length + max(longest, min(int(share), max_tokens - prefix_length))
+
+
 def shared_prefix(prefix: Sequence[int], shortest: int) -> int:
     """How many prompt tokens may be computed once for all sequences of a micro-batch.
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tiny import make_model, prepare_run, tiny_config
 
+from tiny import make_model, prepare_run, tiny_config
 from yelp_hpc.files import damaged_files, read_jsonl
 from yelp_hpc.paths import RunPaths, step_of
 
@@ -31,7 +31,8 @@ except YelpHpcError as error:
     sys.exit(error.exit_code)
 """
 STEPS = 100
-WAIT = 120
+WAIT = 400  # seconds, on a machine with much else to do
+LAUNCHED: list[Launch] = []
 
 
 class Launch:
@@ -39,6 +40,7 @@ class Launch:
 
     def __init__(self, run: RunPaths, config, **environ: str) -> None:
         self.run = run
+        LAUNCHED.append(self)
         self.output = run.root / f"output-{time.monotonic_ns()}"
         with self.output.open("wb") as file:
             self.process = subprocess.Popen(
@@ -86,6 +88,16 @@ class Launch:
         return code, self.output.read_text()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_running():
+    yield
+    while LAUNCHED:
+        launch = LAUNCHED.pop()
+        if launch.process.poll() is None:
+            launch.process.kill()
+            launch.process.wait()
+
+
 def alive(pid: int) -> bool:
     with suppress(OSError):
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
@@ -106,6 +118,7 @@ def digest(run: RunPaths) -> str:
     return hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.timeout(1800)
 def test_ten_interruptions_change_no_byte(tmp_path):
     model = make_model(tmp_path / "model")
     calm, rough = prepare_run(tmp_path / "calm", model), RunPaths(tmp_path / "rough")

@@ -142,8 +142,8 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     run, config = RunPaths(payload["run"]), config_from_dict(payload["config"])
     import torch
 
-    # transformers' own use of a property that it deprecated, seen through peft.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # New names that transformers 5.6 does not have yet.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     from yelp_hpc.checkpoint import read_checkpoint, write_adapter
     from yelp_hpc.training import truncate_log
 
@@ -229,7 +229,7 @@ def build(
     from yelp_hpc.models.dropout import use_sequence_dropout
     from yelp_hpc.models.load import load_model
     from yelp_hpc.models.packed import prepare_model
-    from yelp_hpc.packing import DataPlan
+    from yelp_hpc.packing import DataPlan, largest_microbatch
     from yelp_hpc.training import Training
     from yelp_hpc.training_data import read_rows
 
@@ -243,7 +243,11 @@ def build(
     )
     model = add_lora(load_model(model_path, config.model.precision), config).to(world.device)
     dropout = use_sequence_dropout(model, config.seed)
-    if needs_checkpointing(model, config, world):
+    own = [train.own_length(row) for row in range(len(train))]
+    tokens_at_once = largest_microbatch(
+        plan, own, world.size, settings.max_tokens, train.prefix_length
+    )
+    if needs_checkpointing(model, config, world, tokens_at_once):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = prepare_model(model)
     if settings.compile:
@@ -282,12 +286,12 @@ def build(
     )
 
 
-def needs_checkpointing(model: Any, config: Config, world: World) -> bool:
+def needs_checkpointing(model: Any, config: Config, world: World, tokens: int) -> bool:
     """Whether the layers' activations must be computed twice to fit the memory.
 
-    `auto` estimates what a full micro-batch keeps (about 20 hidden and 5 intermediate vectors a
-    token and layer) and compares it with 80 % of the free memory of the GPU or this rank's share of
-    the host.
+    `auto` estimates what the largest micro-batch of `tokens` keeps (about 20 hidden and 5
+    intermediate vectors a token and layer) and compares it with 80 % of the free memory of the GPU
+    or of this rank's share of the host.
     """
     import torch
 
@@ -301,7 +305,7 @@ def needs_checkpointing(model: Any, config: Config, world: World) -> bool:
         shape, "ffn_hidden_size", 4 * hidden
     )
     size = 4 if config.train.precision == "fp32" else 2
-    wanted = config.train.max_tokens * layers * (20 * hidden + 5 * inner) * size
+    wanted = tokens * layers * (20 * hidden + 5 * inner) * size
     if world.device.type == "cuda":
         free = torch.cuda.mem_get_info(world.device)[0]
     else:
