@@ -34,6 +34,6 @@ def track(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
         now = time.monotonic()
         if now - last >= LOG_SECONDS:
             last = now
-            left = (now - start) / done * (total - done) if done else float("nan")
-            say(f"{label}: {done}/{total}, {now - start:.0f} s, about {left:.0f} s left")
+            left = f", about {(now - start) / done * (total - done):.0f} s left" if done else ""
+            say(f"{label}: {done}/{total}, {now - start:.0f} s{left}")
         yield item
