@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fabricated import logits, shard_table, write_shards, write_test_set
 
+from fabricated import logits, shard_table, write_shards, write_test_set
 from yelp_hpc.coverage import MISSING, Coverage, read_test_set, refuse_unless_complete
 from yelp_hpc.errors import StageError
 from yelp_hpc.files import sha256_file

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabricated import config_of, make_run, write_shards, write_test_set
 
+from fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc import report_charts as charts
 from yelp_hpc.paths import RunPaths
 from yelp_hpc.stages.collect import collect

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from fabricated import config_of, make_run, write_shards, write_test_set
 from sklearn.metrics import accuracy_score, f1_score
 
+from fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.errors import StageError
 from yelp_hpc.paths import RunPaths
 from yelp_hpc.stages.collect import collect, measure

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import make_model, prepare_run, tiny_config
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tiny import make_model, prepare_run, tiny_config
 from yelp_hpc.checkpoint import read_checkpoint
 from yelp_hpc.distributed import StopRequest, deadline, first_host, rendezvous
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
