@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Glm4Config,
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from yelp_hpc.models.attention import Layout, attend, attend_varlen
+from yelp_hpc.models.linear import keep_mask
 from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches, prepare_model
 
 VOCAB = 97
@@ -262,3 +263,78 @@ def test_plan_keeps_the_budget_and_every_sequence():
     assert all(10 + sum(lengths[i] for i in g) <= 110 or g == [2] for g in plan)
     assert plan[0] == [2]
     assert plan == plan_microbatches(lengths, max_tokens=110, prefix_length=10)
+
+
+class FixedMask(torch.nn.Module):
+    """Dropout that drops the same features of every token, so that packing cannot matter."""
+
+    p = 0.5
+
+    def __init__(self, features, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.row = 2.0 * (torch.rand(features, generator=generator) < 0.5)
+
+    def mask(self, states):
+        return self.row.expand(states.shape).contiguous()
+
+    def forward(self, states):
+        return states * self.row
+
+
+def test_gradients_through_dropout_equal_the_plain_model():
+    rows = sequences(4)
+    plain = tiny("llama")
+    for seed, module in enumerate(plain.modules()):
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = FixedMask(SIZES["hidden_size"], seed)
+    fast = prepare_model(copy.deepcopy(plain))
+    loss_of(plain_logits(plain, rows, last=1)).backward()
+    loss_of(forward_selected(fast, pack(rows, 4))).backward()
+    wanted, got = gradients(plain), gradients(fast)
+    for key in wanted:
+        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+
+
+def test_keep_mask_keeps_the_share_it_should_and_is_reproducible():
+    mask = keep_mask(500, 401, p=0.08, seed=3)
+    assert mask.shape == (500, 401)
+    assert torch.equal(mask.unique(), torch.tensor([0.0, 1 / 0.92]))
+    assert abs(float((mask == 0).float().mean()) - 0.08) < 0.003
+    assert torch.equal(mask, keep_mask(500, 401, p=0.08, seed=3))
+    assert not torch.equal(mask, keep_mask(500, 401, p=0.08, seed=4))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_merging_and_switching_off_an_adapter_is_seen(name):
+    rows = sequences(4)
+    model = prepare_model(tiny(name)).eval()
+    batch = pack(rows, 4)
+    with torch.no_grad():
+        adapted = forward_selected(model, batch)
+        model.merge_adapter()
+        merged = forward_selected(model, batch)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            base = forward_selected(model, batch)
+        again = forward_selected(model, batch)
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, adapted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(base, adapted, atol=1e-3)
+
+
+def test_a_prepared_adapter_is_saved_and_loaded_by_peft(tmp_path):
+    rows = sequences(4)
+    model = prepare_model(tiny("llama")).eval()
+    with torch.no_grad():
+        expected = forward_selected(model, pack(rows, 4))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama", lora=False), tmp_path).eval()
+    with torch.no_grad():
+        logits = plain_logits(loaded, rows, last=1)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_was_not_prepared_is_refused():
+    with pytest.raises(ValueError, match="prepare_model"):
+        forward_selected(tiny("llama"), pack(sequences(4), 4))

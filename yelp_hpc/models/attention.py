@@ -28,7 +28,7 @@ IMPLEMENTATION = "yelp_packed"
 
 # A group of rows is worth its padding up to this share: one kernel call on 8 rows costs less than 8
 # calls, but padded tokens cost attention like any other.
-_PADDING_ALLOWED = 0.15
+_PADDING_ALLOWED = 0.04
 
 
 class Layout:

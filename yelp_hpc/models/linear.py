@@ -78,8 +78,10 @@ class Projection:
     merged into it).
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module, owner: nn.Module | None = None) -> None:
         self.modules = modules
+        # peft's layer around a module: merging changes the weight and leaves no trace on it.
+        self.owners = modules if owner is None else (owner,)
         self._key: tuple[Any, ...] | None = None
 
     @staticmethod
@@ -100,20 +102,27 @@ class Projection:
         bases = [_base(module) for module in self.modules]
         key = tuple(
             (base.weight.data_ptr(), base.weight._version, tuple(getattr(m, "merged_adapters", ())))
-            for base, m in zip(bases, self.modules, strict=True)
+            for base, m in zip(bases, self.owners, strict=True)
         )
         if key == self._key:
             return
         with torch.no_grad(), torch.inference_mode(False):
             weight = torch.cat([base.weight for base in bases])
             self.forward_weight = pack_weight(weight)
-            self.backward_weight = pack_weight(weight.t())
+            self._backward_weight: Tensor | None = None
             self.bias: Tensor | None = None
             if any(base.bias is not None for base in bases):
                 self.bias = torch.cat(
                     [weight.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases]
                 )
         self._key = key
+
+    def backward_weight(self) -> Tensor:
+        """The transposed weight, laid out when the first gradient asks for it: scoring never does."""
+        if self._backward_weight is None:
+            weight = torch.cat([_base(module).weight.detach() for module in self.modules])
+            self._backward_weight = pack_weight(weight.t())
+        return self._backward_weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, in]` to `[T, sum of out]`."""
@@ -174,7 +183,7 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs_dx = ctx.needs_input_grad[0]
-        dx = matmul(dy, ctx.projection.backward_weight) if needs_dx else None
+        dx = matmul(dy, ctx.projection.backward_weight()) if needs_dx else None
         if not ctx.adapters:
             return dx, None, None
         x, *saved = ctx.saved_tensors
@@ -209,9 +218,16 @@ class _FastLinear(nn.Linear):
         return flat.view(*input.shape[:-1], -1)
 
 
-def speed_up_linears(layers: nn.Module) -> None:
-    """Let every plain, frozen linear layer below `layers` multiply through `Projection`."""
-    for module in layers.modules():
+def speed_up_linears(model: nn.Module) -> None:
+    """Let every plain, frozen linear layer of `model` multiply through `Projection`.
+
+    peft must have wrapped the model before: a later merge would go unnoticed.
+    """
+    owners = {
+        module.base_layer: module for module in model.modules() if hasattr(module, "base_layer")
+    }
+    for module in list(model.modules()):
         if type(module) is nn.Linear and not module.weight.requires_grad:
+            projection = Projection(module, owner=owners.get(module))
             module.__class__ = _FastLinear
-            object.__setattr__(module, "_projection", Projection(module))
+            object.__setattr__(module, "_projection", projection)

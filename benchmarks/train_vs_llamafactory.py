@@ -1,0 +1,332 @@
+"""Training beside LLaMA-Factory: same model, data and hyper-parameters, steps taken in turn.
+
+    python benchmarks/train_vs_llamafactory.py --model FOLDER [--reviews FILE.csv] [--steps 30]
+
+The peer is installed into its own virtual environment (`--peer-venv`) unless it is there already,
+and runs in a process of its own that waits between steps, so that a change in the machine's load
+meets both. Flags: LoRA rank 8, alpha 16, dropout 0.08 on q/k/v, learning rate 5e-5 cosine after
+20 steps of warm-up, batch 4 x accumulation 8, cutoff 1024, template default, fp32. It is measured
+twice: with its default switches, and with gradient checkpointing off and rows grouped by length.
+We train on the very tokens that it made of the rows. `--reviews` is a CSV with columns `label`
+and `text`; without it made-up text of reviews' lengths stands in. Prints ratios of summed step
+times, peak memory and both loss curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PEER = ("llamafactory==0.9.5", "jieba", "nltk", "rouge-chinese")
+TORCH = "torch==2.13.0"
+INSTRUCTION = (
+    "The following is a user's review of a merchant. Please judge and output the corresponding "
+    "five-star rating for this review."
+)
+SWITCHES: dict[str, dict[str, Any]] = {
+    "default switches": {},
+    "its own switches set well": {
+        "disable_gradient_checkpointing": True,
+        "train_sampling_strategy": "group_by_length",
+    },
+}
+RATE, WARM_UP, BATCH = 5e-5, 20, 32
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--peer-worker"]:
+        return peer_worker(json.loads(sys.argv[2]))
+    args = parse()
+    python = install_peer(args.peer_venv)
+    with tempfile.TemporaryDirectory() as work:
+        write_dataset(args, Path(work))
+        results = {}
+        for name in args.switches:
+            print(f"\nLLaMA-Factory 0.9.5, {name}", flush=True)
+            results[name] = compare(args, python, Path(work), SWITCHES[name])
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--model", required=True, help="folder of a Llama-like model")
+    parser.add_argument("--reviews", type=Path, help="CSV with columns label and text")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-tokens", type=int, default=1536, help="our micro-batch's budget")
+    parser.add_argument("--switches", nargs="+", choices=SWITCHES, default=list(SWITCHES))
+    default = Path.home() / ".cache/yelp_hpc/llamafactory"
+    parser.add_argument("--peer-venv", type=Path, default=default)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def install_peer(venv: Path) -> Path:
+    """The peer's Python; makes its virtual environment if there is none (minutes)."""
+    python = venv / "bin/python"
+    ready = "import importlib.util as u; assert u.find_spec('llamafactory')"
+    if python.exists() and subprocess.run([python, "-c", ready], check=False).returncode == 0:
+        return python
+    print(f"installing LLaMA-Factory into {venv}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraint:
+        constraint.write(TORCH + "\n")
+        constraint.flush()
+        pip = [python, "-m", "pip"]
+        subprocess.run([*pip, "install", "-q", "-c", constraint.name, TORCH, *PEER], check=True)
+    # The registry's builds of these do not load beside a CPU torch and break `import transformers`;
+    # the worker puts an empty torchaudio in place.
+    subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio"], check=True)
+    return python
+
+
+def write_dataset(args: argparse.Namespace, folder: Path) -> None:
+    """The rows as LLaMA-Factory reads them: alpaca records and dataset_info.json."""
+    if args.reviews is not None:
+        with args.reviews.open(newline="") as file:
+            rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    else:
+        dice = random.Random(1)
+        words = ["the", "food", "was", "good", "bad", "service", "place", "we", "came", "never"]
+        counts = [min(900, max(5, int(dice.lognormvariate(4.4, 0.8)))) for _ in range(2000)]
+        rows = [(" ".join(dice.choices(words, k=n)), str(dice.randrange(5))) for n in counts]
+    records = [{"instruction": INSTRUCTION, "input": text, "output": label} for text, label in rows]
+    (folder / "reviews.json").write_text(json.dumps(records))
+    (folder / "dataset_info.json").write_text('{"reviews": {"file_name": "reviews.json"}}')
+
+
+def compare(
+    args: argparse.Namespace, python: Path, folder: Path, switches: dict[str, Any]
+) -> dict[str, Any]:
+    """Take `args.steps` steps of each in turn, after one of each that is not counted."""
+    tokens = folder / "tokens.json"
+    with peer(args, python, folder, tokens, switches) as (process, read):
+        read()  # the model is loaded and the tokens are written
+        ours = Ours(args, json.loads(tokens.read_text()))
+        times: dict[str, list[float]] = {"peer": [], "ours": []}
+        losses: dict[str, list[float]] = {"peer": [], "ours": []}
+        memory = 0.0
+        for step in range(args.steps + 1):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            answer = read()
+            began = time.perf_counter()
+            loss = ours.step(step)
+            seconds = time.perf_counter() - began
+            memory = answer["peak_rss_mb"]
+            losses["peer"].append(answer["loss"])
+            losses["ours"].append(loss)
+            if step:
+                times["peer"].append(answer["seconds"])
+                times["ours"].append(seconds)
+            print(
+                f"  step {step:3d}  peer {answer['seconds']:6.2f} s loss {answer['loss']:.4f}   "
+                f"ours {seconds:6.2f} s loss {loss:.4f}",
+                flush=True,
+            )
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    ratio = sum(times["peer"]) / sum(times["ours"])
+    speed = {who: BATCH * len(seconds) / sum(seconds) for who, seconds in times.items()}
+    print(
+        f"  {ratio:.2f} times faster: {speed['ours']:.2f} against {speed['peer']:.2f} examples/s; "
+        f"peak memory {mine:.0f} against {memory:.0f} MB"
+    )
+    return {
+        "ratio": ratio,
+        "examples_per_s": speed,
+        "peak_rss_mb": {"ours": mine, "peer": memory},
+        "seconds": times,
+        "losses": losses,
+    }
+
+
+@contextmanager
+def peer(
+    args: argparse.Namespace, python: Path, folder: Path, tokens: Path, switches: dict[str, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """The peer's process and a function that reads its next message."""
+    flags = {
+        "model_name_or_path": str(args.model),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.08,
+        "lora_target": "q_proj,k_proj,v_proj",
+        "template": "default",
+        "cutoff_len": 1024,
+        "dataset": "reviews",
+        "dataset_dir": str(folder),
+        "learning_rate": RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": WARM_UP,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": BATCH // 4,
+        "max_steps": args.steps + 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": str(folder / "peer"),
+        **switches,
+    }
+    request = json.dumps({"flags": flags, "tokens": str(tokens)})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    with (folder / "peer.log").open("w") as log:
+        process = subprocess.Popen(
+            [python, __file__, "--peer-worker", request],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+
+    def read() -> dict[str, Any]:
+        for line in process.stdout or ():
+            if line.startswith("@"):
+                message: dict[str, Any] = json.loads(line[1:])
+                return message
+        raise SystemExit("the peer ended:\n" + (folder / "peer.log").read_text()[-3000:])
+
+    try:
+        yield process, read
+    finally:
+        process.kill()
+        process.wait()
+
+
+def peer_worker(request: dict[str, Any]) -> None:
+    """Runs under the peer's Python: its own `run_exp`, halted before every optimizer step."""
+    stub = ModuleType("torchaudio")
+    stub.__spec__ = ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = stub
+    from llamafactory.train.tuner import run_exp
+    from transformers import TrainerCallback
+
+    def say(**message: Any) -> None:
+        print("@" + json.dumps(message), flush=True)
+
+    class InTurn(TrainerCallback):  # type: ignore[misc]
+        seconds = began = 0.0
+
+        def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
+            rows = [
+                {"input_ids": row["input_ids"], "labels": row["labels"]}
+                for row in train_dataloader.dataset
+            ]
+            Path(request["tokens"]).write_text(json.dumps(rows))
+            say(ready=True)
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            sys.stdin.readline()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds = time.perf_counter() - self.began
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                say(seconds=self.seconds, loss=float(logs["loss"]), peak_rss_mb=peak)
+
+    run_exp(request["flags"], callbacks=[InTurn()])
+
+
+class Ours:
+    """The engine on the peer's tokens: a step of the training stage without its files."""
+
+    def __init__(self, args: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        from yelp_hpc.models.packed import prepare_model
+
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(42)
+        # The template supervises the same few tokens at the end of every row (the stars, the end
+        # of text and a line feed); the last one is only ever a target.
+        self.last = sum(label != -100 for label in rows[0]["labels"])
+        for row in rows:
+            if [label != -100 for label in row["labels"][-self.last - 1 :]] != [False] + [
+                True
+            ] * self.last:
+                raise SystemExit(f"expected {self.last} supervised tokens at the end of every row")
+        self.sequences = [row["input_ids"][:-1] for row in rows]
+        self.targets = [row["labels"][-self.last :] for row in rows]
+        first = self.sequences[0]
+        self.prefix = 0
+        while all(
+            len(row) > self.prefix + self.last and row[self.prefix] == first[self.prefix]
+            for row in self.sequences
+        ):
+            self.prefix += 1
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        lora = LoraConfig(
+            r=8,
+            lora_alpha=16,
+            lora_dropout=0.08,
+            target_modules=["q_proj", "k_proj", "v_proj"],
+            task_type="CAUSAL_LM",
+        )
+        self.model = prepare_model(get_peft_model(model, lora)).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
+        total = args.steps + 1
+
+        def factor(step: int) -> float:
+            if step < WARM_UP:
+                return step / WARM_UP
+            return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, total - WARM_UP)))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.order = random.Random(42).sample(range(len(rows)), len(rows))
+        self.max_tokens = args.max_tokens
+
+    def step(self, step: int) -> float:
+        """One optimizer step over 32 rows; returns the mean loss of their supervised tokens."""
+        import torch
+        from torch.nn import functional as F
+
+        from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches
+
+        rows = [self.order[(step * BATCH + i) % len(self.order)] for i in range(BATCH)]
+        lengths = [len(self.sequences[row]) - self.prefix for row in rows]
+        total = 0.0
+        for group in plan_microbatches(lengths, self.max_tokens, self.prefix):
+            batch = pack([self.sequences[rows[i]] for i in group], self.prefix, self.last)
+            targets = torch.tensor([self.targets[rows[i]] for i in group]).flatten()
+            logits = forward_selected(self.model, batch)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * BATCH)
+            loss.backward()
+            total += float(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+if __name__ == "__main__":
+    main()
