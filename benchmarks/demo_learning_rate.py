@@ -2,8 +2,8 @@
 
     python benchmarks/demo_learning_rate.py [--rates 2e-4 1e-3 2e-3]
 
-Trains the demo's config once for each rate in a run directory of its own and prints the loss and the
-macro F1 on the validation rows at the end.
+Trains the demo's config once for each rate in a run directory of its own and prints the loss and
+the macro F1 on the validation rows at the end.
 """
 
 from __future__ import annotations
