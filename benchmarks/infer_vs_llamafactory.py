@@ -141,11 +141,11 @@ def contenders_of(
     def text(answer: list[int]) -> str:
         return str(tokenizer.decode(answer, skip_special_tokens=True))
 
-    plain = tuned()
-    score = score_predictor(prepare_model(tuned()), len(prefix), tokens["label_ids"], budget, CPU)
+    fast = prepare_model(tuned())
+    score = score_predictor(fast, len(prefix), tokens["label_ids"], budget, CPU)
     decoder = GreedyDecoder(
-        plain,
-        prefix,
+        fast,
+        len(prefix),
         {tokens["eos_id"]},
         options.max_new_tokens,
         decided=lambda answer: is_decided(text(answer)),
@@ -159,7 +159,9 @@ def contenders_of(
             Contender("LLaMA-Factory", peer(run, folder, tokenizer, options, scratch))
         )
     if not options.skip_pipeline:
-        contenders.append(Contender("pipeline", pipeline(plain, tokenizer, options.max_new_tokens)))
+        contenders.append(
+            Contender("pipeline", pipeline(tuned(), tokenizer, options.max_new_tokens))
+        )
     return contenders, score
 
 

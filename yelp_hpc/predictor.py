@@ -56,8 +56,8 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
         return str(tokenizer.decode(answer, skip_special_tokens=True))
 
     decoder = GreedyDecoder(
-        loaded,
-        prefix,
+        prepare_model(loaded),
+        start,
         eos_ids,
         config.infer.max_new_tokens,
         decided=lambda answer: is_decided(text(answer)),
@@ -97,7 +97,7 @@ def generate_predictor(
     decoder: GreedyDecoder, text: Callable[[list[int]], str], max_tokens: int
 ) -> Predictor:
     """Generate mode: the label that the greedy text states, or none."""
-    start = len(decoder.prefix)
+    start = decoder.prefix_length
 
     def plan(lengths: Sequence[int]) -> list[list[int]]:
         return plan_batches([n - start for n in lengths], max_tokens, start)

@@ -65,9 +65,17 @@ class FusedDecoder:
         )
 
     def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, layout: Layout, select: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        layout: Layout,
+        select: Tensor,
+        states: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Hidden states `[S, hidden]` at `select`, after the final norm."""
+        """Hidden states `[S, hidden]` at `select`, after the final norm.
+
+        `states` gets the keys and values `[T, groups, head_dim]` of each layer appended.
+        """
         decoder = self.decoder
         hidden = decoder.embed_tokens(input_ids)
         cos, sin = decoder.rotary_emb(hidden, position_ids.unsqueeze(0))
@@ -78,6 +86,12 @@ class FusedDecoder:
         ):
             attention = layer.self_attn
             mixed = qkv(_norm(hidden, layer.input_layernorm))
+            if states is not None:
+                states.append(
+                    _keys_values(
+                        mixed, cos, sin, attention.head_dim, attention.num_key_value_groups
+                    )
+                )
             context = _RotatedAttention.apply(
                 mixed,
                 cos,
@@ -161,6 +175,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     swapped = torch.cat((x[..., half:], x[..., :half]), -1)
     torch.mul(x, cos, out=out)
     out.addcmul_(swapped, sin)
+
+
+def _keys_values(
+    mixed: Tensor, cos: Tensor, sin: Tensor, head_dim: int, queries_per_key: int
+) -> tuple[Tensor, Tensor]:
+    """Rotated keys, and values, `[T, groups, head_dim]`, out of merged q/k/v."""
+    states = mixed.view(mixed.shape[0], -1, head_dim)
+    groups = states.shape[1] // (queries_per_key + 2)
+    keys = torch.empty_like(states[:, -groups:])
+    _rotate(states[:, -2 * groups : -groups], cos, sin, out=keys)
+    return keys, states[:, -groups:].clone()
 
 
 class _RotatedAttention(torch.autograd.Function):

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from yelp_hpc.models.attention import IMPLEMENTATION, Layout, register, use_layout
 from yelp_hpc.models.fused import FusedDecoder
@@ -168,3 +169,30 @@ def forward_selected(
         )
     logits: Tensor = output.logits[0]
     return logits if vocabulary is None else logits.index_select(1, vocabulary)
+
+
+def prefill(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Logits `[S, V]` at `batch.select`; each layer's keys and values `[T, groups, head_dim]`."""
+    base = base_model(model)
+    if base.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError("the model is not prepared: call prepare_model(model) first")
+    layout = Layout(batch.prefix_length, batch.lengths, batch.input_ids.device)
+    states: list[tuple[Tensor, Tensor]] = []
+    decoder = _decoders.get(base)
+    if decoder is not None:
+        hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select, states)
+        return base.lm_head(hidden), states
+    cache = DynamicCache()
+    with use_layout(layout):
+        output = base(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=batch.select,
+            packed=layout,
+        )
+    layers: Any = cache.layers
+    for layer in layers:
+        states.append((layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)))
+    return output.logits[0], states
