@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs.cluster import ClusterConfig, Container
 from jobs.slurm import without_tokens
 from yelp_hpc.errors import StageError
-from yelp_hpc.files import sha256_file
+from yelp_hpc.image_file import image_sha256
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
 _HANDED_IN = (
@@ -109,7 +109,7 @@ def check_image(container: Container, expected: str | None) -> None:
         if not Path(bind.split(":")[0]).exists():
             raise StageError(f"container.binds names {bind}, which does not exist on this node")
     if expected:
-        found = sha256_file(image)
+        found = image_sha256(image)
         if found != expected:
             raise StageError(
                 f"{image} is not the image that this run was submitted with: its SHA-256 is "

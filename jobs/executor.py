@@ -25,7 +25,8 @@ from jobs.job import Job, job_name
 from jobs.slurm import clean_environment
 from jobs.supervisor import supervise
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import sha256_file, write_json
+from yelp_hpc.files import write_json
+from yelp_hpc.image_file import image_sha256
 from yelp_hpc.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def freeze_cluster(paths: RunPaths, cluster: ClusterConfig) -> Path:
         sif = Path(cluster.container.image)
         if not sif.is_file():
             raise RequestError(f"container.image: {sif} does not exist (yelp_hpc image build)")
-        image = sha256_file(sif)
+        image = image_sha256(sif)
     content = {"cluster": cluster.model_dump(mode="json"), "image_sha256": image}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     path = paths.logs / f"cluster-{digest}.json"

@@ -1,0 +1,275 @@
+"""Build the Apptainer image from Apptainer.def and a lock file.
+
+Wheels are fetched on the host by pip's own configuration, each checked against the lock's hashes,
+and handed to the build in a folder: the build itself asks no network. Reads Apptainer.def,
+containers/ and the two packages of a checkout; writes the .sif and, in the cache, wheels and base.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from yelp_hpc import __version__
+from yelp_hpc.demo import cache_folder
+from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.files import sha256_file, sync_directory, write_failure
+from yelp_hpc.image_file import EPOCH, image_sha256, normalise
+from yelp_hpc.manifest import code_state
+from yelp_hpc.progress import say
+
+TREE = Path(__file__).resolve().parent.parent
+SQUASHFS = f"-comp zstd -Xcompression-level 3 -mkfs-time {EPOCH} -all-time {EPOCH}"
+# glibc of Debian 12 is 2.36: wheels for any older one run in the image
+_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17, 12, 5)]
+_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+
+
+def build(
+    image: Path,
+    lock: Path = TREE / "containers" / "cpu.lock",
+    *,
+    base: str = "docker",
+    extras: Sequence[str] = ("job", "demo"),
+    python: str = "3.11",
+) -> str:
+    """Build ``image`` and return its SHA-256, which is equal for builds from equal inputs.
+
+    Args:
+        lock: pip requirements with hashes.
+        base: ``docker`` (the digest in Apptainer.def), ``debootstrap`` (this machine's Debian
+            mirror) or the path of a local .sif with Python and its venv module.
+        python: version of the base's Python, for the choice of wheels.
+
+    Raises:
+        RequestError: something that a build needs is missing; all problems at once.
+        StageError: a step failed; an image that was there before is kept.
+    """
+    _check_request(image, lock, base)
+    with _sole_builder(image), tempfile.TemporaryDirectory(dir=_folder("tmp")) as scratch:
+        stage = Path(scratch)
+        wheels = fetch_wheels(lock, python)
+        base_args = [] if base == "docker" else [*_local(base, stage)]
+        (stage / "wheels").mkdir()
+        for wheel in wheels.glob("*.whl"):
+            os.link(wheel, stage / "wheels" / wheel.name)
+        _project_wheel(stage)
+        (stage / "locks").mkdir()
+        # under its own name, and the demo's, which the package reads when it runs
+        for source in {lock, TREE / "containers" / "demo.lock"}:
+            shutil.copy(source, stage / "locks" / source.name)
+        code = code_state()
+        sha = (code["git_sha"] or "unknown") + ("-dirty" if code["dirty"] else "")
+        arguments = {
+            "VERSION": __version__,
+            "GIT_SHA": sha,
+            "LOCK": lock.name,
+            "LOCK_SHA256": sha256_file(lock),
+            "EXTRAS": f"[{','.join(extras)}]" if extras else "",
+        }
+        for name, value in arguments.items():
+            base_args += ["--build-arg", f"{name}={value}"]
+        say(f"building {image} (base {base}, {lock.name})")
+        with _replaced(image) as temporary:
+            _apptainer_build(temporary, TREE / "Apptainer.def", base_args, stage)
+            normalise(temporary)
+    return image_sha256(image)
+
+
+def build_argv(
+    target: Path, definition: Path, arguments: Sequence[str], binds: Sequence[tuple[Path, str]]
+) -> list[str]:
+    """The argv of ``apptainer build``; flags stand before positionals, as it insists."""
+    argv = ["apptainer", "build", "--force", "--fakeroot", f"--mksquashfs-args={SQUASHFS}"]
+    for source, at in binds:
+        argv += ["--bind", f"{source}:{at}"]
+    return [*argv, *arguments, str(target), str(definition)]
+
+
+def fetch_wheels(lock: Path, python: str) -> Path:
+    """The folder with every wheel of ``lock``, downloaded once and checked against its hashes.
+
+    Raises:
+        StageError: a package cannot be had, or is not what the lock names.
+    """
+    key = hashlib.sha256(f"{python}\n".encode() + lock.read_bytes()).hexdigest()[:16]
+    folder = _folder("wheels") / key
+    if folder.is_dir():
+        known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
+        if all(sha256_file(wheel) in known for wheel in folder.glob("*.whl")):
+            return folder
+        say(f"{folder} holds a wheel that the lock does not name: fetching all of them again")
+        shutil.rmtree(folder)
+    say(f"fetching the wheels of {lock.name}")
+    with tempfile.TemporaryDirectory(dir=_folder("wheels"), prefix=".") as scratch:
+        made = Path(scratch) / "wheels"
+        argv = [*_PIP, "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+        argv += ["--python-version", python, "--implementation", "cp"]
+        for platform in _PLATFORMS:
+            argv += ["--platform", platform]
+        _call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
+        with suppress(OSError):  # another build was faster, with the same content
+            made.rename(folder)
+    return folder
+
+
+def _check_request(image: Path, lock: Path, base: str) -> None:
+    problems = []
+    if shutil.which("apptainer") is None:
+        problems.append("apptainer is not on PATH (on many clusters: module load apptainer)")
+    if not (TREE / "Apptainer.def").is_file():
+        problems.append(f"{TREE} holds no Apptainer.def: build from a checkout of the project")
+    if not lock.is_file():
+        problems.append(f"the lock file {lock} does not exist")
+    if image.suffix != ".sif":
+        problems.append(f"{image}: the name of an image ends in .sif")
+    if not image.absolute().parent.is_dir():
+        problems.append(f"the folder {image.absolute().parent} does not exist")
+    if base not in ("docker", "debootstrap") and not Path(base).is_file():
+        problems.append(f"base {base!r} is neither docker, debootstrap nor an image file")
+    if base == "debootstrap" and shutil.which("debootstrap") is None:
+        problems.append("debootstrap is not on PATH")
+    if problems:
+        raise RequestError(all_problems("the image cannot be built:", problems))
+
+
+def _local(base: str, stage: Path) -> list[str]:
+    path = _debian_base(stage) if base == "debootstrap" else Path(base).absolute()
+    return ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", f"FROM={path}"]
+
+
+def _debian_base(stage: Path) -> Path:
+    """The Debian base, made once for each content of containers/base.def."""
+    recipe = TREE / "containers" / "base.def"
+    base = _folder("bases") / f"{sha256_file(recipe)[:16]}.sif"
+    with _sole_builder(base):
+        if not base.is_file():
+            say(f"making the base image {base} (once, a minute or two)")
+            with _replaced(base) as temporary:
+                mirror = ["--build-arg", f"MIRROR={_debian_mirror()}"]
+                _apptainer_build(temporary, recipe, mirror, stage)
+                normalise(temporary)
+    return base
+
+
+def _debian_mirror() -> str:
+    """The Debian mirror in this machine's own apt sources."""
+    for path in [*Path("/etc/apt").glob("sources.list.d/*"), Path("/etc/apt/sources.list")]:
+        with suppress(OSError):
+            for word in path.read_text().split():
+                if re.fullmatch(r"https?://\S+/debian/?", word):
+                    return word
+    raise RequestError("no Debian mirror in this machine's apt sources: use --base docker or FILE")
+
+
+def _project_wheel(stage: Path) -> None:
+    """This project's wheel, built from a copy so that the checkout stays clean."""
+    copy = stage / "tree"
+    for package in ("jobs", "yelp_hpc"):
+        ignore = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(TREE / package, copy / package, ignore=ignore)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(TREE / name, copy / name)
+    argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
+    _call(argv, "the wheel of this project", SOURCE_DATE_EPOCH=str(EPOCH))
+    shutil.rmtree(copy)
+
+
+def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage: Path) -> None:
+    empty = stage / "empty"
+    scratch = stage / "apptainer"
+    for folder in (empty, scratch):
+        folder.mkdir(exist_ok=True)
+    # the host's /tmp would be bound into %post otherwise, and be read and written there
+    binds = [(stage, "/mnt"), (empty, "/tmp"), (empty, "/var/tmp")]
+    argv = build_argv(target, definition, arguments, binds)
+    _call(argv, "apptainer build", APPTAINER_TMPDIR=str(scratch), APPTAINER_NO_MOUNT="tmp")
+
+
+_PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def _call(argv: list[str], what: str, **env: str) -> None:
+    """Run a step to its end; its last lines become the error's message.
+
+    The step runs in its own session, so that whatever it started can be ended with it.
+    """
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(
+            argv,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(20)
+            raise
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if code != 0:
+        tail = "\n".join(f"  {line}" for line in text.splitlines()[-12:])
+        raise StageError(f"{what}: {argv[0]} ended with {code}; its last lines:\n{tail}")
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well."""
+    temporary = path.with_name(f".{path.stem}.partial.sif")  # one builder at a time: one name
+    temporary.unlink(missing_ok=True)  # of a build that was killed outright
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.absolute().parent)
+    except OSError as error:
+        raise StageError(write_failure(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _sole_builder(path: Path) -> Iterator[None]:
+    """One build of a file at a time; SIGTERM ends it as Ctrl-C does, with everything tidied."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    with (_folder("locks") / name).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"{path} is being built by another process") from None
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _folder(name: str) -> Path:
+    folder = cache_folder() / "image" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StageError(write_failure(folder, error)) from error
+    return folder
