@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 
 # fault → where it runs; the GPUs make the preempting jobs want exactly these two nodes
 PLACES = {
-    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 30, "nodelist": "c1"},
+    "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 35, "nodelist": "c1"},
     "requeue": {"partition": "cpu", "nodelist": "c1"},
     "node-failure": {"partition": "cpu", "nodelist": "c2"},
     "grace": {"partition": "low", "nodelist": "g1", "gpus": 4, "gpu_type": "rtx3090"},
@@ -86,7 +86,7 @@ def write_config(top: Path) -> Path:
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
         "train": {
             **{"nproc": 2, "learning_rate": 5e-3, "warmup_steps": 2, "global_batch": 8},
-            **{"max_tokens": 256, "epochs": 10, "save_every_steps": 40, "evaluate_every": 500},
+            **{"max_tokens": 256, "epochs": 5, "save_every_steps": 20, "evaluate_every": 500},
         },
         "infer": {"shards": 1},
         "collect": {"bootstrap": 100},

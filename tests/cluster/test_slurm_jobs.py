@@ -135,6 +135,23 @@ def test_a_site_that_sends_one_signal_only(slurm: Cluster, slurm_run: MakeRun, h
     assert how in tried[0].reason
 
 
+def test_two_nodes_meet_and_are_requeued_as_one(slurm: Cluster, slurm_run: MakeRun) -> None:
+    train = {"partition": "cpu", "gpus": 0, "nodes": 2}
+    run = slurm_run(cluster={"train": train}, steps=60).prepared()
+    job = go(run, "train")["train"]
+    wait_for(lambda: len(run.trace()) == 2, 60, "both nodes to begin")
+    time.sleep(0.5)
+    slurm.sh("scancel", "--signal=USR2", job)
+    wait_ended([job], 90)
+    began = run.trace()
+    for pair in (began[:2], began[2:]):
+        assert {line["YELP_HPC_NODE_RANK"] for line in pair} == {"0", "1"}
+        assert {line["MASTER_ADDR"] for line in pair} == {"c1"}
+        assert len({line["MASTER_PORT"] for line in pair}) == 1
+    tried = attempts.read(RunPaths(run.root), "train")
+    assert [attempt.verdict for attempt in tried] == ["requeued", "done"]
+
+
 def test_cancel_ends_this_run_and_no_other(slurm: Cluster, slurm_run: MakeRun) -> None:
     mine, other = slurm_run("mine", steps=300), slurm_run("other", steps=10)
     my_ids, other_ids = go(mine), go(other)

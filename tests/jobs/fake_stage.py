@@ -32,7 +32,10 @@ def put(path, value):
 
 
 with (root / "trace.jsonl").open("a") as trace:
-    trace.write(json.dumps({"name": name, "pid": os.getpid(), "began": time.time()}) + "\n")
+    place = {
+        key: os.environ.get(key) for key in ("YELP_HPC_NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    trace.write(json.dumps({"name": name, "began": time.time(), **place}) + "\n")
 print(f"{name} begins", flush=True)
 if name in plan.get("fail", []):
     print("the data is rotten", flush=True)
