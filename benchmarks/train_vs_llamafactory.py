@@ -121,38 +121,46 @@ def compare(
         read()  # the model is loaded and the tokens are written
         ours = Ours(args, json.loads(tokens.read_text()))
         times: dict[str, list[float]] = {"peer": [], "ours": []}
+        busy: dict[str, list[float]] = {"peer": [], "ours": []}
         losses: dict[str, list[float]] = {"peer": [], "ours": []}
         memory = 0.0
         for step in range(args.steps + 1):
             process.stdin.write("go\n")
             process.stdin.flush()
             answer = read()
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             loss = ours.step(step)
-            seconds = time.perf_counter() - began
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
             memory = answer["peak_rss_mb"]
             losses["peer"].append(answer["loss"])
             losses["ours"].append(loss)
             if step:
                 times["peer"].append(answer["seconds"])
                 times["ours"].append(seconds)
+                busy["peer"].append(answer["cpu_seconds"])
+                busy["ours"].append(cpu)
+            theirs = f"{answer['seconds']:.2f} s (CPU {answer['cpu_seconds']:.1f})"
             print(
-                f"  step {step:3d}  peer {answer['seconds']:6.2f} s loss {answer['loss']:.4f}   "
-                f"ours {seconds:6.2f} s loss {loss:.4f}",
+                f"  step {step:3d}  peer {theirs}, loss {answer['loss']:.4f}   "
+                f"ours {seconds:.2f} s (CPU {cpu:.1f}), loss {loss:.4f}",
                 flush=True,
             )
     mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     ratio = sum(times["peer"]) / sum(times["ours"])
     speed = {who: BATCH * len(seconds) / sum(seconds) for who, seconds in times.items()}
+    busy_ratio = sum(busy["peer"]) / sum(busy["ours"])
     print(
         f"  {ratio:.2f} times faster: {speed['ours']:.2f} against {speed['peer']:.2f} examples/s; "
+        f"{busy_ratio:.2f} times less CPU time; "
         f"peak memory {mine:.0f} against {memory:.0f} MB"
     )
     return {
         "ratio": ratio,
+        "cpu_time_ratio": busy_ratio,
         "examples_per_s": speed,
         "peak_rss_mb": {"ours": mine, "peer": memory},
         "seconds": times,
+        "cpu_seconds": busy,
         "losses": losses,
     }
 
@@ -228,7 +236,7 @@ def peer_worker(request: dict[str, Any]) -> None:
         print("@" + json.dumps(message), flush=True)
 
     class InTurn(TrainerCallback):  # type: ignore[misc]
-        seconds = began = 0.0
+        seconds = cpu_seconds = began = cpu = 0.0
 
         def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
             rows = [
@@ -239,16 +247,23 @@ def peer_worker(request: dict[str, Any]) -> None:
             say(ready=True)
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            sys.stdin.readline()
-            self.began = time.perf_counter()
+            if not sys.stdin.readline():
+                os._exit(1)  # the other side is gone
+            self.began, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds = time.perf_counter() - self.began
+            self.cpu_seconds = time.process_time() - self.cpu
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                say(seconds=self.seconds, loss=float(logs["loss"]), peak_rss_mb=peak)
+                say(
+                    seconds=self.seconds,
+                    cpu_seconds=self.cpu_seconds,
+                    loss=float(logs["loss"]),
+                    peak_rss_mb=peak,
+                )
 
     run_exp(request["flags"], callbacks=[InTurn()])
 
@@ -320,7 +335,7 @@ class Ours:
             logits = forward_selected(self.model, batch)
             loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * BATCH)
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()

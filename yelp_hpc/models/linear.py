@@ -118,7 +118,7 @@ class Projection:
         self._key = key
 
     def backward_weight(self) -> Tensor:
-        """The transposed weight, laid out when the first gradient asks for it: scoring never does."""
+        """The transposed weight, laid out when a gradient first asks for it: scoring never does."""
         if self._backward_weight is None:
             weight = torch.cat([_base(module).weight.detach() for module in self.modules])
             self._backward_weight = pack_weight(weight.t())
