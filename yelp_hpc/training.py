@@ -7,7 +7,6 @@ ranks agree on the step at which they save. Writes checkpoints and `train/log.js
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,39 +26,22 @@ from yelp_hpc.checkpoint import (
     optimizer_tensors,
 )
 from yelp_hpc.config import Config
-from yelp_hpc.distributed import StopRequest
 from yelp_hpc.errors import SavedForRequeue, StageError
-from yelp_hpc.files import append_jsonl, read_jsonl, write_bytes
+from yelp_hpc.files import append_jsonl
 from yelp_hpc.models.dropout import DropoutContext, derive_seed
 from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches
 from yelp_hpc.packing import DataPlan, deal
 from yelp_hpc.paths import RunPaths
+from yelp_hpc.rank import StopRequest
 from yelp_hpc.throughput import Meter
 from yelp_hpc.training_data import Rows, f1_macro
+from yelp_hpc.training_log import progress_line
+from yelp_hpc.world import World
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = 2  # supervised tokens a sequence: the label and the end of the answer
 LABELS = 5
 PROGRESS_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank among all ranks, and where it computes."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, in place; the same bits on every rank."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
 
 
 @dataclass
@@ -410,32 +391,3 @@ class Training:
 def peft_name(parameter: str) -> str:
     """`…lora_A.default.weight` → the key of an adapter file, `…lora_A.weight`."""
     return parameter.replace(".default.", ".")
-
-
-def progress_line(line: dict[str, Any], steps: int) -> str:
-    """One line of a step for people: `step 12/400  loss 0.512 …`."""
-    eta = int(line["eta_seconds"])
-    parts = [
-        f"step {line['step']}/{steps}",
-        f"loss {line['loss']:.4f}",
-        f"lr {line['learning_rate']:.2e}",
-        f"{line['tokens_per_second']:.0f} tokens/s",
-        f"{line['examples_per_second']:.1f} reviews/s",
-        f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
-    ]
-    if "validation_loss" in line:
-        parts += [
-            f"validation loss {line['validation_loss']:.4f}",
-            f"macro F1 {line['validation_f1_macro']:.3f}",
-        ]
-    return "  ".join(parts)
-
-
-def truncate_log(paths: RunPaths, step: int, pending: bool) -> None:
-    """Drop the lines of steps that the run is about to repeat (or to finish, if `pending`)."""
-    if not paths.train_log.exists():
-        return
-    last = step - 1 if pending else step
-    kept = [line for line in read_jsonl(paths.train_log) if line.get("step", 0) <= last]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-    write_bytes(paths.train_log, text.encode())

@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny import make_model, prepare_run, tiny_config
 from yelp_hpc.checkpoint import read_checkpoint
-from yelp_hpc.distributed import StopRequest, deadline, first_host, rendezvous
+from yelp_hpc.distributed import first_host, rendezvous
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.export import export_merged
 from yelp_hpc.files import is_complete, read_json, read_jsonl
 from yelp_hpc.paths import RunPaths
+from yelp_hpc.rank import StopRequest, deadline
 from yelp_hpc.stages import train
-from yelp_hpc.training import truncate_log
 from yelp_hpc.training_data import f1_macro, read_rows
+from yelp_hpc.training_log import truncate_log
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,19 @@ import json
 import os
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.distributed import StopRequest, launch, run_rank
+from yelp_hpc.distributed import launch
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.files import is_complete, read_json, read_jsonl, read_marker, sha256_file
 from yelp_hpc.paths import RunPaths
+from yelp_hpc.rank import StopRequest, run_rank
 
 if TYPE_CHECKING:
-    from yelp_hpc.training import Training, World
+    from yelp_hpc.training import Training
+    from yelp_hpc.world import World
 
 # Settings that change speed, saving or what is shown, but not what is learnt.
 FREE_SETTINGS = {
@@ -145,7 +146,8 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     # New names that transformers 5.6 does not have yet.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     from yelp_hpc.checkpoint import read_checkpoint, write_adapter
-    from yelp_hpc.training import truncate_log
+    from yelp_hpc.training_log import truncate_log
+    from yelp_hpc.world import join_world
 
     world = join_world(config)
     training = build(run, config, Path(payload["model"]), payload["fingerprint"], world, stop)
@@ -182,30 +184,6 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
             fingerprint=payload["fingerprint"],
         )
         print(f"train: done, adapter in {run.adapter}", file=sys.stderr, flush=True)
-
-
-def join_world(config: Config) -> World:
-    """Meet the other ranks; accelerate picks the device and NCCL or gloo.
-
-    Raises RequestError for more ranks than GPUs.
-    """
-    import torch
-    from accelerate.state import PartialState
-
-    from yelp_hpc.training import World
-
-    gpus = torch.cuda.device_count()
-    if gpus and config.train.nproc > gpus:
-        raise RequestError(
-            f"train.nproc is {config.train.nproc}, but this node shows {gpus} GPUs: "
-            "one rank needs one GPU"
-        )
-    # A node that never comes is given up after this time; a rank that dies is seen at once.
-    state = PartialState(cpu=not gpus, timeout=timedelta(minutes=10))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    if gpus:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return World(state.process_index, state.num_processes, state.device)
 
 
 def build(
