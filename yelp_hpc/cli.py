@@ -15,6 +15,7 @@ import click
 
 from yelp_hpc import __version__
 from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.image_commands import image
 from yelp_hpc.paths import MODELS, STAGES
 
 RUN = click.option(
@@ -293,6 +294,9 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
         problems = [*found.differences, *found.missing]
         raise StageError(all_problems(f"{second.root} differs from {first.root}:", problems))
     click.echo("the same: " + ", ".join(found.same))
+
+
+cli.add_command(image)
 
 
 def main() -> None:
