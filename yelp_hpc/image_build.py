@@ -69,6 +69,8 @@ def build(
         # under its own name, and the demo's, which the package reads when it runs
         for source in {lock, TREE / "containers" / "demo.lock"}:
             shutil.copy(source, stage / "locks" / source.name)
+        # a file, because a --build-arg cannot hold a comma
+        (stage / "requirements.txt").write_text(f"yelp-hpc[{','.join(extras)}]\n")
         code = code_state()
         sha = (code["git_sha"] or "unknown") + ("-dirty" if code["dirty"] else "")
         arguments = {
@@ -76,7 +78,6 @@ def build(
             "GIT_SHA": sha,
             "LOCK": lock.name,
             "LOCK_SHA256": sha256_file(lock),
-            "EXTRAS": f"[{','.join(extras)}]" if extras else "",
         }
         for name, value in arguments.items():
             base_args += ["--build-arg", f"{name}={value}"]
