@@ -118,7 +118,8 @@ def parameters(
         "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1"],
         "setup": [
             *cluster.setup,
-            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
+            "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
         ],
         "additional_parameters": extra,
     }

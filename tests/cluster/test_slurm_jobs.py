@@ -135,6 +135,17 @@ def test_a_site_that_sends_one_signal_only(slurm: Cluster, slurm_run: MakeRun, h
     assert how in tried[0].reason
 
 
+def test_jobs_run_the_code_that_was_submitted_not_the_checkout(
+    slurm: Cluster, slurm_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    shown = "import yelp_hpc, jobs; print('code:', yelp_hpc.__file__, jobs.__file__)"
+    run = slurm_run(cluster={"command": [sys.executable, "-c", shown]})
+    wait_ended(list(go(run, "prepare").values()), 60)
+    log = (run.root / "logs" / "prepare.log").read_text()
+    assert log.count(f"{run.root}/code/") == 2
+
+
 def test_two_nodes_meet_and_are_requeued_as_one(slurm: Cluster, slurm_run: MakeRun) -> None:
     train = {"partition": "cpu", "gpus": 0, "nodes": 2}
     run = slurm_run(cluster={"train": train}, steps=60).prepared()
