@@ -44,10 +44,14 @@ def run_chain(
     """
     submissions: list[Submission] = []
     failed: dict[str, str] = {}
+    skipped: set[str] = set()
     for job in planned:
         blocked = [name for kind, name in job.after if kind == "afterok" and name in failed]
-        if blocked:
-            failed[job.name] = f"not started, {blocked[0]} failed"
+        before = {name for _, name in job.after}
+        if blocked or (before and before <= skipped):  # nothing new to collect
+            first = blocked[0] if blocked else min(before)
+            failed[job.name] = f"not started, because {first} did not end well"
+            skipped.add(job.name)
             continue
         for task in job.tasks:
             submission, attempt = _run_task(job, task, paths, cluster, frozen, code, say)

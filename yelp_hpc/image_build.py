@@ -66,9 +66,7 @@ def build(
             os.link(wheel, stage / "wheels" / wheel.name)
         _project_wheel(stage)
         (stage / "locks").mkdir()
-        # under its own name, and the demo's, which the package reads when it runs
-        for source in {lock, TREE / "containers" / "demo.lock"}:
-            shutil.copy(source, stage / "locks" / source.name)
+        shutil.copy(lock, stage / "locks" / lock.name)  # under its own name
         # a file, because a --build-arg cannot hold a comma
         (stage / "requirements.txt").write_text(f"yelp-hpc[{','.join(extras)}]\n")
         code = code_state()

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import yelp_hpc
 from jobs import attempts
 from jobs.chain import cancel, submit
+from jobs.snapshot import freeze
 from jobs.status import collect_status, find_logs
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
@@ -51,6 +53,22 @@ def test_the_chain_runs_once_and_then_has_nothing_to_do(fake_run: MakeRun) -> No
     assert len(run.trace()) == 7
     lines, _ = collect_status(run.root, run.config)
     assert {line.state for line in lines} == {"done"}
+
+
+def test_when_the_first_stage_fails_nothing_else_starts(fake_run: MakeRun) -> None:
+    run = fake_run("a run", shards=2, fail=["prepare"])
+    with pytest.raises(StageError, match="prepare failed: exit code 1"):
+        go(run)
+    assert [line["name"] for line in run.trace()] == ["prepare"]
+
+
+def test_the_frozen_code_holds_every_file_that_the_package_reads(tmp_path: Path) -> None:
+    frozen = freeze(RunPaths(tmp_path))
+    installed = Path(yelp_hpc.__file__).parent.rglob("*")
+    kept = {p.relative_to(frozen / "yelp_hpc") for p in (frozen / "yelp_hpc").rglob("*")}
+    for path in installed:
+        if path.is_file() and not any("cache" in part for part in path.parts):
+            assert path.relative_to(Path(yelp_hpc.__file__).parent) in kept
 
 
 def test_a_failed_shard_stops_only_what_needs_it_and_is_done_alone_next_time(
