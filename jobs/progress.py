@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from yelp_hpc.files import is_complete, read_marker
+from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.files import is_complete, read_json, read_marker
 from yelp_hpc.paths import RunPaths, shard_of
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -36,6 +39,16 @@ def shards_done(paths: RunPaths, model: str, shards: int) -> list[int]:
     except OSError:
         return []
     return sorted(item[0] for item in found if item and item[1] == shards)
+
+
+def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[str, Any]]:
+    """What each shard that ever began says of itself: ``state``, ``rows``, ``done``,
+    ``rows_per_second``, ``updated`` (seconds since the epoch); by shard."""
+    found = {}
+    for shard in range(shards):
+        with suppress(OSError, ValueError, YelpHpcError):
+            found[shard] = read_json(paths.shard_progress(model, shard, shards))
+    return found
 
 
 def stage_done(paths: RunPaths, stage: str, model: str = "", shards: int = 0) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from jobs import attempts, slurm
 from jobs.attempts import Attempt
 from jobs.local import local_alive
-from jobs.progress import shards_done, stage_done
+from jobs.progress import shards_done, shards_progress, stage_done
 from jobs.slurm import Row
 from jobs.supervisor import log_name
 from yelp_hpc.config import Config
@@ -44,6 +44,7 @@ class Facts:
     attempts: tuple[Attempt, ...] = ()
     shards: int = 0
     shards_done: frozenset[int] = frozenset()
+    shards_progress: dict[int, dict[str, Any]] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     """Last line of train/log.jsonl."""
     steps: int | None = None
@@ -65,6 +66,8 @@ class JobStatus:
     gpu_hours: float = 0.0
     gpu_hours_lost: float = 0.0
     shards: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
+    """infer: rows done and known of, rows_per_second of the running shards, eta_seconds."""
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,6 +117,9 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
                 shards_done=frozenset(
                     shards_done(paths, model, config.infer.shards) if stage == "infer" else ()
                 ),
+                shards_progress=shards_progress(paths, model, config.infer.shards)
+                if stage == "infer" and not done_by_marker[name]
+                else {},
                 training=log[-1] if stage == "train" and log else None,
                 steps=total_steps(log[-1], config) if stage == "train" and log else None,
             )
@@ -148,7 +154,7 @@ def _summarise(fact: Facts) -> JobStatus:
     elapsed = shown.elapsed
     if not elapsed and latest:
         elapsed = _clock(attempts.last_seen(latest) - latest.started)
-    shards = {}
+    shards, rows = {}, {}
     if fact.shards:
         shards = {
             "done": len(fact.shards_done),
@@ -158,6 +164,9 @@ def _summarise(fact: Facts) -> JobStatus:
         }
         parts = [f"{shards['done']}/{fact.shards} shards"]
         parts += [f"{shards[k]} {k}" for k in ("running", "failed") if shards[k]]
+        if state == "running":
+            rows = rows_done(fact)
+            parts += _speed(rows)
         detail = ", ".join([*parts, *([detail] if detail and state != "done" else [])])
     elif fact.training and state != "done":
         detail = "; ".join(part for part in (_training(fact), detail) if part)
@@ -175,8 +184,39 @@ def _summarise(fact: Facts) -> JobStatus:
         gpu_hours=round(used, 3),
         gpu_hours_lost=round(lost, 3),
         shards=shards,
+        rows=rows,
         training=fact.training or {},
     )
+
+
+def rows_done(fact: Facts) -> dict[str, Any]:
+    """Rows done, rows per second of the shards that run now, and the time that is left.
+
+    Shards that have not begun are taken to be as large as those that have, on average.
+    """
+    known = fact.shards_progress.values()
+    if not known:
+        return {}
+    rows = sum(line["rows"] for line in known)
+    done = sum(line["done"] for line in known)
+    expected = round(rows / len(known) * fact.shards)
+    rates = [line["rows_per_second"] or 0.0 for line in known if line["state"] == "running"]
+    speed = sum(rates)
+    return {
+        "done": done,
+        "all": expected,
+        "rows_per_second": round(speed, 3),
+        "eta_seconds": round((expected - done) / speed, 1) if speed else None,
+    }
+
+
+def _speed(rows: dict[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    parts = [f"{rows['done']}/{rows['all']} rows"]
+    if rows["eta_seconds"] is not None:
+        parts += [f"{rows['rows_per_second']:.1f} rows/s", f"ETA {_clock(rows['eta_seconds'])}"]
+    return parts
 
 
 def _covered(shards: str, done: frozenset[int]) -> bool:

@@ -36,6 +36,9 @@ from yelp_hpc.paths import RunPaths
 
 HEARTBEAT = 10.0
 POLL = 0.2
+LAST_CALL = 10.0
+"""Seconds before the time limit at which a stage that is still saving is given up: Slurm refuses to
+requeue a job that the limit has ended."""
 TAIL_LINES = 25
 
 
@@ -179,9 +182,12 @@ def _run(
         arguments = stage_argv(job.stage, paths.root, job.model, shard)
         argv = command(cluster, paths.root, arguments, env)
         child_env = stage_environment(cluster, job.stage, env, token)
-        code, fenced = _process(stop, paths, argv, child_env, log, attempt, leader, job)
-        if fenced:
-            return Verdict("stopped", fenced)
+        code, ended = _process(stop, paths, argv, child_env, log, attempt, leader, job)
+        if ended and code != 0:
+            if ended.action == "requeued" and _stalled(paths, job, attempt, cluster.requeue_cap):
+                starts = f"{attempt.stalled} starts in a row made no progress"
+                return Verdict("failed", f"{ended.reason}, but {starts}\n{tail(log)}")
+            return ended
         # a refused or failed shard must not keep the others of its task from being done
         if shard and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
             failed.append(f"shard {shard} exited {code}")
@@ -194,6 +200,11 @@ def _run(
     if failed:
         return Verdict("failed", f"{'; '.join(failed)}\n{tail(log)}")
     return Verdict("done", "complete")
+
+
+def _stalled(paths: RunPaths, job: Job, attempt: Attempt, cap: int) -> bool:
+    now = digest(fingerprint(paths, job.stage, job.model, job.tasks[0]))
+    return now == attempt.before and attempt.stalled >= cap
 
 
 def _done(paths: RunPaths, job: Job, shard: str) -> list[int]:
@@ -211,8 +222,8 @@ def log_name(name: str, shards: str) -> str:
 def _process(
     stop: Stop, paths: RunPaths, argv: list[str], env: dict[str, str], log: Path,
     attempt: Attempt, leader: bool, job: Job,
-) -> tuple[int, str]:  # fmt: skip
-    """Run one process to its end. Returns its exit code and why it was fenced off, if it was."""
+) -> tuple[int, Verdict | None]:  # fmt: skip
+    """Run one process to its end. Returns its exit code and, if it was ended here, why."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         head = f"=== job {attempt.job} restart {attempt.restart} on {attempt.node}: "
@@ -232,7 +243,8 @@ def _process(
         except OSError as error:
             raise StageError(f"cannot start {argv[0]}: {error.strerror}") from None
     stop.watch(child)
-    beat, fenced = time.monotonic(), ""
+    beat, ended = time.monotonic(), None
+    deadline = float(env.get("YELP_HPC_DEADLINE", "inf")) if on_slurm() else float("inf")
     while True:
         with suppress(subprocess.TimeoutExpired):
             code = child.wait(POLL)
@@ -241,12 +253,17 @@ def _process(
             beat = time.monotonic()
             attempts.beat(paths, attempt)
             other = newer_attempt(paths, job, attempt)
-            if other and not fenced:
+            if other and not ended:
                 # this node was cut off and Slurm started the job elsewhere: only one may write
-                fenced = f"job {other.job} took over on {other.node}; this copy was stopped"
+                why = f"job {other.job} took over on {other.node}; this copy was stopped"
+                ended = Verdict("stopped", why)
                 child.kill()
+        if time.time() > deadline - LAST_CALL and leader and not ended:
+            why = "had not saved when the time limit came (raise save_seconds); the last save holds"
+            ended = Verdict("requeued", why, ask=True)
+            child.kill()
     stop.watch(None)
-    return code, fenced
+    return code, ended
 
 
 def newer_attempt(paths: RunPaths, job: Job, attempt: Attempt) -> Attempt | None:

@@ -135,6 +135,17 @@ def test_a_site_that_sends_one_signal_only(slurm: Cluster, slurm_run: MakeRun, h
     assert how in tried[0].reason
 
 
+def test_a_stage_that_does_not_save_in_time_is_requeued_before_the_limit(
+    slurm: Cluster, slurm_run: MakeRun
+) -> None:
+    train = {"partition": "cpu", "gpus": 0, "time": "1", "save_seconds": 30}
+    run = slurm_run(cluster={"train": train}, steps=600, deaf=True).prepared()
+    wait_ended(list(go(run, "train").values()), 180)
+    tried = attempts.read(RunPaths(run.root), "train")
+    assert [attempt.verdict for attempt in tried] == ["requeued", "done"]
+    assert "save_seconds" in tried[0].reason
+
+
 def test_jobs_run_the_code_that_was_submitted_not_the_checkout(
     slurm: Cluster, slurm_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,8 @@
 
 Called as the real command is (STAGE --run DIR [--model M --shard K]). Works in steps of a tenth of
 a second, keeps each step in a checkpoint file, saves on SIGUSR2 and SIGTERM and then exits 75. How
-it shall behave stands in RUN/fake.json: {"steps": N, "fail": ["infer-base-3"], "stuck": true}.
+it shall behave stands in RUN/fake.json: {"steps": N, "fail": ["infer-base-3"], "stuck": true} (no
+step is ever finished), {"deaf": true} (no signal is heard).
 """
 
 import json
@@ -49,7 +50,7 @@ while step < steps:
     time.sleep(0.1)
     if not plan.get("stuck"):
         step += 1
-    if stop:
+    if stop and not plan.get("deaf"):
         if kept and not plan.get("stuck"):
             put(kept, step)
         print(f"{name} saved step {step}", flush=True)

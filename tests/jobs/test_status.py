@@ -39,11 +39,20 @@ def test_state(facts: dict[str, object], state: str, words: str) -> None:
     assert words in line.detail
 
 
+def shard(state: str, done: int, speed: float) -> dict[str, object]:
+    return {"state": state, "rows": 100, "done": done, "rows_per_second": speed}
+
+
 def test_shards_and_training_are_counted() -> None:
     rows = (Row("7_1", "RUNNING", node="g1"), Row("7_2", "PENDING", "JobArrayTaskLimit"))
     tried = (attempt("failed", "7_0", shards="0"), attempt("done", "7_3", shards="3"))
+    told = {
+        0: shard("saved", 10, 9.0),
+        1: shard("running", 40, 25.0),
+        3: shard("complete", 100, 30.0),
+    }
     infer = Facts(
-        "infer-base", "infer", False, SUBMITTED, False, rows, (), tried, 4, frozenset({3})
+        "infer-base", "infer", False, SUBMITTED, False, rows, (), tried, 4, frozenset({3}), told
     )
     log = {"step": 30, "epoch": 0.5, "loss": 1.25, "tokens_per_second": 900.0, "eta_seconds": 61}
     train = Facts(
@@ -51,7 +60,8 @@ def test_shards_and_training_are_counted() -> None:
     )
     first, second = summarise([infer, train])
     assert first.shards == {"done": 1, "running": 1, "failed": 1, "all": 4}
-    assert first.detail == "1/4 shards, 1 running, 1 failed"
+    assert first.detail == "1/4 shards, 1 running, 1 failed, 150/400 rows, 25.0 rows/s, ETA 0:00:10"
+    assert first.rows["eta_seconds"] == 10.0
     assert second.detail == "step 30/60, loss 1.2500, 900 tokens/s, ETA 0:01:01"
     text = render([first, second], "the controller does not answer")
     assert "1/4 shards" in text
