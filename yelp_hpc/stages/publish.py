@@ -17,6 +17,7 @@ from typing import Any
 
 from yelp_hpc.card import GpuHours, base_model_id, model_card
 from yelp_hpc.config import Config
+from yelp_hpc.confusion_plot import draw_confusion
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.files import MARKER, damaged_files, read_json, read_marker, write_json
 from yelp_hpc.hub import Backoff, HubFile, Published, Target, publish_files
@@ -122,12 +123,16 @@ def collect_files(run: RunPaths, config: Config, stack: ExitStack) -> list[HubFi
         content["adapter_config.json"] = portable_adapter_config(run, config)
     content["metrics.json"] = run.metrics
     content["run.json"] = run.run_json
-    pictures = {path.name: path for path in (run.loss_png, run.root / "confusion.png")}
-    pictures = {name: path for name, path in pictures.items() if path.is_file()}
+    metrics = read_json(run.metrics)
+    pictures: dict[str, Path | bytes] = {}
+    if run.loss_png.is_file():
+        pictures["loss.png"] = run.loss_png
+    if tuned := metrics["models"].get("tuned"):
+        pictures["confusion.png"] = draw_confusion(tuned["confusion"], tuned["confusion_columns"])
     content |= pictures
     card = model_card(
         config,
-        read_json(run.metrics),
+        metrics,
         read_json(run.run_json),
         pictures=sorted(pictures),
         gpu_hours=gpu_hours(run),
