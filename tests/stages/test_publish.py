@@ -63,8 +63,8 @@ def test_one_private_commit_with_everything(hub: Hub, run: RunPaths, config: Con
     publish.run(run, config, backoff=QUICK)
     files = hub.files(REPO)
     assert {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "confusion.png", "loss.png",
-        "metrics.json", "run.json", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "confusion.png",
+        "loss.png", "metrics.json", "run.json", "tokenizer.json", "tokenizer_config.json",
     } <= set(files)  # fmt: skip
     weights = (run.adapter / "adapter_model.safetensors").read_bytes()
     assert files["adapter_model.safetensors"] == weights
