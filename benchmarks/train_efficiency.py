@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reviews", type=Path, help="CSV with columns label and text")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-tokens", type=int, default=1536, help="budget of a micro-batch")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="budget of a micro-batch")
     parser.add_argument("--generic", action="store_true", help="without the fused layers")
     parser.add_argument(
         "--cpu-time",

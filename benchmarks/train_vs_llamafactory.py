@@ -58,7 +58,9 @@ def main() -> None:
         results = {}
         for name in args.switches:
             print(f"\nLLaMA-Factory 0.9.5, {name}", flush=True)
-            results[name] = compare(args, python, Path(work), SWITCHES[name])
+            with tempfile.TemporaryDirectory(dir=work) as output:
+                flags = {**SWITCHES[name], "output_dir": output}
+                results[name] = compare(args, python, Path(work), flags)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -70,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reviews", type=Path, help="CSV with columns label and text")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-tokens", type=int, default=1536, help="our micro-batch's budget")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="our micro-batch's budget")
     parser.add_argument("--switches", nargs="+", choices=SWITCHES, default=list(SWITCHES))
     default = Path.home() / ".cache/yelp_hpc/llamafactory"
     parser.add_argument("--peer-venv", type=Path, default=default)
@@ -194,7 +196,6 @@ def peer(
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
-        "output_dir": str(folder / "peer"),
         **switches,
     }
     request = json.dumps({"flags": flags, "tokens": str(tokens)})
@@ -224,11 +225,16 @@ def peer(
         process.wait()
 
 
-def peer_worker(request: dict[str, Any]) -> None:
-    """Runs under the peer's Python: its own `run_exp`, halted before every optimizer step."""
+def stub_torchaudio() -> None:
+    """Let the peer import torchaudio, which it never uses for text."""
     stub = ModuleType("torchaudio")
     stub.__spec__ = ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = stub
+
+
+def peer_worker(request: dict[str, Any]) -> None:
+    """Runs under the peer's Python: its own `run_exp`, halted before every optimizer step."""
+    stub_torchaudio()
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 

@@ -7,7 +7,9 @@ end by itself with the adapter of the run that nobody interrupted, byte for byte
 from __future__ import annotations
 
 import csv
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +19,26 @@ import yaml
 
 from jobs import attempts
 from jobs.attempts import Attempt, last_seen
-from tests.cluster.conftest import GPU, Cluster, copy_run, read, wait_ended, wait_for, yelp_hpc
+from tests.cluster.conftest import (
+    GPU,
+    Cluster,
+    copy_run,
+    processes,
+    read,
+    wait_ended,
+    wait_for,
+    yelp_hpc,
+)
+from tests.hub.server import serving
+from tests.hub.state import Hub
 from tests.tiny import HEAD, TAIL, make_model, reviews
 from yelp_hpc.files import read_jsonl, sha256_file
 from yelp_hpc.paths import RunPaths
 
 pytestmark = pytest.mark.timeout(900)
+TOKEN = "hf_sentinelThatMustBeNowhere"
+REPO = "me/faults"
+CLUSTER_FILES = ("/var/lib/yelp-hpc-cluster", "/var/log/yelp-hpc-cluster")
 
 # fault → where it runs; the GPUs make the preempting jobs want exactly these two nodes
 PLACES = {
@@ -39,6 +55,9 @@ class Outcome:
     reference: RunPaths
     runs: dict[str, RunPaths] = field(default_factory=dict)
     jobs: dict[str, str] = field(default_factory=dict)
+    hub: Hub | None = None
+    seen: list[str] = field(default_factory=list)
+    """Lines of the process list that held the token at any time."""
 
     def tried(self, fault: str) -> list[Attempt]:
         return attempts.read(self.runs[fault], "train")
@@ -48,16 +67,53 @@ class Outcome:
 def outcome(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     """Everything happens here once; the tests look at what came of it."""
     top = tmp_path_factory.mktemp("faults")
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    hub.tokens = {TOKEN: {"user": "me", "write": True}}
+    with serving(hub), pytest.MonkeyPatch.context() as patch, watching() as seen:
+        for name, value in {"ENDPOINT": hub.url, "HUB_DISABLE_XET": "1", "TOKEN": TOKEN}.items():
+            patch.setenv(f"HF_{name}", value)
+        result = interrupted_runs(slurm, top)
+        result.hub, result.seen = hub, seen
+        yield result
+
+
+@contextmanager
+def watching() -> Iterator[list[str]]:
+    """Collects every command line of this machine that holds the token, while it lasts."""
+    seen: list[str] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.1):
+            seen.extend(line for _, line in processes() if TOKEN in line)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def interrupted_runs(slurm: Cluster, top: Path) -> Outcome:
     config = write_config(top)
     reference = RunPaths(top / "reference")
     common = ["--config", str(config)]
     yelp_hpc("submit", "all", *common, "--executor", "local", "--run", str(reference.root))
     result = Outcome(reference)
-    for fault, place in PLACES.items():
+    token = top.parent / "hub-token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    for fault, where in PLACES.items():
         run = RunPaths(copy_run(reference.root, top / fault))
         stage = "all" if fault == "requeue" else "train"
-        cluster = write_cluster(top / f"{fault}.yaml", place)
-        yelp_hpc("submit", stage, *common, "--cluster", str(cluster), "--run", str(run.root))
+        cluster = write_cluster(top / f"{fault}.yaml", where)
+        place = ["--cluster", str(cluster), "--run", str(run.root)]
+        if fault == "requeue":
+            # its own word of the token: an environment may not reach a job at every site
+            place += ["--set", f"publish.repo_id={REPO}", "--set", f"publish.token_file={token}"]
+        yelp_hpc("submit", stage, *common, *place)
         result.runs[fault] = run
         lines = read_jsonl(run.submissions)
         result.jobs[fault] = next(line["job"] for line in lines if line["name"] == "train")
@@ -71,7 +127,7 @@ def outcome(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     slurm.script("slurm_up.sh")
     every = [line["job"] for run in result.runs.values() for line in read_jsonl(run.submissions)]
     wait_ended(every, 600)
-    yield result
+    return result
 
 
 def write_config(top: Path) -> Path:
@@ -149,3 +205,22 @@ def test_gpu_hours_lost_are_part_of_those_used(outcome: Outcome) -> None:
     used, lost = attempts.gpu_hours(outcome.tried("no-grace"))
     assert GPU["gpu_type"] == "rtx3090"
     assert 0 < lost < used
+
+
+def test_the_chain_ends_on_the_hub(outcome: Outcome) -> None:
+    assert outcome.hub is not None
+    run = outcome.runs["requeue"]
+    files = outcome.hub.files(REPO)
+    name = "adapter_model.safetensors"
+    assert files[name] == (run.adapter / name).read_bytes()
+    assert read(run.published)["repo_id"] == REPO
+    assert "model-index" in files["README.md"].decode()
+
+
+def test_the_token_is_nowhere(outcome: Outcome) -> None:
+    assert outcome.hub is not None
+    places = [outcome.reference.root.parent, outcome.hub.root, *map(Path, CLUSTER_FILES)]
+    files = [p for place in places for p in place.rglob("*") if p.is_file()]
+    assert len(files) > 100
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert not outcome.seen

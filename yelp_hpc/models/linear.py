@@ -60,7 +60,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Adapter:
     """LoRA on output columns `start` to `stop` of a projection: `scaling * (mask * x) A^T B^T`."""
 
@@ -68,6 +68,18 @@ class Adapter:
     stop: int
     scaling: float
     mask: Tensor | None
+    _kept: Tensor | None = None
+    _value: float = 1.0
+
+    def fold_mask(self) -> None:
+        """Keep the mask in a byte an element until the backward: it is a quarter of the size."""
+        if self.mask is not None:
+            self._kept, self._value = self.mask != 0, float(self.mask.max())
+            self.mask = None
+
+    def unfold_mask(self) -> Tensor | None:
+        """The mask as it was."""
+        return None if self._kept is None else self._kept * self._value
 
 
 class Projection:
@@ -175,6 +187,7 @@ class _Projection(torch.autograd.Function):
             low = matmul(x if adapter.mask is None else x * adapter.mask, a)
             y[:, adapter.start : adapter.stop].addmm_(low, b.t(), alpha=adapter.scaling)
             lows.append(low)
+            adapter.fold_mask()
         ctx.projection, ctx.adapters = projection, adapters
         if adapters:
             ctx.save_for_backward(x, *lows, *matrices)
@@ -194,7 +207,7 @@ class _Projection(torch.autograd.Function):
             ctx.adapters, lows, matrices[::2], matrices[1::2], strict=True
         ):
             part = dy[:, adapter.start : adapter.stop]
-            scaling, mask = adapter.scaling, adapter.mask
+            scaling, mask = adapter.scaling, adapter.unfold_mask()
             dlow = matmul(part, b.t().contiguous()).mul_(scaling)
             gradients.append(dlow.t() @ (x if mask is None else x * mask))
             gradients.append((part.t() @ low).mul_(scaling))
