@@ -1,0 +1,413 @@
+"""The cluster config against what Slurm has: every name, number and limit, with the nearest.
+
+Pure: settings and facts in, findings out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from jobs.cluster import ClusterConfig, Resources, minutes
+from jobs.findings import Finding, Level, advice, command, config_line, listed, nearest, ok
+from jobs.slurm_facts import Node, Partition, Qos, SlurmFacts
+from yelp_hpc.config import Config
+from yelp_hpc.paths import STAGES
+
+OLDEST = (22, 5)
+_UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2, "": 1}
+
+
+def check_slurm(slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None) -> list[Finding]:
+    """All findings about Slurm; only the first when it cannot be asked."""
+    if slurm.problem:
+        return [_reachable(slurm)]
+    found = [_reachable(slurm)]
+    for check, title in _STAGE_CHECKS.items():
+        bad: dict[Finding, None] = {}
+        for stage in STAGES:
+            for finding in check(slurm, cluster, config, stage):
+                bad[finding] = None
+        found += list(bad) or [ok(*title)]
+    found += _limits_of_the_site(slurm, cluster)
+    return found
+
+
+def _reachable(slurm: SlurmFacts) -> Finding:
+    if not slurm.installed:
+        return advice(
+            "slurm",
+            "failure",
+            "no Slurm client on this machine's PATH",
+            "log in to a node of the cluster (or: module load slurm); on this machine alone: "
+            "--executor local",
+        )
+    if slurm.problem:
+        text = slurm.problem.strip().splitlines()[-1]
+        return command("slurm", "failure", f"Slurm does not answer: {text}", "scontrol ping")
+    number = tuple(int(part) for part in re.findall(r"\d+", slurm.version)[:2])
+    if number < OLDEST:
+        return advice(
+            "slurm",
+            "warning",
+            f"Slurm {slurm.version} answers; older than 22.05, the oldest that this was tested on",
+            "try a short run first: --config configs/demo.yaml",
+        )
+    name = slurm.settings.get("ClusterName", "")
+    return ok("slurm", f"Slurm {slurm.version} answers, cluster {name or 'without a name'}")
+
+
+def key(cluster: ClusterConfig, stage: str, name: str) -> str:
+    """The dotted key that a stage's value of ``name`` comes from."""
+    own = getattr(getattr(cluster, stage), name) is not None
+    inherited = getattr(cluster.defaults, name) is not None
+    return f"{stage}.{name}" if own or not inherited else f"defaults.{name}"
+
+
+def partitions_of(slurm: SlurmFacts, want: Resources) -> list[Partition]:
+    """The known partitions that a job asks for, the default one where it names none."""
+    if want.partition:
+        named = (slurm.partition(name) for name in want.partition.split(","))
+        return [partition for partition in named if partition]
+    return [partition for partition in slurm.partitions if partition.default]
+
+
+def _partition(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    want = cluster.resources(stage)
+    where = key(cluster, stage, "partition")
+    visible = [p.name for p in slurm.partitions if not p.hidden]
+    if not want.partition and not any(p.default for p in slurm.partitions):
+        first = next(iter(visible), "NAME")
+        text = f"{where} is not set and Slurm has no default partition ({listed(visible)})"
+        yield config_line("partition", "failure", text, f"defaults.partition: {first}")
+    for name in (want.partition or "").split(","):
+        if name and not slurm.partition(name):
+            near = nearest(name, visible)
+            hint = f"; the nearest is {near}" if near else ""
+            text = f"{where}: Slurm has no partition {name} (it has {listed(visible)}){hint}"
+            yield config_line("partition", "failure", text, f"{where}: {near or 'null'}")
+    for partition in partitions_of(slurm, want):
+        others = [
+            p.name
+            for p in slurm.partitions
+            if p.up and p != partition and any(node.usable for node in slurm.nodes_of(p.name))
+        ]
+        fit = [
+            name for name in others if not want.gpus or _fits_gpus(slurm.gpus_of(name), want) > 0
+        ]
+        if not partition.up:
+            text = f"{where}: partition {partition.name} is not up"
+        elif not any(node.usable for node in slurm.nodes_of(partition.name)):
+            count = len(slurm.nodes_of(partition.name))
+            text = f"{where}: no node of partition {partition.name} is up ({count} in all)"
+        else:
+            continue
+        if fit:
+            yield config_line("partition", "failure", text, f"{where}: {fit[0]}")
+        else:
+            reason = f"sinfo --list-reasons --partition={partition.name}"
+            yield command("partition", "failure", text, reason)
+
+
+def _fits_gpus(gpus: dict[str, int], want: Resources) -> int:
+    return gpus.get(want.gpu_type, 0) if want.gpu_type else max(gpus.values(), default=0)
+
+
+def _gpus(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    want = cluster.resources(stage)
+    where = key(cluster, stage, "gpus")
+    nproc = config.train.nproc if config and stage == "train" else None
+    if not want.gpus:
+        if want.gpu_type:
+            kind = key(cluster, stage, "gpu_type")
+            text = f"{kind} is set, but {where} is not: no GPU is asked for"
+            yield config_line("GPUs", "warning", text, f"{stage}.gpus: {nproc or 1}")
+        return
+    partitions = partitions_of(slurm, want)
+    if not partitions:
+        return
+    have: dict[str, int] = {}
+    for partition in partitions:
+        have = {**have, **slurm.gpus_of(partition.name)}
+    name = ",".join(partition.name for partition in partitions)
+    if not have:
+        fit = [p.name for p in slurm.partitions if _fits_gpus(slurm.gpus_of(p.name), want)]
+        remedy = f"{stage}.partition: {fit[0]}" if fit else f"{where}: 0"
+        text = f"{where} is {want.gpus}, but partition {name} has no GPUs; {listed(fit)} has"
+        yield config_line("GPUs", "failure", text, remedy)
+        return
+    if want.gpu_type and want.gpu_type not in have:
+        yield _wrong_type(slurm, cluster, stage, name, have)
+        return
+    most = _fits_gpus(have, want)
+    if want.gpus > most:
+        text = f"{where} is {want.gpus}, but a node of {name} has at most {most}"
+        yield config_line("GPUs", "failure", text, f"{where}: {most}")
+    elif nproc and nproc > want.gpus:
+        text = f"train.nproc is {nproc}, but {where} is {want.gpus}: one rank needs one GPU"
+        fit_nproc = min(nproc, most)
+        remedy = f"train.gpus: {nproc}" if fit_nproc == nproc else f"--set train.nproc={want.gpus}"
+        yield config_line("GPUs", "failure", text, remedy)
+    elif nproc and nproc < want.gpus:
+        text = f"train.nproc is {nproc}, {where} is {want.gpus}: {want.gpus - nproc} would idle"
+        yield config_line("GPUs", "warning", text, f"--set train.nproc={want.gpus}")
+    elif cluster.container and not cluster.container.nv:
+        text = f"{where} is {want.gpus}, but container.nv is off: the image would see no GPU"
+        yield config_line("GPUs", "failure", text, "container.nv: true")
+
+
+def _wrong_type(
+    slurm: SlurmFacts, cluster: ClusterConfig, stage: str, name: str, have: dict[str, int]
+) -> Finding:
+    want = cluster.resources(stage)
+    where = key(cluster, stage, "gpu_type")
+    assert want.gpu_type is not None
+    kinds = [kind for kind in have if kind]
+    near = nearest(want.gpu_type, kinds)
+    elsewhere = [p.name for p in slurm.partitions if want.gpu_type in slurm.gpus_of(p.name)]
+    text = f"{where}: partition {name} has no GPU of type {want.gpu_type}"
+    if elsewhere:
+        text += f"; partition {elsewhere[0]} has"
+        return config_line("GPUs", "failure", text, f"{stage}.partition: {elsewhere[0]}")
+    if not kinds:
+        text += "; its GPUs have no type"
+        return config_line("GPUs", "failure", text, f"{where}: null")
+    text += f" (it has {listed(kinds)})" + (f"; the nearest is {near}" if near else "")
+    return config_line("GPUs", "failure", text, f"{where}: {near or kinds[0]}")
+
+
+def _time(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    want = cluster.resources(stage)
+    where = key(cluster, stage, "time")
+    asked = minutes(want.time or "60")
+    save = want.save_seconds or 120
+    if save >= asked * 60:
+        at = key(cluster, stage, "save_seconds")
+        text = f"{at} is {save} s, the whole time limit of {asked} min: it would save at once"
+        yield config_line("time limit", "failure", text, f"{at}: {max(10, asked * 60 // 4)}")
+    limits = [p.max_minutes for p in partitions_of(slurm, want)]
+    numbers = [limit for limit in limits if limit is not None]
+    if numbers and len(numbers) == len(limits) and asked > max(numbers):
+        most = max(numbers)
+        text = (
+            f"{where} is {clock(asked)}, but the partition ends jobs after {clock(most)} "
+            "(a stage saves before its limit and is requeued, so a lower one does no harm)"
+        )
+        yield config_line("time limit", "failure", text, f"{where}: {clock(most)}")
+
+
+def _size(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    want = cluster.resources(stage)
+    partitions = partitions_of(slurm, want)
+    fit = [node for p in partitions for node in slurm.nodes_of(p.name) if _has_gpus(node, want)]
+    if not fit:
+        return
+    nodes = max(
+        min(p.max_nodes or p.total_nodes, p.total_nodes) if p.total_nodes else (p.max_nodes or 1)
+        for p in partitions
+    )
+    if (want.nodes or 1) > nodes:
+        where = key(cluster, stage, "nodes")
+        text = f"{where} is {want.nodes}, but the partition gives a job at most {nodes}"
+        yield config_line("size", "failure", text, f"{where}: {nodes}")
+    cpus, memory = max(node.cpus for node in fit), max(node.memory for node in fit)
+    if (want.cpus or 1) > cpus:
+        where = key(cluster, stage, "cpus")
+        text = f"{where} is {want.cpus}, but the largest node that fits has {cpus}"
+        yield config_line("size", "failure", text, f"{where}: {cpus}")
+    if want.memory and megabytes(want.memory) > memory:
+        where = key(cluster, stage, "memory")
+        text = f"{where} is {want.memory}, but the largest node that fits has {memory}M"
+        yield config_line("size", "failure", text, f"{where}: {memory}M")
+
+
+def _has_gpus(node: Node, want: Resources) -> bool:
+    return not want.gpus or _fits_gpus(node.gpus, want) >= want.gpus
+
+
+def _account(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    if slurm.associations is None:
+        return
+    want = cluster.resources(stage)
+    where = key(cluster, stage, "account")
+    mine = list(dict.fromkeys(a.account for a in slurm.associations))
+    bad: Level = "failure" if slurm.enforces("associations") else "warning"
+    if not mine:
+        if bad == "failure":
+            text = f"user {slurm.user} has no account in Slurm, and the site demands one"
+            yield advice("account", bad, text, "ask the site's support for an account")
+        return
+    if want.account and want.account not in mine:
+        near = nearest(want.account, mine)
+        hint = f"; the nearest is {near}" if near else ""
+        text = f"{where}: user {slurm.user} has no account {want.account} ({listed(mine)}){hint}"
+        yield config_line("account", bad, text, f"{where}: {near or mine[0]}")
+        return
+    account = want.account or slurm.default_account
+    for partition in partitions_of(slurm, want):
+        allowed = partition.allow_accounts
+        if (allowed and account not in allowed) or account in partition.deny_accounts:
+            fit = [a for a in mine if (not allowed or a in allowed)]
+            fit = [a for a in fit if a not in partition.deny_accounts]
+            text = f"{where}: partition {partition.name} does not take account {account}"
+            if fit:
+                yield config_line("account", "failure", text, f"{where}: {fit[0]}")
+            else:
+                text += f" (it takes {listed(allowed)})"
+                yield advice("account", "failure", text, "name another partition")
+
+
+def _qos(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    want = cluster.resources(stage)
+    where = key(cluster, stage, "qos")
+    account = want.account or slurm.default_account
+    mine = {
+        name
+        for association in slurm.associations or ()
+        if association.account == account or not account
+        for name in association.qos
+    }
+    names = sorted(mine) or [qos.name for qos in slurm.qos]
+    if want.qos and names and want.qos not in names:
+        near = nearest(want.qos, names)
+        hint = f"; the nearest is {near}" if near else ""
+        text = f"{where}: {want.qos} is no qos of yours ({listed(names)}){hint}"
+        bad: Level = "failure" if slurm.enforces("qos") else "warning"
+        yield config_line("qos", bad, text, f"{where}: {near or 'null'}")
+        return
+    for partition in partitions_of(slurm, want):
+        allowed = partition.allow_qos
+        if want.qos and ((allowed and want.qos not in allowed) or want.qos in partition.deny_qos):
+            fit = [name for name in names if name in allowed] or ["null"]
+            text = f"{where}: partition {partition.name} does not take qos {want.qos}"
+            yield config_line("qos", "failure", text, f"{where}: {fit[0]}")
+    if slurm.enforces("limits"):
+        for qos in qos_in_force(slurm, want):
+            yield from _qos_limits(qos, cluster, config, stage)
+
+
+def qos_in_force(slurm: SlurmFacts, want: Resources) -> list[Qos]:
+    """The qos of a job: its own or its account's default, and its partition's."""
+    account = want.account or slurm.default_account
+    defaults = [
+        a.default_qos or (a.qos[0] if len(a.qos) == 1 else "")
+        for a in slurm.associations or ()
+        if a.account == account
+    ]
+    names = [want.qos or next(iter(defaults), "")]
+    names += [partition.qos or "" for partition in partitions_of(slurm, want)]
+    return [qos for qos in slurm.qos if qos.name in names]
+
+
+def _qos_limits(
+    qos: Qos, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    want = cluster.resources(stage)
+    asked = minutes(want.time or "60")
+    if qos.max_minutes is not None and asked > qos.max_minutes:
+        where = key(cluster, stage, "time")
+        text = f"{where} is {clock(asked)}, but qos {qos.name} allows {clock(qos.max_minutes)}"
+        yield config_line("qos", "failure", text, f"{where}: {clock(qos.max_minutes)}")
+    nodes = want.nodes or 1
+    limits = [limit for limit in (qos.gpus_a_job, qos.gpus_a_user) if limit is not None]
+    if want.gpus and limits and want.gpus * nodes > min(limits):
+        where = key(cluster, stage, "gpus")
+        text = f"{where} is {want.gpus} on {nodes} nodes, but qos {qos.name} allows {min(limits)}"
+        yield config_line("qos", "failure", text, f"{where}: {max(1, min(limits) // nodes)}")
+    if config and stage == "infer" and qos.submitted_a_user is not None:
+        # the two arrays, and the other four jobs of the chain
+        tasks = min(config.infer.shards, cluster.max_array_size)
+        asked = tasks * len(config.infer.models) + 4
+        room = (qos.submitted_a_user - 4) // len(config.infer.models)
+        if asked > qos.submitted_a_user:
+            text = f"{asked} jobs would be queued, but qos {qos.name} allows {qos.submitted_a_user}"
+            yield config_line("qos", "failure", text, f"max_array_size: {max(2, room)}")
+
+
+def _verdict(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    from jobs.executor import refusal
+    from jobs.job import Job
+
+    if said := slurm.refusals.get(stage):
+        reason = refusal(Job(stage), said)
+        text = " ".join(str(reason).split("\n")[1].split())
+        remedy = str(reason).rpartition("\n")[2]
+        yield advice("test-only", "failure", f"sbatch refuses {stage}: {text}", remedy)
+
+
+def _preemption(
+    slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
+) -> Iterator[Finding]:
+    for partition in partitions_of(slurm, cluster.resources(stage)):
+        if partition.preempted and not partition.grace_seconds and stage in ("train", "infer"):
+            every = config.train.save_every_minutes if config else 10
+            if every > 5:
+                text = (
+                    f"partition {partition.name} preempts without warning: up to {every:g} min "
+                    "of training are lost each time"
+                )
+                yield config_line("preemption", "warning", text, "--set train.save_every_minutes=5")
+
+
+def _limits_of_the_site(slurm: SlurmFacts, cluster: ClusterConfig) -> Iterator[Finding]:
+    most = int(slurm.settings.get("MaxArraySize", "1001") or 0)
+    if cluster.max_array_size > most:
+        text = f"max_array_size is {cluster.max_array_size}, but Slurm's MaxArraySize is {most}"
+        yield config_line("array size", "failure", text, f"max_array_size: {most}")
+    else:
+        yield ok("array size", f"arrays of up to {cluster.max_array_size}, Slurm takes {most}")
+    if slurm.settings.get("JobRequeue", "1") == "0":
+        yield command(
+            "requeue",
+            "warning",
+            "JobRequeue is 0 here; jobs ask for requeues themselves. See whether that is granted:",
+            "python -m yelp_hpc doctor --on-node",
+        )
+    else:
+        yield ok("requeue", "JobRequeue is on")
+    kind = slurm.settings.get("AccountingStorageType", "").lower()
+    if slurm.accounting_problem or not kind or kind.endswith("none"):
+        text = "Slurm keeps no accounting; how a job ended is read from the run directory alone"
+        remedy = "nothing to do; `status` says so where it cannot know more"
+        yield advice("accounting", "warning", text, remedy)
+    else:
+        yield ok("accounting", "sacct answers")
+
+
+def clock(count: int) -> str:
+    """Minutes as Slurm writes them: ``D-HH:MM:00`` or ``H:MM:00``."""
+    days, rest = divmod(count, 1440)
+    text = f"{rest // 60:02d}:{rest % 60:02d}:00"
+    return f"{days}-{text}" if days else text.removeprefix("0")
+
+
+def megabytes(memory: str) -> float:
+    """Slurm's memory (``64G``; without a unit megabytes) in MB."""
+    unit = memory[-1] if memory[-1].isalpha() else ""
+    return float(memory.removesuffix(unit)) * _UNITS[unit]
+
+
+_STAGE_CHECKS = {
+    _partition: ("partition", "every partition exists, is up and has nodes"),
+    _gpus: ("GPUs", "the GPUs that are asked for exist"),
+    _time: ("time limit", "every time limit is within its partition's"),
+    _size: ("size", "nodes, CPUs and memory fit"),
+    _account: ("account", "the accounts are yours and their partitions take them"),
+    _qos: ("qos", "within what the qos allows"),
+    _preemption: ("preemption", "no stage is preempted without warning"),
+    _verdict: ("test-only", "sbatch --test-only accepts every stage"),
+}
