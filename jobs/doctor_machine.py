@@ -17,7 +17,7 @@ GIB = 2**30
 NEEDED = {"run": 2 * GIB, "cache": 2 * GIB, "HF_HOME": 2 * GIB, "tmp": GIB // 4}
 """Free space to be comfortable with, in bytes; a quarter of it is a failure."""
 FEW_INODES = 5_000
-SLOW_MS = 50.0
+SLOW_MS = 200.0
 OLDEST_APPTAINER = (1, 1)
 _NAMES = {"run": "run directory", "cache": "cache", "HF_HOME": "HF_HOME", "tmp": "scratch"}
 
@@ -117,7 +117,7 @@ def _driver(machine: Machine, request: Request) -> Iterator[Finding]:
         names = ", ".join(f"{driver.gpus.count(n)} × {n}" for n in dict.fromkeys(driver.gpus))
         text = f"driver {driver.version}, up to CUDA {driver.cuda}; {names or 'no GPU'}"
         if machine.place == "node" and len(driver.gpus) < wanted:
-            text = f"{wanted} GPUs were asked for, nvidia-smi shows {len(driver.gpus)}: {text}"
+            text = f"GPUs asked for: {wanted}, nvidia-smi shows {len(driver.gpus)}: {text}"
             remedy = f"scontrol show node {machine.name}"
             yield command("driver", "failure", text, remedy)
         else:
@@ -129,8 +129,11 @@ def _driver(machine: Machine, request: Request) -> Iterator[Finding]:
         text = "nvidia-smi does not answer in the image: stages would compute on the CPU"
         yield config_line("driver", _without_gpu(request), text, "container.nv: true")
     else:
-        text = f"{wanted} GPUs were asked for, but nvidia-smi does not answer"
-        yield command("driver", _without_gpu(request), text, "nvidia-smi")
+        text = f"GPUs asked for: {wanted}, but nvidia-smi does not answer: no driver on this node"
+        remedy = (
+            f"ask the site about {machine.name}, and meanwhile defaults.exclude: {machine.name}"
+        )
+        yield advice("driver", _without_gpu(request), text, remedy)
 
 
 def _without_gpu(request: Request) -> Level:
@@ -242,7 +245,8 @@ def _hub(hub: Hub, machine: Machine, request: Request) -> Iterator[Finding]:
     if machine.place == "node" and publishing and where == "slurm":
         yield config_line("hub", "failure", text, "--set publish.where=login")
     elif request.stages_need_hub:
-        yield command("hub", "failure", text, f"{request.fetch}  # where the network is")
+        text += "; fetch where the network is:"
+        yield command("hub", "failure", text, request.fetch)
     elif publishing and machine.place == "host" and where == "login":
         remedy = "export https_proxy=http://PROXY:PORT"
         yield command("hub", "warning", text, remedy)

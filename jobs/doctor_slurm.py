@@ -137,7 +137,7 @@ def _gpus(
     if not have:
         fit = [p.name for p in slurm.partitions if _fits_gpus(slurm.gpus_of(p.name), want)]
         remedy = f"{stage}.partition: {fit[0]}" if fit else f"{where}: 0"
-        text = f"{where} is {want.gpus}, but partition {name} has no GPUs; {listed(fit)} has"
+        text = f"{where} is {want.gpus}, but partition {name} has no GPUs (those that fit: {listed(fit)})"
         yield config_line("GPUs", "failure", text, remedy)
         return
     if want.gpu_type and want.gpu_type not in have:
@@ -342,11 +342,12 @@ def _verdict(
     from jobs.executor import refusal
     from jobs.job import Job
 
-    if said := slurm.refusals.get(stage):
-        reason = refusal(Job(stage), said)
-        text = " ".join(str(reason).split("\n")[1].split())
-        remedy = str(reason).rpartition("\n")[2]
-        yield advice("test-only", "failure", f"sbatch refuses {stage}: {text}", remedy)
+    said = slurm.refusals.get(stage)
+    stages = [name for name, text in slurm.refusals.items() if text == said]
+    if said and stage == stages[0]:  # the same for all of them
+        lines = str(refusal(Job(stage), said)).split("\n")
+        text = f"sbatch refuses {', '.join(stages)}: {' '.join(lines[1].split())}"
+        yield advice("test-only", "failure", text, lines[-1])
 
 
 def _preemption(

@@ -124,7 +124,7 @@ def ask_slurm() -> SlurmFacts:
         return SlurmFacts(problem=str(error), installed=False, user=user)
     except (StageError, IndexError) as error:
         return SlurmFacts(problem=str(error), user=user)
-    facts: dict[str, object] = Field(default={})
+    facts: dict[str, object] = {}
     cluster = settings.get("ClusterName", "")
     where = [f"cluster={cluster}"] if cluster else []
     try:

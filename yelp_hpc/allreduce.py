@@ -52,7 +52,9 @@ def all_reduce(ranks: int, limit: float = LIMIT_SECONDS) -> dict[str, Any]:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
-                process.communicate()
+                process.wait()
+                if process.stdout:
+                    process.stdout.close()
 
 
 def _gather(
@@ -72,7 +74,8 @@ def _gather(
             return {"problem": f"rank {rank}: {text}"[:500], "ranks": len(processes)}
     if any(process.poll() is None for process in processes):
         return {"problem": f"no sum within {limit:.0f} s", "ranks": len(processes)}
-    said = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    outputs = [process.stdout.read() for process in processes if process.stdout]
+    said = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {
         **said[0],
         "devices": [one["device"] for one in said],

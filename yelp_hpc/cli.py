@@ -54,6 +54,21 @@ def cli() -> None:
 
 
 @cli.command()
+@click.option("--cluster", default="cluster.yaml", show_default=True, metavar="FILE")
+@click.option("--config", "config_file", default="config.yaml", show_default=True, metavar="FILE")
+@click.option("--force", is_flag=True, help="replace files that are there")
+def init(cluster: str, config_file: str, force: bool) -> None:
+    """Write a cluster file, by asking Slurm, and a starter config.
+
+    \b
+    python -m yelp_hpc init && python -m yelp_hpc doctor --cluster cluster.yaml
+    """
+    from jobs.init import init as write_files
+
+    write_files(Path(cluster), Path(config_file), force)
+
+
+@cli.command()
 @click.argument("stage", type=click.Choice([*STAGES, "all"]))
 @CONFIG
 @RUN
