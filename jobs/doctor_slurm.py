@@ -137,7 +137,8 @@ def _gpus(
     if not have:
         fit = [p.name for p in slurm.partitions if _fits_gpus(slurm.gpus_of(p.name), want)]
         remedy = f"{stage}.partition: {fit[0]}" if fit else f"{where}: 0"
-        text = f"{where} is {want.gpus}, but partition {name} has no GPUs (those that fit: {listed(fit)})"
+        text = f"{where} is {want.gpus}, but partition {name} has no GPUs"
+        text += f" (some are in {listed(fit)})" if fit else ""
         yield config_line("GPUs", "failure", text, remedy)
         return
     if want.gpu_type and want.gpu_type not in have:
