@@ -1,4 +1,4 @@
-"""The real Slurm under ``init`` and ``doctor``: content with what is sound, exact about the rest."""
+"""``init`` and ``doctor`` on the real Slurm: content with what is sound, exact about the rest."""
 
 from __future__ import annotations
 
