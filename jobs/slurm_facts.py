@@ -202,7 +202,8 @@ def parse_nodes(text: str) -> tuple[Node, ...]:
 
 def usable(state: str) -> bool:
     """Whether a node in ``state`` (``IDLE+DRAIN``, ``DOWN*``, ``MIXED+PLANNED``) takes jobs."""
-    return not state.endswith("*") and not any(word in state.upper() for word in _UNUSABLE)
+    words = state.upper().split("+")
+    return not state.endswith("*") and not any(word.startswith(_UNUSABLE) for word in words)
 
 
 def parse_gres(text: str) -> dict[str, int]:
