@@ -67,7 +67,7 @@ def diagnose(
     """
     place = Path(run or "runs").expanduser().absolute()
     record = _record(place)
-    request = Request(cluster, config, place, record, config_file)
+    request = Request(cluster, config, place, record, config_file, run_named=run is not None)
     found = inputs(config) if config else None
     request = replace(request, stages_need_hub=_needs_hub(config, found))
     if in_image():
@@ -149,7 +149,8 @@ def _look(request: Request, found: Inputs | None, **changes: Any) -> Look:
 
 def _host_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
     yield from check_machine(look(_look(request, found, paths=())), request)
-    yield from check_run(request)
+    if request.run_named:
+        yield from check_run(request)
     if request.cluster.container:
         facts = image(Path(request.cluster.container.image))
         yield from check_image(facts, request, lock_hashes(), __version__)
@@ -182,6 +183,9 @@ def _node_side(
         assert request.cluster.container
         text = f"the image does not start: {report.inside_problem}"
         remedy = f"python -m yelp_hpc image check {request.cluster.container.image}"
+        if "No module named" in report.inside_problem:
+            text = f"the image holds an older yelp_hpc: {report.inside_problem.split(': ')[-1]}"
+            remedy = f"python -m yelp_hpc image build {request.cluster.container.image}"
         yield replace(command("image", "failure", text, remedy), where=f"image on {name}")
 
 
@@ -202,7 +206,7 @@ def _image_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
     findings = [
         *check_machine(machine, request),
         *check_seen(machine, request),
-        *check_run(request),
+        *(check_run(request) if request.run_named else ()),
         *(check_inputs(found, replace(request, cluster=ClusterConfig())) if found else []),
         *check_allreduce(AllReduce.model_validate(known), request, machine),
     ]

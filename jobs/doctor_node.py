@@ -34,7 +34,8 @@ from yelp_hpc.paths import RunPaths
 LIMIT = "5"
 """Minutes that the job may take; it needs well under one, most of it for importing torch."""
 TURNS, POLL = 200, 0.05
-ANSWER_SECONDS, SUM_SECONDS = 30.0, 150.0
+# NFS may keep a folder's listing for a minute
+ANSWER_SECONDS, SUM_SECONDS = 75.0, 150.0
 
 
 @dataclass
@@ -45,6 +46,12 @@ class _Exchange:
 
     def __getattr__(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+    def has(self, path: Path) -> bool:
+        """Whether ``path`` is there; listing asks the server, where a look at the name would be
+        answered from NFS's cache of absent ones.
+        """
+        return path.name in os.listdir(self.folder)  # noqa: PTH208
 
 
 def visit(
@@ -106,14 +113,14 @@ def _wait(files: _Exchange, job: str, wait_seconds: float, say: Callable[[str], 
     torn, turning, shown, gone = 0, files.folder / "turning", "", 0
     try:
         while True:
-            if "answered" not in facts and files.hello.exists():
+            if "answered" not in facts and files.has(files.hello):
                 facts["answered"] = time.time()
                 write_json(files.answer, {"time": facts["answered"]})
                 end = max(end, time.monotonic() + 60 * int(LIMIT))
-            if files.report.exists():
+            if files.has(files.report):
                 report = NodeReport.model_validate(read_json(files.report))
                 return NodeVisit(report=report, torn=torn, **facts)
-            if turning.exists():
+            if files.has(turning):
                 torn += not whole(turning) and not files.turned.exists()
             if time.monotonic() - asked > 2:
                 asked = time.monotonic()
@@ -134,6 +141,9 @@ def _wait(files: _Exchange, job: str, wait_seconds: float, say: Callable[[str], 
                 text = f"job {job} has not reported within {wait_seconds:.0f} s{why}; cancelled"
                 return NodeVisit(problem=text, log=_log(files), **facts)
             time.sleep(POLL)
+    except KeyboardInterrupt:
+        say(f"job {job} is cancelled")
+        raise
     finally:
         with suppress(StageError, RequestError):
             slurm.cancel([job])
@@ -170,7 +180,7 @@ def main(folder: Path) -> None:
     answered = None
     end = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < end and answered is None:
-        if files.answer.exists():
+        if files.has(files.answer):
             answered = time.time()
         else:
             time.sleep(POLL)

@@ -288,7 +288,7 @@ def hub(token_file: str | None, timeout: float = 8) -> Hub:
     accepted = None
     try:
         request = urllib.request.Request(endpoint + path, headers=headers)
-        with urllib.request.urlopen(request, timeout=timeout):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout):
             accepted = True if secret else None
     except urllib.error.HTTPError as error:
         accepted = False if secret and error.code in (401, 403) else None
@@ -296,6 +296,13 @@ def hub(token_file: str | None, timeout: float = 8) -> Hub:
         reason = getattr(error, "reason", error)
         return Hub.model_validate({**facts, "problem": str(reason)})
     return Hub.model_validate({**facts, "accepted": accepted})
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer; followed, it would take the token to another host."""
+
+    def redirect_request(self, *arguments: object) -> None:
+        return None
 
 
 def _token(token_file: str | None) -> tuple[str, dict[str, object]]:

@@ -29,6 +29,7 @@ class Request:
     """run.json, if the run has one."""
     config_file: str = "FILE"
     stages_need_hub: bool = False
+    run_named: bool = True
 
     @property
     def gpus(self) -> int:

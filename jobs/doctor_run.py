@@ -187,7 +187,7 @@ def check_visit(visit: NodeVisit, request: Request) -> Iterator[Finding]:
         return
     yield ok("node job", f"job {visit.job} ran on {report.machine.name}")
     if report.answered is None:
-        text = "a file that the host wrote was not seen on the node within half a minute"
+        text = "a file that the host wrote was not seen on the node within a minute"
         yield advice("shared files", "failure", text, "--run DIR on a file system that both see")
     else:
         yield from _clock(visit, report.sent, report.answered)
@@ -223,7 +223,7 @@ def check_allreduce(found: AllReduce, request: Request, machine: Machine) -> Ite
     debug = "export NCCL_DEBUG=INFO NCCL_P2P_DISABLE=1"
     if found.problem:
         missing = "No module named" in found.problem
-        remedy = _JOB_PACKAGES if missing else debug
+        remedy = _job_packages(request) if missing else debug
         text = f"all-reduce: {found.problem}"
         yield command("all-reduce", "failure", text, remedy)
         return
@@ -245,5 +245,11 @@ def check_allreduce(found: AllReduce, request: Request, machine: Machine) -> Ite
     yield ok("all-reduce", text)
 
 
-_JOB_PACKAGES = 'python -m pip install "yelp-hpc[job]"'
+def _job_packages(request: Request) -> str:
+    image = request.cluster.container
+    if image:
+        return f"python -m yelp_hpc image build {image.image}"
+    return 'python -m pip install "yelp-hpc[job]"'
+
+
 _CUDA_PACKAGES = "python -m pip install --require-hashes -r containers/cuda.lock"

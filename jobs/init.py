@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.doctor_slurm import clock, qos_in_force
+from jobs.doctor_accounts import clock, qos_in_force
 from jobs.findings import listed
 from jobs.slurm_facts import Node, Partition, SlurmFacts, ask_slurm
 from yelp_hpc.errors import RequestError, StageError, all_problems
@@ -101,6 +101,7 @@ def cluster_text(slurm: SlurmFacts, chosen: Choice, cluster: str, config: str, i
     """The cluster file: every choice with what else there was to choose from."""
     accounts = listed(a.account for a in slurm.associations or ())
     visible = [p for p in slurm.partitions if not p.hidden]
+    cpu = chosen.cpu_partition.name if chosen.cpu_partition else None
     cpus = min(4, chosen.cpu_node.cpus) if chosen.cpu_node else 1
     memory = _memory(chosen.cpu_node, 1, 32_000)
     text = f"""\
@@ -113,7 +114,7 @@ def cluster_text(slurm: SlurmFacts, chosen: Choice, cluster: str, config: str, i
 # Partitions (longest job; GPUs a node):
 {"".join(_partition_line(slurm, p) for p in visible)}# A null leaves the site's default.
 defaults:
-  partition: {_value(chosen.cpu_partition and chosen.cpu_partition.name)}
+  partition: {_value(cpu)}
 {_line("account", _value(chosen.account), f"yours: {accounts}")}
 {_line("qos", "null", _qos_names(slurm))}
   cpus: {cpus}

@@ -17,6 +17,7 @@ from yelp_hpc import __version__
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.image_commands import image
 from yelp_hpc.paths import MODELS, STAGES
+from yelp_hpc.site_commands import doctor, init
 
 RUN = click.option(
     "--run", "run_dir", required=True, metavar="DIR", type=click.Path(), help="run directory"
@@ -53,19 +54,8 @@ def cli() -> None:
     """
 
 
-@cli.command()
-@click.option("--cluster", default="cluster.yaml", show_default=True, metavar="FILE")
-@click.option("--config", "config_file", default="config.yaml", show_default=True, metavar="FILE")
-@click.option("--force", is_flag=True, help="replace files that are there")
-def init(cluster: str, config_file: str, force: bool) -> None:
-    """Write a cluster file, by asking Slurm, and a starter config.
-
-    \b
-    python -m yelp_hpc init && python -m yelp_hpc doctor --cluster cluster.yaml
-    """
-    from jobs.init import init as write_files
-
-    write_files(Path(cluster), Path(config_file), force)
+cli.add_command(init)
+cli.add_command(doctor)
 
 
 @cli.command()
@@ -240,51 +230,6 @@ def fetch(config_file: str, overrides: tuple[str, ...]) -> None:
         click.echo(
             f"data: {len(train)} training rows" + (f", {len(test)} test rows" if test else "")
         )
-
-
-@cli.command()
-@click.option("--config", "config_file", metavar="FILE", help="also look at its model and data")
-@click.option("--cluster", metavar="FILE", help="resources and container: configs/clusters/*.yaml")
-@click.option(
-    "--run", "run_dir", metavar="DIR", type=click.Path(), help="run directory, old or new"
-)
-@SET
-@click.option("--on-node", is_flag=True, help="submit a short job that looks at a compute node")
-@click.option(
-    "--wait-seconds", default=900, show_default=True, type=click.IntRange(1), help="for that job"
-)
-@JSON
-def doctor(
-    config_file: str | None,
-    cluster: str | None,
-    run_dir: str | None,
-    overrides: tuple[str, ...],
-    on_node: bool,
-    wait_seconds: int,
-    as_json: bool,
-) -> None:
-    """Check Slurm, this machine, a node, the image; say what mends it. Exit 1 on a failure.
-
-    \b
-    python -m yelp_hpc doctor --cluster cluster.yaml --config configs/demo.yaml --on-node
-    """
-    from jobs.cluster import load_cluster
-    from jobs.doctor import diagnose
-    from jobs.findings import print_findings
-    from yelp_hpc.config import load_config
-    from yelp_hpc.errors import RequestError
-
-    if overrides and not config_file:
-        raise RequestError("--set changes a value of a config: give --config too")
-    findings = diagnose(
-        load_cluster(cluster),
-        load_config(config_file, overrides).config if config_file else None,
-        run_dir,
-        config_file=config_file or "FILE",
-        on_node=on_node,
-        wait_seconds=wait_seconds,
-    )
-    print_findings(findings, as_json)
 
 
 @cli.command()
