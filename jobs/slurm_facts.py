@@ -192,7 +192,7 @@ def parse_nodes(text: str) -> tuple[Node, ...]:
             cpus=_number(record.get("CPUEfctv") or record.get("CPUTot", "")) or 0,
             memory=_number(record.get("RealMemory", "")) or 0,
             usable=usable(record.get("State", "")),
-            partitions=_names(record.get("Partitions", "")),
+            partitions=_list(record.get("Partitions", "")),  # one may well be called "all"
             gpus=parse_gres(record.get("Gres", "")),
         )
         for record in records(text)
@@ -273,7 +273,11 @@ def time_limit(text: str) -> int | None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    if text.upper() in {*_NO_LIMIT, "ALL"}:
+    return () if text.upper() == "ALL" else _list(text)
+
+
+def _list(text: str) -> tuple[str, ...]:
+    if text.upper() in _NO_LIMIT:
         return ()
     return tuple(name for name in text.split(",") if name)
 

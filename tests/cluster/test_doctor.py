@@ -84,4 +84,5 @@ def test_nodes_that_are_drained(files: Path, slurm: Cluster) -> None:
     assert any("no node of partition gpu is up (2 in all)" in text for text in texts)
     states = ("sinfo", "-h", "-p", "gpu", "-o", "%T")
     wait_for(lambda: "drain" not in slurm.sh(*states), 30, "the nodes to be back")
-    assert doctor(files)[0] == 0
+    code, findings = doctor(files)
+    assert code == 0, [f for f in findings if f["level"] == "failure"]
