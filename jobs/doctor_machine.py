@@ -127,7 +127,11 @@ def _driver(machine: Machine, request: Request) -> Iterator[Finding]:
     elif machine.place == "image":
         # outside there may be one that is not handed in
         text = "nvidia-smi does not answer in the image: stages would compute on the CPU"
-        yield config_line("driver", _without_gpu(request), text, "container.nv: true")
+        if request.cluster.container and request.cluster.container.nv:
+            remedy = "mend the node's driver first; else ask the site about apptainer's nvliblist"
+            yield advice("driver", _without_gpu(request), text, remedy)
+        else:
+            yield config_line("driver", _without_gpu(request), text, "container.nv: true")
     else:
         text = f"GPUs asked for: {wanted}, but nvidia-smi does not answer: no driver on this node"
         remedy = (

@@ -26,7 +26,7 @@ from jobs.cluster import ClusterConfig
 from jobs.container import inside, stage_environment
 from jobs.doctor_facts import AllReduce, Look, Machine, NodeReport, NodeVisit
 from jobs.doctor_probes import disk, look, turn, whole
-from jobs.doctor_request import Request
+from jobs.doctor_request import Request, visible
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.files import read_json, write_json
 from yelp_hpc.paths import RunPaths
@@ -201,7 +201,13 @@ def main(folder: Path) -> None:
 
     within, problem = None, ""
     if cluster.container:
-        folders = {role: path for role, path in what.folders.items() if role != "tmp"}
+        here = Request(cluster, run=Path(request["run"]))
+        # what is not bound is found by the check of the binds
+        folders = {
+            role: path
+            for role, path in what.folders.items()
+            if role == "HF_HOME" or (role != "tmp" and visible(path, here))
+        }
         own = Look(place="image", folders=folders, paths=_inside_paths(what, cluster))
         text, problem = started(["-m", "jobs.doctor_probes", own.model_dump_json()])
         within = Machine.model_validate_json(text) if not problem else None

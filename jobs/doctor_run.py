@@ -5,7 +5,7 @@ Pure: facts in, findings out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jobs.chain import checked_run
@@ -138,17 +138,33 @@ def _binds(found: Inputs, request: Request) -> Iterator[Finding]:
             rest = [other for other in binds if other != bind]
             text = f"container.binds names {source}, which does not exist"
             yield config_line("binds", "failure", text, f"container.binds: [{', '.join(rest)}]")
-    for path, what in needed_paths(request, found).items():
-        if not visible(path, request):
-            good = False
-            text = f"{path} ({what}) is not bound into the image: stages would not see it"
-            folder = (
-                path if Path(path).is_dir() or what.startswith("the cache") else Path(path).parent
-            )
-            every = ", ".join([*binds, str(folder)])
-            yield config_line("binds", "failure", text, f"container.binds: [{every}]")
+    unseen = {
+        path: what
+        for path, what in needed_paths(request, found).items()
+        if not visible(path, request)
+    }
+    if unseen:
+        good = False
+        what = " and ".join(f"{path} ({what})" for path, what in unseen.items())
+        text = f"not bound into the image, so that stages would not see it: {what}"
+        yield config_line("binds", "failure", text, binds_line(request, unseen))
     if good:
         yield ok("binds", "the image sees the model and the data")
+
+
+def binds_line(request: Request, paths: Iterable[str]) -> str:
+    """The config line that binds ``paths`` too: each by its folder, none within another."""
+    container = request.cluster.container
+    # a model's folder may well end in .1
+    files = (".csv", ".jsonl", ".parquet")
+    folders = [str(Path(path).parent) if path.endswith(files) else path for path in paths]
+    outer = [
+        folder
+        for folder in dict.fromkeys(folders)
+        if not any(folder.startswith(f"{other}/") for other in folders)
+    ]
+    binds = [bind for bind in (container.binds if container else ()) if bind not in outer]
+    return f"container.binds: [{', '.join([*binds, *outer])}]"
 
 
 def check_seen(machine: Machine, request: Request) -> Iterator[Finding]:
@@ -158,7 +174,7 @@ def check_seen(machine: Machine, request: Request) -> Iterator[Finding]:
     for path, state in missing.items():
         text = f"{path} is {state} {'in the image' if machine.place == 'image' else 'on the node'}"
         if machine.place == "image":
-            yield config_line("files", "failure", text, f"container.binds: [{path}]")
+            yield config_line("files", "failure", text, binds_line(request, missing))
         elif container and path == str(Path(container.image).absolute()):
             remedy = "container.image: PATH on a file system that all nodes see"
             yield config_line("files", "failure", text, remedy)
@@ -173,12 +189,6 @@ _BAD = ("missing", "unreadable")
 
 def check_visit(visit: NodeVisit, request: Request) -> Iterator[Finding]:
     """The job on the node: that it ran, its clock, its folder, the requeue, the all-reduce."""
-    if visit.requeue is False:
-        text = "Slurm would not requeue the job although it asks for it (Requeue=0)"
-        remedy = "defaults.time: as long as the whole stage needs; submit again after a fault"
-        yield config_line("requeue", "failure", text, remedy)
-    elif visit.requeue:
-        yield ok("requeue", "Slurm grants requeues")
     report = visit.report
     if report is None:
         remedy = f"scontrol show job {visit.job}" if visit.job else "sinfo"
@@ -186,6 +196,12 @@ def check_visit(visit: NodeVisit, request: Request) -> Iterator[Finding]:
         yield command("node job", "failure", text, remedy)
         return
     yield ok("node job", f"job {visit.job} ran on {report.machine.name}")
+    if visit.requeue is False:
+        text = "Slurm would not requeue the job although it asks for it (Requeue=0)"
+        remedy = "defaults.time: as long as the whole stage needs; submit again after a fault"
+        yield config_line("requeue", "failure", text, remedy)
+    elif visit.requeue:
+        yield ok("requeue", "Slurm grants requeues")
     if report.answered is None:
         text = "a file that the host wrote was not seen on the node within a minute"
         yield advice("shared files", "failure", text, "--run DIR on a file system that both see")
@@ -241,6 +257,9 @@ def check_allreduce(found: AllReduce, request: Request, machine: Machine) -> Ite
         yield command("all-reduce", "failure", text, debug)
         return
     device = found.devices[0] if found.devices else "CPU"
+    if found.ranks == 1:
+        yield ok("all-reduce", f"torch {found.torch} computes on {device}; one rank, no exchange")
+        return
     text = f"{found.ranks} ranks over {found.backend} on {device}, {found.gb_per_s:.1f} GB/s"
     yield ok("all-reduce", text)
 

@@ -119,7 +119,7 @@ defaults:
 {_line("qos", "null", _qos_names(slurm))}
   cpus: {cpus}
   memory: {memory}M
-  time: {clock(min(4 * 60, chosen.longest_cpu))}
+  time: "{clock(min(4 * 60, chosen.longest_cpu))}"
   save_seconds: 120               # a stage saves so long before its limit, and is requeued
 """
     if chosen.gpu_partition:
@@ -133,7 +133,7 @@ train:
   nodes: 1
   cpus: {share}
   memory: {_memory(chosen.gpu_node, chosen.gpus_a_node, 10**9)}M
-  time: {clock(min(12 * 60, chosen.longest_gpu))}
+  time: "{clock(min(12 * 60, chosen.longest_gpu))}"
 
 infer:
   partition: {_value(chosen.gpu_partition.name)}
@@ -141,7 +141,7 @@ infer:
   gpus: 1                         # of each task of the array
   cpus: {share}
   memory: {_memory(chosen.gpu_node, chosen.gpus_a_node, 10**9)}M
-  time: {clock(min(4 * 60, chosen.longest_gpu))}
+  time: "{clock(min(4 * 60, chosen.longest_gpu))}"
 """
     nv = "true" if chosen.gpu_partition else "false"
     block = f"container:\n  image: yelp_hpc.sif\n  nv: {nv}\n  binds: []\n"

@@ -54,6 +54,7 @@ def test_what_init_writes_is_sound_and_a_job_on_a_node_agrees(files: Path, slurm
 def test_what_is_wrong_is_named_as_slurm_sees_it(files: Path) -> None:
     path = files / "cluster.yaml"
     cluster = yaml.safe_load(path.read_text())
+    assert cluster["defaults"]["time"] == "4:00:00"  # however YAML reads it
     cluster["train"] |= {"gpu_type": "rtx4090", "gpus": 1}
     cluster["infer"] |= {"partition": "gpuu"}
     cluster["defaults"] |= {"time": "2-00:00:00"}
@@ -83,6 +84,6 @@ def test_nodes_that_are_drained(files: Path, slurm: Cluster) -> None:
     texts = [f["text"] for f in findings if f["check"] == "partition"]
     assert any("no node of partition gpu is up (2 in all)" in text for text in texts)
     states = ("sinfo", "-h", "-p", "gpu", "-o", "%T")
-    wait_for(lambda: "drain" not in slurm.sh(*states), 30, "the nodes to be back")
+    wait_for(lambda: slurm.sh(*states) == "idle", 60, "the nodes to be back")
     code, findings = doctor(files)
     assert code == 0, [f for f in findings if f["level"] == "failure"]

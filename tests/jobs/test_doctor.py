@@ -19,12 +19,13 @@ from jobs.cluster import ClusterConfig
 from jobs.doctor_facts import Folder, Machine, NodeReport, NodeVisit
 from jobs.doctor_machine import check_machine
 from jobs.doctor_probes import folder, model_problem, quotas
-from jobs.doctor_request import Request
-from jobs.doctor_run import check_visit
+from jobs.doctor_request import DataFile, Inputs, Request
+from jobs.doctor_run import binds_line, check_inputs, check_visit
 from jobs.findings import Finding, command, lines, nearest, ok
 from tests.hub.server import serving
 from tests.hub.state import Hub
 from tests.jobs.fake_site import DISK, Site, complaints, partition
+from yelp_hpc.config import Config
 
 Change = Callable[[Site], None]
 
@@ -446,6 +447,55 @@ def test_user_namespaces(place: str, level: str) -> None:
     assert look(user_namespaces=False, starter_suid=True) == ["ok"]
     assert look(user_namespaces=False, root=True) == ["ok"]
     assert look(user_namespaces=True) == ["ok"]
+
+
+def test_what_is_not_bound_is_named_with_the_line_that_binds_it() -> None:
+    config = Config.model_validate(
+        {"model": {"path": "x"}, "data": {"source": "file", "train": "r.csv", "test_rows": 1}}
+    )
+    data = DataFile(key="data.train", path="/usr/lib/reviews.csv", state="file")
+    found = Inputs(model=Path("/usr/share"), data=(data,))
+
+    def look(*binds: str) -> list[Finding]:
+        cluster = ClusterConfig.model_validate({"container": {"image": "x.sif", "binds": binds}})
+        findings = check_inputs(found, Request(cluster, config, Path("/data/runs/a")))
+        return [f for f in findings if f.check == "binds"]
+
+    (bad,) = look("/usr/bin:/bin")
+    assert bad.level == "failure"
+    assert "/usr/share (the model) and /usr/lib/reviews.csv (data.train)" in bad.text
+    assert bad.remedy == "container.binds: [/usr/bin:/bin, /usr/share, /usr/lib]"
+    assert [f.level for f in look("/usr/bin:/bin", "/usr/share", "/usr/lib")] == ["ok"]
+    # bound, but to another place
+    assert [f.level for f in look("/usr/share:/else", "/usr/lib")] == ["failure"]
+    empty = Request(ClusterConfig())
+    assert binds_line(empty, ["/m/llama-3.1", "/m"]) == "container.binds: [/m]"
+
+
+def test_packages_that_are_not_those_of_the_lock() -> None:
+    machine = Machine(
+        place="host", name="n", python="3.11.2", packages={"click": "1.0"}, lock="click==8.5.1 \\\n"
+    )
+    findings = check_machine(machine, Request(ClusterConfig()))
+    (bad,) = [f for f in findings if f.check == "packages"]
+    assert "click is 1.0 here, the lock says 8.5.1" in bad.text
+    assert bad.remedy.startswith("python -m pip install")
+    same = machine.model_copy(update={"packages": {"click": "8.5.1"}})
+    findings = check_machine(same, Request(ClusterConfig()))
+    assert [f.level for f in findings if f.check == "packages"] == ["ok"]
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+def test_colours_on_a_terminal_unless_told_not_to(no_colour: str) -> None:
+    code = "from jobs.findings import *; print_findings([ok('a', 'b')])"
+    leader, follower = os.openpty()
+    env = {**os.environ, "NO_COLOR": no_colour, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], stdout=follower, env=env, check=True)
+    os.close(follower)
+    shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert ("\x1b[32mok" in shown) == (not no_colour)
+    assert "1 ok, 0 warnings, 0 failures" in shown
 
 
 def test_a_node_that_never_sees_the_hosts_file_is_a_failure() -> None:
