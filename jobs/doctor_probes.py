@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import socket
+import stat
 import statistics
 import subprocess
 import sys
@@ -96,10 +97,13 @@ def folder(
         manners: also whether renames are atomic and locks hold.
         replace: what renames.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return Folder(path=str(path), problem="it does not exist")
     kind, source = mount(path)
-    space = os.statvfs(path)
+    try:
+        space = os.statvfs(path)
+    except OSError as error:  # a server that is gone
+        return Folder(path=str(path), kind=kind, problem=error.strerror or str(error))
     facts = {
         "path": str(path),
         "kind": kind,
@@ -194,11 +198,23 @@ def mount(path: Path) -> tuple[str, str]:
 
 def seen(path: Path) -> str:
     """``folder``, ``file``, ``missing`` or ``unreadable``."""
-    if path.is_dir():
-        return "folder" if os.access(path, os.R_OK | os.X_OK) else "unreadable"
-    if path.is_file():
-        return "file" if os.access(path, os.R_OK) else "unreadable"
-    return "missing"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError:
+        return "unreadable"
+    inside = stat.S_ISDIR(mode)
+    good = os.access(path, os.R_OK | os.X_OK if inside else os.R_OK)
+    return ("folder" if inside else "file") if good else "unreadable"
+
+
+def is_folder(path: Path) -> bool:
+    """Like Path.is_dir, which raises where a folder above may not be entered."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def python_problem(python: str) -> str:
@@ -329,7 +345,10 @@ def _token(token_file: str | None) -> tuple[str, dict[str, object]]:
 
 def model_problem(path: Path) -> str:
     """What a model folder lacks, "" when it is whole as far as names and sizes tell."""
-    names = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
+    try:
+        names = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
     if "config.json" not in names:
         return "it has no config.json"
     needed = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
@@ -371,7 +390,7 @@ def cached_model(cache: Path, repo_id: str) -> Path | None:
 def disk(path: Path) -> Path:
     """The nearest folder above ``path`` that exists."""
     path = path.expanduser().absolute()
-    while not path.is_dir() and path != path.parent:
+    while not is_folder(path) and path != path.parent:
         path = path.parent
     return path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ClusterConfig
-from jobs.doctor_probes import cached_model, data_columns, model_problem, seen
+from jobs.doctor_probes import cached_model, data_columns, is_folder, model_problem, seen
 from yelp_hpc.config import Config
 from yelp_hpc.demo import cache_folder
 from yelp_hpc.settings import Frozen
@@ -87,14 +87,14 @@ def inputs(config: Config) -> Inputs:
             )
     found: dict[str, Any] = {"data": tuple(data)}
     local = Path(config.model.path).expanduser()
-    if local.is_dir():
+    if is_folder(local):
         return Inputs(model=local.absolute(), problem=model_problem(local), **found)
     cached = cached_model(cache_folder(), config.model.path)
     if cached:
         return Inputs(model=cached, problem=model_problem(cached), **found)
     if config.model.path.startswith("demo:"):
         return Inputs(**found)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not local.parent.is_dir():
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not is_folder(local.parent):
         return Inputs(remote=True, **found)
     return Inputs(problem="there is no such folder", near=_sibling(local), **found)
 

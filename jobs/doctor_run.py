@@ -1,6 +1,6 @@
 """What a run needs: its directory's record, the image, the model and the data, and the node.
 
-Pure: facts in, findings out.
+Pure but for a look at the sources of binds: facts in, findings out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jobs.chain import checked_run
 from jobs.doctor_facts import AllReduce, Image, Machine, NodeVisit
+from jobs.doctor_probes import seen
 from jobs.doctor_request import Inputs, Request, needed_paths, visible
 from jobs.findings import Finding, Level, advice, command, config_line, ok
 from yelp_hpc.errors import RequestError
@@ -133,7 +134,7 @@ def _binds(found: Inputs, request: Request) -> Iterator[Finding]:
     binds = list(request.cluster.container.binds)
     for bind in binds:
         source = bind.partition(":")[0]
-        if not Path(source).exists():
+        if seen(Path(source)) == "missing":
             good = False
             rest = [other for other in binds if other != bind]
             text = f"container.binds names {source}, which does not exist"

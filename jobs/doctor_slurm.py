@@ -21,6 +21,9 @@ _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2, "": 1}
 
 def check_slurm(slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None) -> list[Finding]:
     """All findings about Slurm; only the first when it cannot be asked."""
+    if not slurm.installed and not any(cluster.resources(s) != Resources() for s in STAGES):
+        text = "no Slurm client on PATH: stages can be run on this machine only"
+        return [advice("slurm", "warning", text, "submit with --executor local")]
     if slurm.problem:
         return [_reachable(slurm)]
     found = [_reachable(slurm)]

@@ -75,6 +75,17 @@ def test_what_is_wrong_is_named_as_slurm_sees_it(files: Path) -> None:
     assert any("infer" in text for text in refused)
 
 
+def test_a_job_that_fails_shows_its_last_lines(files: Path) -> None:
+    path = files / "cluster.yaml"
+    path.write_text(path.read_text().replace("setup: []", 'setup: ["echo no such module", exit 3]'))
+    code, findings = doctor(files, "--on-node")
+    assert code == 1
+    (bad,) = [f for f in findings if f["level"] == "failure"]
+    assert bad["check"] == "node job"
+    assert "ended without a report" in bad["text"]
+    assert "no such module" in bad["text"]
+
+
 def test_nodes_that_are_drained(files: Path, slurm: Cluster) -> None:
     slurm.sh("scontrol", "update", "nodename=g[1-2]", "state=drain", "reason=test")
     try:

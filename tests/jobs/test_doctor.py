@@ -18,7 +18,7 @@ import pytest
 from jobs.cluster import ClusterConfig
 from jobs.doctor_facts import Folder, Machine, NodeReport, NodeVisit
 from jobs.doctor_machine import check_machine
-from jobs.doctor_probes import folder, model_problem, quotas
+from jobs.doctor_probes import folder, model_problem, quotas, seen
 from jobs.doctor_request import DataFile, Inputs, Request
 from jobs.doctor_run import binds_line, check_inputs, check_visit
 from jobs.findings import Finding, command, lines, nearest, ok
@@ -545,6 +545,27 @@ def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert "ermission" in folder(tmp_path).problem
     tmp_path.chmod(0o700)
+
+
+def test_without_slurm_a_machine_can_still_be_sound(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site.bin / "scontrol").unlink()
+    assert [f.level for f in site.doctor() if f.check == "slurm"] == ["failure"]
+    site.cluster = {"container": None}
+    findings = site.doctor()
+    assert [(f.check, f.remedy) for f in complaints(findings)] == [
+        ("slurm", "submit with --executor local")
+    ]
+
+
+def test_paths_that_cannot_be_looked_at_are_unreadable_and_no_traceback(site: Site) -> None:
+    long = site.root / ("x" * 300)
+    assert seen(long) == "unreadable"
+    site.set("model.path", str(long))
+    site.set("data.train", str(long / "reviews.csv"))
+    bad = {f.check for f in site.doctor() if f.level == "failure"}
+    assert {"model", "data"} <= bad
 
 
 def test_quota_lines() -> None:
