@@ -145,8 +145,9 @@ def _wait(files: _Exchange, job: str, wait_seconds: float, say: Callable[[str], 
         say(f"job {job} is cancelled")
         raise
     finally:
-        with suppress(StageError, RequestError):
-            slurm.cancel([job])
+        if not files.report.exists():  # else it is about to end by itself
+            with suppress(StageError, RequestError):
+                slurm.cancel([job])
 
 
 def _rows(job: str) -> list[slurm.Row] | None:

@@ -47,7 +47,7 @@ def test_what_init_writes_is_sound_and_a_job_on_a_node_agrees(files: Path, slurm
     assert wrong - {"run directory"} == {"driver"}
     node = {f["check"] for f in findings if f["where"].startswith("node")}
     assert {"node job", "requeue", "clock", "shared files", "all-reduce", "files"} <= node
-    assert "yelp-doctor" not in slurm.sh("squeue", "-h", "-o", "%j")
+    wait_for(lambda: not slurm.sh("squeue", "-h", "-n", "yelp-doctor"), 30, "the job to end")
     assert not list(files.glob(".doctor*"))
 
 
