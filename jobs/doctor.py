@@ -94,7 +94,10 @@ def _record(run: Path) -> dict[str, Any] | None:
         record = read_json(path)
     except StageError as error:
         raise RequestError(str(error)) from None
-    return record if isinstance(record, dict) else None
+    made = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(made, dict) or not isinstance(made.get("resolved"), dict):
+        raise RequestError(f"{path} cannot be used: it holds no configuration")
+    return {**record}
 
 
 def _needs_hub(config: Config | None, found: Inputs | None) -> bool:

@@ -65,7 +65,7 @@ def _packages(machine: Machine, request: Request) -> Iterator[Finding]:
             return
         yield ok("packages", "as the lock names them")
     if request.record and not request.cluster.container and machine.place == "host":
-        before = request.record.get("packages") or {}
+        before = request.recorded("packages")
         changed = [
             (name, version, machine.packages[name])
             for name, version in before.items()

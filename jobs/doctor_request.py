@@ -31,6 +31,11 @@ class Request:
     stages_need_hub: bool = False
     run_named: bool = True
 
+    def recorded(self, section: str) -> dict[str, Any]:
+        """A section of run.json, {} where there is none."""
+        value = (self.record or {}).get(section)
+        return value if isinstance(value, dict) else {}
+
     @property
     def gpus(self) -> int:
         return self.cluster.resources("train").gpus or 0

@@ -31,7 +31,7 @@ def check_run(request: Request) -> Iterator[Finding]:
         yield ok("run", f"{request.run} would be a new run")
         return
     if request.config:
-        before = request.record.get("config", {}).get("resolved", {})
+        before = request.recorded("config")["resolved"]
         now = absolute_paths(request.config).model_dump(mode="json")
         changed = [d for d in differences(before, now) if not d[0].startswith("publish.")]
         if changed:
@@ -62,7 +62,7 @@ def check_image(
         text = f"{image.path}: {image.problem[:1].lower()}{image.problem[1:]}"
         return [command("image", "failure", text, build)]
     found = []
-    recorded = ((request.record or {}).get("image") or {}).get("sha256")
+    recorded = request.recorded("image").get("sha256")
     if recorded and recorded != image.sha256:
         text = (
             f"{image.path} is not the image of this run: SHA-256 {image.sha256[:12]}…, the run's "

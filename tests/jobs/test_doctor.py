@@ -30,8 +30,15 @@ from yelp_hpc.config import Config
 Change = Callable[[Site], None]
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Hub that knows one token."""
+    with serving(Hub(tmp_path_factory.mktemp("hub"))) as made:
+        yield made.url
+
+
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: str) -> Site:
     made = Site(tmp_path)
     for name in list(os.environ):
         if name.startswith(("SLURM", "SBATCH", "HF_", "HUGGING", "APPTAINER", "SINGULARITY")):
@@ -43,9 +50,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     # changed by a remedy: put back afterwards
     monkeypatch.setenv("HF_HOME", str(made.home))
     monkeypatch.chdir(tmp_path)
-    with serving(Hub(tmp_path / "hub")) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        yield made
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    return made
 
 
 @dataclass(frozen=True)
@@ -378,9 +384,22 @@ def test_the_command_prints_lines_that_fit_and_ends_with_1(site: Site) -> None:
     wrong = [f for f in told["findings"] if f["level"] == "failure"]
     assert wrong[0]["remedy"] == "train.gpu_type: rtx3090"
     (site.bin / "scontrol").unlink()
-    refused = doctor("--on-node")
-    assert refused.returncode == 2
-    assert "--on-node needs Slurm" in refused.stderr
+    torn = site.root / "torn"
+    torn.mkdir()
+    for text in ('{"config": ', "[]", '{"config": []}'):
+        (torn / "run.json").write_text(text)
+        refused = doctor("--run", str(torn))
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert "run.json" in refused.stderr
+    for more, says in [
+        (["--on-node"], "--on-node needs Slurm"),
+        (["--set", "nonsense=1"], "unknown key nonsense"),
+        (["--wait-seconds", "0"], "--wait-seconds"),
+    ]:
+        refused = doctor(*more)
+        assert refused.returncode == 2
+        assert says in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def test_inside_the_image_it_looks_at_what_is_there(
