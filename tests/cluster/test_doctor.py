@@ -44,7 +44,8 @@ def test_what_init_writes_is_sound_and_a_job_on_a_node_agrees(files: Path, slurm
     assert code == 0, [f for f in findings if f["level"] == "failure"]
     # the GPUs of this cluster are not real ones, and the doctor is not fooled
     wrong = {f["check"] for f in findings if f["level"] == "warning"}
-    assert wrong - {"run directory"} == {"driver"}
+    slow = {"run directory", "shared files"}  # a busy machine is no fault
+    assert wrong - slow == {"driver"}
     node = {f["check"] for f in findings if f["where"].startswith("node")}
     assert {"node job", "requeue", "clock", "shared files", "all-reduce", "files"} <= node
     wait_for(lambda: not slurm.sh("squeue", "-h", "-n", "yelp-doctor"), 30, "the job to end")

@@ -335,7 +335,7 @@ def found(findings: list[Finding], case: Case) -> list[Finding]:
 @pytest.mark.parametrize("case", SLURM + HOST + NODE, ids=lambda case: case.name)
 def test_a_fault_is_named_and_its_remedy_mends_it(site: Site, case: Case) -> None:
     case.break_(site)
-    wait = 4 if "stuck" in str(list(site.state.iterdir())) else 120
+    wait = 4 if "stuck" in str(list(site.state.iterdir())) else 600
     bad = found(site.doctor(case.on_node, wait), case)
     assert bad, f"{case.check} finds nothing"
     texts = [f for f in bad if re.search(case.says, f.text, re.DOTALL)]
