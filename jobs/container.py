@@ -51,12 +51,12 @@ def command(
     if cluster.container is None:
         python = cluster.python or sys.executable
         return [*(cluster.command or (python, "-m", "yelp_hpc", "run")), *arguments]
-    return [
-        *_apptainer(cluster.container, run, env),
-        cluster.container.image,
-        *("python", "-m", "yelp_hpc", "run"),
-        *arguments,
-    ]
+    return inside(cluster.container, run, ["python", "-m", "yelp_hpc", "run", *arguments], env)
+
+
+def inside(container: Container, run: Path, argv: list[str], env: Mapping[str, str]) -> list[str]:
+    """The whole argv that runs ``argv`` in the image as a stage is run in it."""
+    return [*_apptainer(container, run, env), container.image, *argv]
 
 
 def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[str]:

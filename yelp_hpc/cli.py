@@ -17,6 +17,7 @@ from yelp_hpc import __version__
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.image_commands import image
 from yelp_hpc.paths import MODELS, STAGES
+from yelp_hpc.site_commands import doctor, init
 
 RUN = click.option(
     "--run", "run_dir", required=True, metavar="DIR", type=click.Path(), help="run directory"
@@ -51,6 +52,10 @@ def cli() -> None:
 
     Exit codes: 0 done, 1 failed, 2 the request is wrong, 75 saved (run me again).
     """
+
+
+cli.add_command(init)
+cli.add_command(doctor)
 
 
 @cli.command()
