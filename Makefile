@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    ?= runs/demo
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-cluster lint cluster cluster-down lock clean
+.PHONY: demo test test-quick lint cluster cluster-down lock clean
 
 # Installs what the lock names. A machine without the CPU build of torch takes the CUDA set.
 $(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
@@ -18,14 +18,12 @@ $(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
 demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
 	$(BIN)/python -m yelp_hpc submit all --config configs/demo.yaml --executor local --run $(RUN) --wait
 
-test: $(VENV)/installed lint  ## ruff, mypy and the tests that need no cluster
+test: $(VENV)/installed lint  ## ruff, mypy and every test, on a real Slurm and Apptainer too (Debian, root)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/browser_install.sh; fi
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=15 --ignore tests/cluster
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=15
 
-test-cluster: $(VENV)/installed  ## the tests on a real Slurm and Apptainer (Debian, root)
-	bash tests/cluster/slurm_install.sh
-	bash tests/cluster/apptainer_install.sh
-	$(BIN)/python -m pytest --durations=15 tests/cluster
+test-quick: $(VENV)/installed lint  ## without the cluster
+	$(BIN)/python -m pytest --ignore tests/cluster
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
