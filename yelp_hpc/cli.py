@@ -17,6 +17,7 @@ from yelp_hpc import __version__
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.image_commands import image
 from yelp_hpc.paths import MODELS, STAGES
+from yelp_hpc.plan_command import plan
 
 RUN = click.option(
     "--run", "run_dir", required=True, metavar="DIR", type=click.Path(), help="run directory"
@@ -296,6 +297,7 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
     click.echo("the same: " + ", ".join(found.same))
 
 
+cli.add_command(plan)
 cli.add_command(image)
 
 
