@@ -82,8 +82,13 @@ class ModelShape:
             "dense_h_to_4h": h + (2 if self.gated else 1) * f, "dense_4h_to_h": f + h,
             "c_attn": h + q + 2 * kv,
         }  # fmt: skip
-        default = {"chatglm": ("query_key_value",), "gpt2": ("c_attn",)}
-        names = target or default.get(self.model_type, ("q_proj", "k_proj", "v_proj"))
+        default: dict[str, Sequence[str]] = {
+            "chatglm": ("query_key_value",),
+            "gpt2": ("c_attn",),
+        }
+        names: Sequence[str] = target or default.get(
+            self.model_type, ("q_proj", "k_proj", "v_proj")
+        )
         return self.layers * rank * sum(sizes.get(name.rpartition(".")[2], 0) for name in names)
 
     @property

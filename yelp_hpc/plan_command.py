@@ -9,15 +9,38 @@ from typing import Any
 
 import click
 
+from yelp_hpc.completion import complete_cards, complete_settings
+
 
 @click.command()
-@click.option("--config", "config_file", metavar="FILE", help="YAML config")
+@click.option("--config", "config_file", metavar="FILE", type=click.Path(), help="YAML config")
 @click.option(
-    "--run", "run_dir", metavar="DIR", type=click.Path(), help="count tokens in its prepare/"
+    "--run",
+    "run_dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="count the tokens in its prepare/, keep the forecast there",
 )
-@click.option("--set", "overrides", multiple=True, metavar="a.b=c", help="change one value")
-@click.option("--cluster", metavar="FILE", help="number of nodes and the GPU: configs/clusters/*")
-@click.option("--gpu", metavar="NAME", help="a card of the table, e.g. rtx3090, a100, h100")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="a.b=c",
+    shell_complete=complete_settings,
+    help="change one value of the config",
+)
+@click.option(
+    "--cluster",
+    metavar="FILE",
+    type=click.Path(),
+    help="names the nodes and the GPU: configs/clusters/*.yaml",
+)
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    shell_complete=complete_cards,
+    help="a card of the table, e.g. rtx3090, a100, h100",
+)
 @click.option("--probe", is_flag=True, help="measure 20 steps on this machine first (minutes)")
 @click.option("--tokens", type=click.FloatRange(8), help="mean tokens of a prompt, where not known")
 @click.option(
