@@ -90,7 +90,8 @@ def test_zsh(shell_environment: dict[str, str], tmp_path: Path, line: str, expec
     code = f"""
         zmodload zsh/zpty
         zpty shell {shlex.quote(f"{shutil.which('zsh')} -f -i")}
-        zpty -w shell 'PS1="" ; autoload -Uz compinit; compinit -u -D; source {script("zsh", tmp_path)}'
+        zpty -w shell 'PS1="" ; autoload -Uz compinit; compinit -u -D'
+        zpty -w shell 'source {script("zsh", tmp_path)}'
         zpty -w shell 'print RE''ADY'
         while zpty -r shell got; do [[ $got == *READY* ]] && break; done
         zpty -w -n shell {shlex.quote(line)}$'\\t'

@@ -32,7 +32,9 @@ from yelp_hpc.settings import dotted_keys
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOOLS = "bash sh cat cp env grep head ls mkdir mv printf rm sed sleep touch chmod".split()  # noqa: SIM905
-FENCE = re.compile(r"(?:<!-- test: ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:<!-- test: ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,9 @@ def test_examples_print_what_the_page_shows(page: str, finished: Path, tmp_path:
             assert code == wanted, f"{page}:{block.line}: {command}\n{output}"
             assert "Traceback" not in output, f"{page}:{block.line}: {command}\n{output}"
             if expected.strip():
-                assert matches(expected, output), (
-                    f"{page}:{block.line}: {command}\n--- printed:\n{output}\n--- shown:\n{expected}"
-                )
+                place = f"{page}:{block.line}: {command}"
+                shown = f"{place}\n--- printed:\n{output}\n--- shown:\n{expected}"
+                assert matches(expected, output), shown
 
 
 # --- looked up ----------------------------------------------------------------------------------

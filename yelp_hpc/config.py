@@ -17,6 +17,7 @@ from yelp_hpc.settings import Frozen, read_settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LABELS = ("0", "1", "2", "3", "4")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Frozen):
@@ -92,7 +93,9 @@ class LoraConfig(Frozen):
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.08, ge=0, lt=1)
     target: tuple[str, ...] | None = Field(
-        None, description="names of the adapted modules; null: the architecture's attention"
+        None,
+        min_length=1,
+        description="names of the adapted modules; null: the architecture's attention",
     )
 
 
@@ -109,7 +112,7 @@ class TrainConfig(Frozen):
     precision: Precision = Field("fp32", description="autocast format; fp16 scales the loss")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     adam_epsilon: float = Field(1e-8, gt=0)
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     compile: bool = Field(False, description="torch.compile the model")

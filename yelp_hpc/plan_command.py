@@ -104,6 +104,13 @@ def plan(
         wanted = load_cluster(cluster).resources("train")
         nodes, named = wanted.nodes or 1, gpu or wanted.gpu_type
     card = find_card(named) if named and not probe else None
+    happened = None
+    if compare and run is not None:
+        from jobs.happened import what_happened
+
+        happened = what_happened(run, config)
+        if happened.steps is None and happened.infer_seconds is None:
+            raise RequestError(f"nothing has happened in {run.root} yet: nothing to compare with")
     kept = _kept(read_json(run.plan)) if compare and run and run.plan.is_file() else None
     if kept is None:
         shape = read_shape(config)
@@ -124,18 +131,11 @@ def plan(
             efficiency=efficiency or EFFICIENCY,
             mtbf_hours=mtbf or MTBF_HOURS,
         )
-        if run is not None and not compare:
+        if run is not None and not compare and kept.train_seconds is not None:
             write_json(run.plan, asdict(kept))
-    if not compare:
+    if happened is None:
         click.echo(json.dumps(asdict(kept)) if as_json else page(kept))
-        return
-    assert run is not None
-    from jobs.happened import what_happened
-
-    happened = what_happened(run, config)
-    if happened.steps is None and happened.infer_seconds is None:
-        raise RequestError(f"nothing has happened in {run.root} yet: there is nothing to compare")
-    if as_json:
+    elif as_json:
         rows: list[dict[str, Any]] = [
             {"what": what, "forecast": before, "happened": after}
             for what, before, after in comparison(kept, happened)
