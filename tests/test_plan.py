@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,13 +182,19 @@ def test_a_probe_gives_times_in_proportion_to_the_tokens() -> None:
     config = tiny_config(Path("m"))
     lengths = Lengths([20] * 80, [], [30] * 40, 5, "")
     shape = model_shape(KNOWN["demo:smollm2-135m"], "")
-    probe = Probe("this CPU", False, 10.0, 0.01, 3 * 10**9, 10**6, 5.0, 0.002, 2 * 10**9)
+    probe = Probe(
+        device="this CPU", cuda=False, train_start=10.0, train_token=0.01,
+        train_first=2 * 10**9, train_memory=3 * 10**9, train_largest=10**6, train_shapes=10**6,
+        infer_start=5.0, infer_token=0.002, infer_memory=2 * 10**9,
+    )  # fmt: skip
     plan = forecast(config, shape, lengths, probe=probe)
     work = training_work(config, lengths, 1)
     assert plan.train_seconds == pytest.approx(10 + 0.01 * work.critical)
     scored = computed(lengths.test, config.infer.max_tokens, 5)
     assert plan.infer_seconds == pytest.approx(2 * (5 + 0.002 * scored))
     assert plan.train_memory.total == 3 * 10**9
+    grown = forecast(config, shape, lengths, probe=replace(probe, train_shapes=1))
+    assert work.shapes >= 1 and grown.train_memory.total >= 3 * 10**9
 
 
 # --- the command --------------------------------------------------------------------------------

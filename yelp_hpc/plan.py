@@ -51,9 +51,14 @@ class Probe:
     cuda: bool
     train_start: float
     train_token: float
+    train_first: int
+    """Memory after the first step."""
     train_memory: int
+    """Memory after the last one."""
     train_largest: int
     """Tokens of the largest micro-batch of the measured steps."""
+    train_shapes: int
+    """Different sizes of micro-batches among them."""
     infer_start: float
     infer_token: float
     infer_memory: int
@@ -71,6 +76,8 @@ class Work:
     """Of the rank that computes most in each step: the others wait for it."""
     largest: int
     """The largest micro-batch."""
+    shapes: int
+    """Different sizes of micro-batches of the first rank."""
     evaluations: int
 
 
@@ -131,34 +138,40 @@ def training_work(config: Config, lengths: Lengths, ranks: int) -> Work:
         len(lengths.train), settings.global_batch, settings.epochs, config.seed, settings.max_steps
     )
     tokens = critical = sequences = 0
+    sizes: set[int] = set()
     for step in range(plan.steps):
         own = [lengths.train[row] for row in plan.batch(step)]
-        shares = [
-            computed([own[i] for i in dealt], settings.max_tokens, prefix)
+        batches = [
+            micro_batches([own[i] for i in dealt], settings.max_tokens, prefix)
             for dealt in deal(own, ranks)
         ]
         sequences += len(own)
-        tokens += sum(shares)
-        critical += max(shares)
+        tokens += sum(map(sum, batches))
+        critical += max(map(sum, batches))
+        sizes.update(batches[0])
     every = settings.evaluate_every or max(1, plan.steps // 10)
     evaluations = -(-plan.steps // every) if lengths.validation else 0
     largest = largest_microbatch(plan, lengths.train, ranks, settings.max_tokens, prefix)
-    return Work(plan.steps, sequences, tokens, critical, largest, evaluations)
+    return Work(plan.steps, sequences, tokens, critical, largest, len(sizes), evaluations)
+
+
+def micro_batches(own: Sequence[int], max_tokens: int, prefix: int) -> list[int]:
+    """Tokens of each micro-batch that the engine makes of sequences under a budget.
+
+    The grouping of `models/packed.py`: longest first, a new one when the budget is full.
+    """
+    sizes: list[int] = []
+    for length in sorted(own, reverse=True):
+        if sizes and sizes[-1] + length <= max_tokens:
+            sizes[-1] += length
+        else:
+            sizes.append(prefix + length)
+    return sizes
 
 
 def computed(own: Sequence[int], max_tokens: int, prefix: int) -> int:
-    """Tokens that the engine computes for sequences in micro-batches of at most `max_tokens`.
-
-    The grouping of `models/packed.py`: longest first, a new group when the budget is full.
-    """
-    groups = used = 0
-    for length in sorted(own, reverse=True):
-        if groups and used + length <= max_tokens:
-            used += length
-        else:
-            groups += 1
-            used = prefix + length
-    return sum(own) + groups * prefix
+    """Tokens that the engine computes for sequences in micro-batches of at most `max_tokens`."""
+    return sum(micro_batches(own, max_tokens, prefix))
 
 
 def forward_flops(shape: ModelShape, own: Sequence[int], tokens: int, prefix: int) -> float:
@@ -324,9 +337,7 @@ def forecast(
         train_seconds += work.evaluations * validation / ranks * probe.infer_token
         starts = probe.infer_start
         infer_seconds = models * scored * probe.infer_token
-        per_token = activation_bytes(shape, config.train.precision, cuda) * shape.layers
-        beyond = max(0, work.largest - probe.train_largest)
-        memory = _measured(memory, probe.train_memory + round(beyond * per_token))
+        memory = _measured(memory, _extrapolated(shape, config, work, probe))
         scoring = _measured(scoring, probe.infer_memory)
     elif card is not None:
         machine = f"{ranks} × {card.name}"
@@ -398,6 +409,21 @@ def forecast(
         disk=disk,
         notes=notes,
     )
+
+
+def _extrapolated(shape: ModelShape, config: Config, work: Work, probe: Probe) -> int:
+    """Memory of the whole training from that of the measured steps.
+
+    A larger micro-batch keeps more activations. On a CPU the libraries also keep something for each
+    new size of batch, fewer and fewer of them as their caches fill: the growth over the measured
+    steps goes on with the 0.7th power of the number of sizes (fitted to two runs; no law).
+    """
+    per_token = activation_bytes(shape, config.train.precision, probe.cuda) * shape.layers
+    beyond = max(0, work.largest - probe.train_largest) * per_token
+    grown = probe.train_memory - probe.train_first
+    if not probe.cuda:
+        grown *= max(1.0, work.shapes / max(1, probe.train_shapes)) ** 0.7
+    return round(probe.train_first + grown + beyond)
 
 
 def _measured(memory: Memory, total: int) -> Memory:

@@ -24,7 +24,7 @@ from yelp_hpc.errors import StageError
 from yelp_hpc.files import read_json, read_jsonl
 from yelp_hpc.manifest import load_run, record_run
 from yelp_hpc.paths import RunPaths
-from yelp_hpc.plan import Lengths, Probe
+from yelp_hpc.plan import Lengths, Probe, training_work
 from yelp_hpc.plan_inputs import prepared_lengths
 from yelp_hpc.progress import say
 
@@ -55,6 +55,8 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
             _stage(trial, "prepare")
             if _rows(config) == _rows(small):
                 lengths = prepared_lengths(trial)
+        own = lengths or prepared_lengths(trial)
+        assert own is not None  # prepare has just ended well
         say(f"probe: {STEPS} training steps")
         seconds = _stage(trial, "train")
         say(f"probe: scoring {SCORED} reviews")
@@ -63,6 +65,7 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
         kept = lines[WARM_UP:] or lines
         tokens = [line["tokens_per_second"] * line["seconds"] for line in kept]
         ranks = config.train.nproc
+        measured = training_work(small, own, ranks)
         per_token = sum(line["seconds"] for line in kept) / sum(tokens) * ranks
         every = [line["tokens_per_second"] * line["seconds"] for line in lines]
         return (
@@ -71,8 +74,10 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
                 cuda=scored["cuda"],
                 train_start=max(0.0, seconds - per_token * sum(every) / ranks),
                 train_token=per_token,
+                train_first=lines[0]["memory_bytes"],
                 train_memory=max(line["memory_bytes"] for line in lines),
-                train_largest=round(max(every) / ranks),
+                train_largest=measured.largest,
+                train_shapes=measured.shapes,
                 infer_start=scored["start"],
                 infer_token=scored["token"],
                 infer_memory=scored["memory"],
