@@ -89,7 +89,8 @@ def shown_default(value: Any) -> str:
 
 def shown_type(field: FieldInfo) -> str:
     limits = [text for item in field.metadata for text in limit(item)]
-    return " ".join([type_name(field.annotation), *limits]).replace("|", "\\|")
+    kind, null, _ = type_name(field.annotation).partition(" or null")
+    return " ".join([kind, *limits]).replace("|", "\\|") + null
 
 
 def limit(item: Any) -> Iterator[str]:

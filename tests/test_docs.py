@@ -17,13 +17,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import pytest
+from pydantic import BaseModel
 
+from jobs.cluster import ClusterConfig
 from tiny import make_model, reviews
 from yelp_hpc.cli import cli
 from yelp_hpc.config import Config
@@ -245,6 +248,17 @@ def test_files_that_are_named_exist() -> None:
     assert not missing
 
 
+def descriptions(model: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
+    """`(key, description)` of every key of a settings class, its sections' too."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if inner:
+            yield from ((f"{name}.{key}", note) for key, note in descriptions(inner[0]))
+        else:
+            yield name, field.description
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
 def test_the_site_builds_without_a_broken_link_and_shows_every_key(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -257,6 +271,8 @@ def test_the_site_builds_without_a_broken_link_and_shows_every_key(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     keys = (tmp_path / "site" / "configuration.html").read_text(encoding="utf-8")
     assert [key for key in dotted_keys(Config) if f"<code>{key}</code>" not in keys] == []
+    assert [key for key, note in descriptions(Config) if not note] == []
+    assert [key for key, note in descriptions(ClusterConfig) if not note] == []
     shown = (tmp_path / "site" / "commands.html").read_text(encoding="utf-8")
     assert [name for name in cli.commands if f'id="{name}"' not in shown] == []
     assert "fonts.googleapis.com" not in (tmp_path / "site" / "index.html").read_text()

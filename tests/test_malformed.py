@@ -297,7 +297,7 @@ CASES = [
     broken("plan --compare --run run", {}, "nothing has happened", label="not run"),
     broken("plan --run run", {"run/plan.json": "{", "r.csv": ROWS}, "", code=2, label="torn plan"),
     broken("verify --run run", {}, "run does not hold", code=1, label="nothing there"),
-    broken("export --run run --merged --out o", {}, "adapter", code=1, label="no adapter"),
+    broken("export --run run --merged --out o", {}, "run train", label="no adapter"),
     broken(
         "run infer --run run",
         {"run/prepare/complete.json": "{"},

@@ -160,7 +160,7 @@ def test_time_limits_are_slurms_and_leave_room() -> None:
 
 
 def test_more_cards_take_less_time_and_no_fewer_flops() -> None:
-    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["data.train_rows=3200"]).config
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["data.train_rows=32000"]).config
     lengths = estimated_lengths(config)
     card = find_card("a100")
     one, four = (forecast(config, CHATGLM3, lengths, card=card, nodes=n) for n in (1, 4))
