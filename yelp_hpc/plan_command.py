@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from yelp_hpc.completion import complete_cards, complete_settings
+
+if TYPE_CHECKING:
+    from yelp_hpc.config import Config
+    from yelp_hpc.paths import RunPaths
+    from yelp_hpc.plan import Forecast
+    from yelp_hpc.plan_page import Happened
 
 
 @click.command()
@@ -72,15 +78,10 @@ def plan(
     And afterwards:
       python -m yelp_hpc plan --compare --run runs/demo
     """
-    from yelp_hpc.cards import find_card
     from yelp_hpc.config import load_config
     from yelp_hpc.errors import RequestError
-    from yelp_hpc.files import read_json, write_json
     from yelp_hpc.manifest import load_run
     from yelp_hpc.paths import RunPaths
-    from yelp_hpc.plan import EFFICIENCY, MTBF_HOURS, forecast
-    from yelp_hpc.plan_inputs import estimated_lengths, prepared_lengths, read_shape
-    from yelp_hpc.plan_page import comparison, comparison_page, page
 
     problems = []
     if compare and run_dir is None:
@@ -97,60 +98,92 @@ def plan(
         run = RunPaths(Path(run_dir).resolve()) if run_dir else None
     else:
         run, config = load_run(str(run_dir))
-    nodes, named = 1, gpu
+    happened = _happened(run, config) if compare and run else None
+    found = _kept(run) if compare and run else None
+    if found is None:
+        found = _forecast(config, run, cluster, gpu, probe, tokens, efficiency, mtbf)
+        if run is not None and not compare and found.train_seconds is not None:
+            from yelp_hpc.files import write_json
+
+            write_json(run.plan, asdict(found))
+    _show(found, happened, as_json)
+
+
+def _forecast(
+    config: Config,
+    run: RunPaths | None,
+    cluster: str | None,
+    gpu: str | None,
+    probe: bool,
+    tokens: float | None,
+    efficiency: float | None,
+    mtbf: float | None,
+) -> Forecast:
+    from yelp_hpc.cards import find_card
+    from yelp_hpc.plan import EFFICIENCY, MTBF_HOURS, forecast
+    from yelp_hpc.plan_inputs import estimated_lengths, prepared_lengths, read_shape
+
+    nodes = 1
     if cluster is not None:
         from jobs.cluster import load_cluster
 
         wanted = load_cluster(cluster).resources("train")
-        nodes, named = wanted.nodes or 1, gpu or wanted.gpu_type
-    card = find_card(named) if named and not probe else None
-    happened = None
-    if compare and run is not None:
-        from jobs.happened import what_happened
+        nodes, gpu = wanted.nodes or 1, gpu or wanted.gpu_type
+    card = find_card(gpu) if gpu and not probe else None
+    shape = read_shape(config)
+    measured, lengths = None, None
+    if probe:
+        from yelp_hpc.probe import measure
 
-        happened = what_happened(run, config)
-        if happened.steps is None and happened.infer_seconds is None:
-            raise RequestError(f"nothing has happened in {run.root} yet: nothing to compare with")
-    kept = _kept(read_json(run.plan)) if compare and run and run.plan.is_file() else None
-    if kept is None:
-        shape = read_shape(config)
-        measured, lengths = None, None
-        if probe:
-            from yelp_hpc.probe import measure
-
-            measured, lengths = measure(config, run)
-        lengths = lengths or (prepared_lengths(run) if run else None)
-        lengths = lengths or estimated_lengths(config, tokens)
-        kept = forecast(
-            config,
-            shape,
-            lengths,
-            card=card,
-            probe=measured,
-            nodes=nodes,
-            efficiency=efficiency or EFFICIENCY,
-            mtbf_hours=mtbf or MTBF_HOURS,
-        )
-        if run is not None and not compare and kept.train_seconds is not None:
-            write_json(run.plan, asdict(kept))
-    if happened is None:
-        click.echo(json.dumps(asdict(kept)) if as_json else page(kept))
-    elif as_json:
-        rows: list[dict[str, Any]] = [
-            {"what": what, "forecast": before, "happened": after}
-            for what, before, after in comparison(kept, happened)
-        ]
-        click.echo(json.dumps({"rows": rows, "restarts": happened.restarts}))
-    else:
-        click.echo(comparison_page(kept, happened))
+        measured, lengths = measure(config, run)
+    lengths = lengths or (prepared_lengths(run) if run else None)
+    return forecast(
+        config,
+        shape,
+        lengths or estimated_lengths(config, tokens),
+        card=card,
+        probe=measured,
+        nodes=nodes,
+        efficiency=efficiency or EFFICIENCY,
+        mtbf_hours=mtbf or MTBF_HOURS,
+    )
 
 
-def _kept(values: dict[str, Any]) -> Any:
-    """The forecast that a run directory holds, None for one of another version."""
+def _happened(run: RunPaths, config: Config) -> Happened:
+    from jobs.happened import what_happened
+    from yelp_hpc.errors import RequestError
+
+    happened = what_happened(run, config)
+    if happened.steps is None and happened.infer_seconds is None:
+        raise RequestError(f"nothing has happened in {run.root} yet: nothing to compare with")
+    return happened
+
+
+def _kept(run: RunPaths) -> Forecast | None:
+    """The forecast that a run directory holds; None for none, or one of another version."""
+    from yelp_hpc.files import read_json
     from yelp_hpc.plan import Forecast, Memory
 
+    if not run.plan.is_file():
+        return None
+    values = read_json(run.plan)
     try:
         memories = {key: Memory(**values[key]) for key in ("train_memory", "infer_memory")}
         return Forecast(**{**values, **memories})
     except (TypeError, KeyError):
         return None
+
+
+def _show(found: Forecast, happened: Happened | None, as_json: bool) -> None:
+    from yelp_hpc.plan_page import comparison, comparison_page, page
+
+    if happened is None:
+        click.echo(json.dumps(asdict(found)) if as_json else page(found))
+    elif as_json:
+        rows: list[dict[str, Any]] = [
+            {"what": what, "forecast": before, "happened": after}
+            for what, before, after in comparison(found, happened)
+        ]
+        click.echo(json.dumps({"rows": rows, "restarts": happened.restarts}))
+    else:
+        click.echo(comparison_page(found, happened))

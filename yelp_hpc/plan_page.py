@@ -111,13 +111,13 @@ def comparison(plan: Forecast, happened: Happened) -> list[tuple[str, float | No
         ("train memory", plan.train_memory.total, happened.train_memory),
         ("infer seconds", plan.infer_seconds, happened.infer_seconds),
         ("GPU-hours", plan.gpu_hours, happened.gpu_hours),
-        ("disk", sum(n for name, n in plan.disk.items() if "cache" not in name), happened.disk),
+        ("disk at most", sum(n for name, n in plan.disk.items() if "cache" not in name), happened.disk),
     ]
 
 
 def comparison_page(plan: Forecast, happened: Happened) -> str:
     """The table of `plan --compare`."""
-    shown = {"train memory": size, "disk": size, "train seconds": duration}
+    shown = {"train memory": size, "disk at most": size, "train seconds": duration}
     shown |= {"infer seconds": duration}
     lines = [f"{'':<15}{'forecast':>14}{'happened':>14}{'off by':>9}"]
     for what, before, after in comparison(plan, happened):
