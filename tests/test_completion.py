@@ -152,7 +152,8 @@ def test_ctrl_c_ends_status_watch_with_130_and_no_traceback(tmp_path: Path) -> N
 
     record_run(tmp_path / "run", load_config(tmp_path / "c.yaml"), "c.yaml", [])
     code = (
-        "import jobs.status as s, time, sys\n"
+        "import jobs.status as s, signal, time, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs\n"
         "s.show_status = lambda *a, **k: (print('up', flush=True), time.sleep(60))\n"
         f"sys.argv = ['x', 'status', '--run', {str(tmp_path / 'run')!r}, '--watch']\n"
         "from yelp_hpc.cli import main; main()"

@@ -221,6 +221,8 @@ def test_every_command_line_parses() -> None:
     problems = []
     for place, line in lines:
         words = shlex.split(re.split(r"  +|\s[|>#]", line)[0])
+        if words[0] in COMING and words[0] not in cli.commands:
+            continue
         command: click.Command = cli
         context = click.Context(cli, info_name="yelp_hpc")
         try:

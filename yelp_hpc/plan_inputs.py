@@ -105,7 +105,7 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
     if config.data.source == "hub":
         mean = mean_tokens or MEAN_TOKENS
         counts = _hub_counts(config)
-        source = f"assumed: {mean:.0f} tokens a prompt (--tokens changes it)"
+        source = f"assumed mean {mean:.0f} (--tokens changes it)"
         drawn = _log_normal(sum(counts), max(1.0, mean - prefix), most, config.seed)
         sets, start = [], 0
         for count in counts:
@@ -128,12 +128,12 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         [own(rows[i][0]) for i in chosen]
         for rows, chosen in ((train, splits.train), (train, splits.validation), (test, splits.test))
     ]
-    source = f"estimated: {CHARACTERS_PER_TOKEN} characters a token"
+    source = f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
     if mean_tokens:
         every = [n for part in lengths for n in part]
         scale = max(1.0, mean_tokens - prefix) / (sum(every) / len(every))
         lengths = [[max(1, min(most, round(n * scale))) for n in part] for part in lengths]
-        source = f"scaled to {mean_tokens:.0f} tokens a prompt"
+        source = f"scaled to a mean of {mean_tokens:.0f}"
     return Lengths(lengths[0], lengths[1], lengths[2], prefix, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 from yelp_hpc.plan import Forecast, Memory
@@ -82,7 +83,8 @@ def page(plan: Forecast) -> str:
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}".rstrip() for name, value in rows]
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    notes = (textwrap.fill(f"note: {note}", 80, subsequent_indent="  ") for note in plan.notes)
+    return "\n".join([*lines, *notes])
 
 
 def _unit(plan: Forecast) -> str:
