@@ -113,7 +113,11 @@ def comparison(plan: Forecast, happened: Happened) -> list[tuple[str, float | No
         ("train memory", plan.train_memory.total, happened.train_memory),
         ("infer seconds", plan.infer_seconds, happened.infer_seconds),
         ("GPU-hours", plan.gpu_hours, happened.gpu_hours),
-        ("disk at most", sum(n for name, n in plan.disk.items() if "cache" not in name), happened.disk),
+        (
+            "disk at most",
+            sum(n for name, n in plan.disk.items() if "cache" not in name),
+            happened.disk,
+        ),
     ]
 
 
