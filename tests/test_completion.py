@@ -121,7 +121,9 @@ def test_help_has_an_example_that_parses(name: str, command: click.Command) -> N
     examples = [line for line in lines if line.startswith(f"python -m yelp_hpc {name.split()[0]}")]
     assert examples, "no example"
     for example in examples:
-        words = shlex.split(example.partition("|")[0].partition(">")[0].partition("  (")[0])
+        words = shlex.split(
+            example.partition("|")[0].partition("&&")[0].partition(">")[0].partition("  (")[0]
+        )
         check_command_line(words[3:])
 
 
