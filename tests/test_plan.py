@@ -27,10 +27,10 @@ from yelp_hpc.plan import (
     forecast,
     forward_flops,
     time_limit,
-    training_memory,
     training_work,
 )
 from yelp_hpc.plan_inputs import estimated_lengths, prepared_lengths, read_shape
+from yelp_hpc.plan_memory import training_memory
 from yelp_hpc.plan_page import Happened, comparison_page, page
 
 ROOT = Path(__file__).parent.parent

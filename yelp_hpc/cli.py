@@ -17,32 +17,13 @@ from typing import Any
 import click
 
 from yelp_hpc import __version__
-from yelp_hpc.completion import COMPLETE_VARIABLE, complete_settings, completion
+from yelp_hpc.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.image_commands import image
+from yelp_hpc.options import CONFIG, JSON, RUN, SET
 from yelp_hpc.paths import MODELS, STAGES
 from yelp_hpc.plan_command import plan
-
-RUN = click.option(
-    "--run",
-    "run_dir",
-    required=True,
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="run directory",
-)
-CONFIG = click.option(
-    "--config", "config_file", required=True, metavar="FILE", type=click.Path(), help="YAML config"
-)
-SET = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="a.b=c",
-    shell_complete=complete_settings,
-    help="change one value of the config",
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
+from yelp_hpc.record_commands import export, reproduce, verify
 
 
 class Commands(click.Group):
@@ -315,76 +296,9 @@ def publish(run_dir: str, dry_run: bool) -> None:
     stage.run(run, config, dry_run=dry_run)
 
 
-@cli.command()
-@RUN
-@click.option("--merged", is_flag=True, required=True, help="adapter and base as one model")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(), help="folder to write")
-def export(run_dir: str, merged: bool, out: str) -> None:
-    """Write the tuned model as a folder of its own.
-
-    \b
-      python -m yelp_hpc export --run runs/demo --merged --out tuned-model
-    """
-    from yelp_hpc.export import export_merged
-    from yelp_hpc.manifest import load_run
-
-    run, config = load_run(run_dir)
-    export_merged(run, config, Path(out))
-    click.echo(out)
-
-
-@cli.command()
-@RUN
-def verify(run_dir: str) -> None:
-    """Hash everything again and recompute the metrics from the shards.
-
-    \b
-      python -m yelp_hpc verify --run runs/demo
-    """
-    from yelp_hpc.errors import StageError, all_problems
-    from yelp_hpc.manifest import load_run
-    from yelp_hpc.verify import verify as find_problems
-
-    run, _ = load_run(run_dir)
-    problems = find_problems(run)
-    if problems:
-        raise StageError(all_problems(f"{run.root} does not hold what it says:", problems))
-    click.echo(f"{run.root}: everything is what was written, and the metrics follow from it")
-
-
-@cli.command()
-@click.option(
-    "--from", "source", required=True, metavar="FILE", help="run.json, or a run directory"
-)
-@RUN
-@click.option("--compare", is_flag=True, help="both are done: say whether they are the same")
-def reproduce(source: str, run_dir: str, compare: bool) -> None:
-    """Prepare the same run again in a new directory, or compare it with the first.
-
-    \b
-      python -m yelp_hpc reproduce --from runs/demo/run.json --run runs/again
-      python -m yelp_hpc reproduce --from runs/demo --run runs/again --compare
-    """
-    from yelp_hpc import reproduce as again
-    from yelp_hpc.errors import StageError, all_problems
-    from yelp_hpc.manifest import load_run
-
-    if not compare:
-        prepared = again.reproduce(source, run_dir)
-        for warning in prepared.warnings:
-            click.echo(f"warning: {warning}", err=True)
-        click.echo(prepared.command)
-        return
-    root = Path(source)
-    first, _ = load_run(root if root.is_dir() else root.parent)
-    second, _ = load_run(run_dir)
-    found = again.compare(first, second)
-    if not found.identical:
-        problems = [*found.differences, *found.missing]
-        raise StageError(all_problems(f"{second.root} differs from {first.root}:", problems))
-    click.echo("the same: " + ", ".join(found.same))
-
-
+cli.add_command(export)
+cli.add_command(verify)
+cli.add_command(reproduce)
 cli.add_command(image)
 cli.add_command(completion)
 

@@ -16,14 +16,12 @@ from yelp_hpc.cards import Card
 from yelp_hpc.config import Config
 from yelp_hpc.model_shape import ModelShape
 from yelp_hpc.packing import DataPlan, deal, largest_microbatch
+from yelp_hpc.plan_memory import BYTES, Memory, activation_bytes, infer_memory, training_memory
 from yelp_hpc.shards import plan_shards
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Share of a card's dense peak that training reaches. An assumption: `--efficiency` changes it, a
 # probe replaces it.
 EFFICIENCY = 0.35
-# A process that imports torch and opens a CUDA context or a CPU runtime, bytes.
-RUNTIME_BYTES = {"cuda": 1_000_000_000, "cpu": 600_000_000}
 START_SECONDS = 40.0  # interpreter, imports, CUDA; and the weights at …
 READ_RATE = 1e9  # … bytes a second
 # Kokolis et al. 2024 (arXiv:2410.21680): 6.5 failures in 1,000 node-days on a large GPU cluster.
@@ -79,22 +77,6 @@ class Work:
     shapes: int
     """Different sizes of micro-batches of the first rank."""
     evaluations: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank, by what holds them."""
-
-    weights: int
-    adapter: int
-    activations: int
-    runtime: int
-    checkpointing: bool
-    """Whether the layers are computed twice to save memory."""
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.activations + self.runtime
 
 
 @dataclass(frozen=True)
@@ -195,66 +177,6 @@ def train_flops(shape: ModelShape, forward: float, checkpointing: bool) -> float
     are left out.
     """
     return forward * (3 if checkpointing else 2)
-
-
-# --- memory -------------------------------------------------------------------------------------
-
-
-def activation_bytes(shape: ModelShape, precision: str, cuda: bool) -> float:
-    """Bytes a token that a layer keeps for its backward pass.
-
-    Elements as counted from the tensors that autograd saves (packed batches, LoRA on q, k and v):
-    16 bit: 11.3 h + 2.3 k + 3 f for ChatGLM3, 15.4 h + 2.3 k + 3 f for other decoders; fp32 on a
-    CPU: 6.3 h + 2.3 k + 3 f, and 5.3 h + 2.3 k + 2 f for Llama's kin (h: hidden, k: keys or values,
-    f: MLP).
-    """
-    chatglm = shape.model_type == "chatglm"
-    if precision == "fp32" and not cuda:
-        hidden, inner = (6.3, 3) if chatglm else (5.3, 2)
-    else:
-        hidden, inner = (11.3, 3) if chatglm else (15.4, 3)
-    keys = 2.3 * shape.groups * shape.head_dim
-    return BYTES[precision] * (hidden * shape.hidden + keys + inner * shape.inner)
-
-
-def training_memory(
-    shape: ModelShape, config: Config, largest: int, card: Card | None, cuda: bool
-) -> Memory:
-    """Memory of a rank while it trains."""
-    weights = weight_bytes(shape, config.model.precision, cuda, backward=True)
-    # fp32 weights, gradients and Adam's two moments
-    adapter = 16 * shape.adapter_parameters(config.lora.target, config.lora.rank)
-    runtime = RUNTIME_BYTES["cuda" if cuda else "cpu"]
-    layer = activation_bytes(shape, config.train.precision, cuda) * largest
-    kept = layer * shape.layers
-    setting = config.train.gradient_checkpointing
-    checkpointing = setting == "on"
-    if setting == "auto" and card is not None:
-        # the engine's own rule (stages/train.py): 20 h + 5 f elements against 80 % of what is free
-        size = BYTES[config.train.precision]
-        wanted = largest * shape.layers * (20 * shape.hidden + 5 * shape.inner) * size
-        checkpointing = wanted > 0.8 * (card.memory - weights - adapter - runtime)
-    if checkpointing:
-        inputs = largest * shape.layers * shape.hidden * BYTES[config.model.precision]
-        kept = inputs + layer
-    working = BYTES[config.train.precision] * largest * (4 * shape.hidden + 4 * shape.inner)
-    return Memory(weights, adapter, round(kept + working), runtime, checkpointing)
-
-
-def infer_memory(shape: ModelShape, config: Config, cuda: bool) -> Memory:
-    """Memory of a process that scores."""
-    size = BYTES[config.infer.precision]
-    tokens = config.infer.max_tokens
-    working = size * tokens * (6 * shape.hidden + 4 * shape.inner)
-    adapter = 4 * shape.adapter_parameters(config.lora.target, config.lora.rank)
-    weights = weight_bytes(shape, config.infer.precision, cuda, backward=False)
-    return Memory(weights, adapter, working, RUNTIME_BYTES["cuda" if cuda else "cpu"], False)
-
-
-def weight_bytes(shape: ModelShape, precision: str, cuda: bool, backward: bool) -> int:
-    """The frozen weights; fp32 on a CPU also keeps them laid out for each product's direction."""
-    copies = 0 if cuda or precision != "fp32" else 1 + backward
-    return BYTES[precision] * shape.parameters + 4 * copies * shape.layer_weights
 
 
 # --- advice -------------------------------------------------------------------------------------

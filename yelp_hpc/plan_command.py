@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from yelp_hpc.completion import complete_cards, complete_settings
+from yelp_hpc.completion import complete_cards
+from yelp_hpc.options import JSON, SET
 
 if TYPE_CHECKING:
     from yelp_hpc.config import Config
@@ -27,14 +28,7 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False),
     help="count the tokens in its prepare/, keep the forecast there",
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="a.b=c",
-    shell_complete=complete_settings,
-    help="change one value of the config",
-)
+@SET
 @click.option(
     "--cluster",
     metavar="FILE",
@@ -54,7 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--mtbf", type=click.FloatRange(0.1), help="hours between failures of a node")
 @click.option("--compare", is_flag=True, help="put the forecast beside what happened in --run")
-@click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
+@JSON
 def plan(
     config_file: str | None,
     run_dir: str | None,
@@ -162,7 +156,8 @@ def _happened(run: RunPaths, config: Config) -> Happened:
 def _kept(run: RunPaths) -> Forecast | None:
     """The forecast that a run directory holds; None for none, or one of another version."""
     from yelp_hpc.files import read_json
-    from yelp_hpc.plan import Forecast, Memory
+    from yelp_hpc.plan import Forecast
+    from yelp_hpc.plan_memory import Memory
 
     if not run.plan.is_file():
         return None

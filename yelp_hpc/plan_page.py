@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
-from yelp_hpc.plan import Forecast, Memory
+from yelp_hpc.plan import Forecast
+from yelp_hpc.plan_memory import Memory
 
 
 @dataclass(frozen=True)
