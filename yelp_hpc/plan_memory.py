@@ -37,12 +37,13 @@ def activation_bytes(shape: ModelShape, precision: str, cuda: bool) -> float:
 
     Elements as counted from the tensors that autograd saves (packed batches, LoRA on q, k and v):
     16 bit: 11.3 h + 2.3 k + 3 f for ChatGLM3, 15.4 h + 2.3 k + 3 f for other decoders; fp32 on a
-    CPU: 6.3 h + 2.3 k + 3 f, and 5.3 h + 2.3 k + 2 f for Llama's kin (h: hidden, k: keys or values,
+    CPU: 6.3 h + 2.3 k + 3 f, and 6.1 h + 2.3 k + 2 f for Llama's kin, whose
+    dropout masks of a byte are 0.8 h of it (h: hidden, k: keys or values,
     f: MLP).
     """
     chatglm = shape.model_type == "chatglm"
     if precision == "fp32" and not cuda:
-        hidden, inner = (6.3, 3) if chatglm else (5.3, 2)
+        hidden, inner = (6.3, 3) if chatglm else (6.1, 2)
     else:
         hidden, inner = (11.3, 3) if chatglm else (15.4, 3)
     keys = 2.3 * shape.groups * shape.head_dim
