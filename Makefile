@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    ?= runs/demo
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-quick lint cluster cluster-down lock clean
+.PHONY: demo test test-quick lint docs cluster cluster-down lock clean
 
 # Installs what the lock names. A machine without the CPU build of torch takes the CUDA set.
 $(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
@@ -18,7 +18,7 @@ $(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
 demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
 	$(BIN)/python -m yelp_hpc submit all --config configs/demo.yaml --executor local --run $(RUN) --wait
 
-test: $(VENV)/installed lint  ## ruff, mypy and every test, on a real Slurm and Apptainer too (Debian, root)
+test: $(VENV)/installed lint  ## ruff, mypy, the manual and every test, on a real Slurm and Apptainer (Debian, root)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/browser_install.sh; fi
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=15
 
@@ -29,6 +29,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed  ## the manual, into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 cluster:  ## a private Slurm of four virtual nodes on this machine (Debian, root)
 	bash tests/cluster/slurm_install.sh

@@ -11,13 +11,15 @@ echo "torch==$TORCH" > "$pin"
 compile() {
     "$PYTHON" -m piptools compile -q --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header \
         --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
-        --extra job --extra demo --extra dev -c "$pin" -o "$1" pyproject.toml
+        --extra job --extra demo --extra dev --extra docs -c "$pin" -o "$1" pyproject.toml
 }
 
 # The CPU set needs a source of CPU builds of torch in pip's configuration (find-links or an index).
 compile containers/cpu.lock
 sed -i 's/^torch==\([0-9.]*\)+cpu/torch==\1/' containers/cpu.lock
-sed -i '1i # The CPU set: host, job, demo and dev packages, torch built for the CPU. Made by `make lock`.' containers/cpu.lock
+sed -i '1i # The CPU set: host, job, demo, dev and docs packages, torch built for the CPU. Made by `make lock`.' containers/cpu.lock
 # The CUDA set takes PyPI's builds only.
 PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS='' compile containers/cuda.lock
 sed -i "1i # The GPU set: the same packages, PyPI's CUDA build of torch and what it needs. Made by \`make lock\`." containers/cuda.lock
+# pytest-cov asks for coverage[toml]; pip takes the hash of that name only if the lock spells it so
+sed -i 's/^coverage==/coverage[toml]==/' containers/cpu.lock containers/cuda.lock

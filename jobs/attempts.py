@@ -64,10 +64,21 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
     for path in folder.glob(f"{job}-*.json" if job else "*.json") if folder.is_dir() else ():
         with suppress(OSError, ValueError, TypeError):
             attempt = Attempt(**json.loads(path.read_text(encoding="utf-8")))
+            if not _plausible(attempt):
+                continue
             if attempt.ended is None:
                 attempt.__dict__["seen"] = path.stat().st_mtime
             found.append(attempt)
     return sorted(found, key=lambda attempt: (attempt.started, attempt.restart))
+
+
+def _plausible(attempt: Attempt) -> bool:
+    """Whether the numbers are numbers: a damaged record must not take the table away."""
+    numbers = (attempt.started, attempt.restart, attempt.gpus, attempt.lost, attempt.ended or 0.0)
+    texts = (attempt.name, attempt.job, attempt.shards, attempt.verdict, attempt.reason)
+    return all(isinstance(n, int | float) for n in numbers) and all(
+        isinstance(text, str) for text in texts
+    )
 
 
 def last_seen(attempt: Attempt) -> float:

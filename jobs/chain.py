@@ -20,10 +20,10 @@ from jobs.cluster import ClusterConfig
 from jobs.job import Job
 from jobs.local import local_alive, run_chain
 from jobs.progress import stage_done
-from jobs.submission import Submission, new_submission, record
+from jobs.submission import Submission, new_submission, record, records
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import read_json, read_jsonl, write_failure
+from yelp_hpc.files import read_json, write_failure
 from yelp_hpc.manifest import update_run
 from yelp_hpc.paths import STAGES, RunPaths
 
@@ -179,11 +179,11 @@ def _freeze(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
 
 def _live(paths: RunPaths, with_slurm: bool) -> dict[str, str]:
     """Job name → id of what was submitted and has not ended."""
-    records = read_jsonl(paths.submissions)
-    ids = [record["job"] for record in records if record.get("executor") == "slurm"]
+    submitted = records(paths)
+    ids = [record["job"] for record in submitted if record["executor"] == "slurm"]
     alive = {row.parent for row in slurm.queue(ids)} if ids and with_slurm else set()
     live = {}
-    for line in records:
+    for line in submitted:
         if line["job"] in alive or local_alive(line):
             live[line["name"]] = line["job"]
     return live
@@ -280,11 +280,11 @@ def cancel(run_dir: str | Path) -> list[str]:
         StageError: the Slurm controller does not answer.
     """
     paths = RunPaths(Path(run_dir).absolute())
-    records = read_jsonl(paths.submissions)
-    ids = [record["job"] for record in records if record.get("executor") == "slurm"]
+    submitted = records(paths)
+    ids = [record["job"] for record in submitted if record["executor"] == "slurm"]
     alive = sorted({row.parent for row in slurm.queue(ids)}) if ids else []
     slurm.cancel(alive)
-    local = [record["job"] for record in records if local_alive(record)]
+    local = [record["job"] for record in submitted if local_alive(record)]
     for job in local:
         with suppress(ProcessLookupError):
             os.kill(int(job.removeprefix("local-")), signal.SIGTERM)

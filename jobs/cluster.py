@@ -52,21 +52,21 @@ def minutes(text: str) -> int:
 class Resources(Frozen):
     """What one job of a stage asks of Slurm. In a stage's section a null takes the default."""
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
+    partition: Line | None = Field(default=None, description="as in `sinfo`")
+    account: Line | None = Field(default=None, description="whom Slurm charges")
+    qos: Line | None = Field(default=None, description="quality of service")
     gpu_type: Line | None = Field(default=None, description="type in --gres=gpu:TYPE:N; null: any")
     gpus: int | None = Field(default=None, ge=0, description="GPUs a node")
-    nodes: int | None = Field(default=None, ge=1)
+    nodes: int | None = Field(default=None, ge=1, description="nodes of one job")
     cpus: int | None = Field(default=None, ge=1, description="CPUs a node")
     memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
         default=None, description="memory a node, e.g. 64G"
     )
     time: Line | None = Field(default=None, description="time limit of a job, which is requeued")
-    constraint: Line | None = None
-    exclude: Line | None = None
-    mail_user: Line | None = None
-    mail_type: Line | None = None
+    constraint: Line | None = Field(default=None, description="features that a node must have")
+    exclude: Line | None = Field(default=None, description="nodes not to run on")
+    mail_user: Line | None = Field(default=None, description="whom Slurm writes to")
+    mail_type: Line | None = Field(default=None, description="when; null: FAIL")
     save_seconds: int | None = Field(
         default=None,
         ge=10,

@@ -19,6 +19,7 @@ from jobs.attempts import Attempt
 from jobs.local import local_alive
 from jobs.progress import shards_done, shards_progress, stage_done
 from jobs.slurm import Row
+from jobs.submission import records
 from jobs.supervisor import log_name
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, YelpHpcError
@@ -74,8 +75,7 @@ class JobStatus:
 def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
     """Everything that ``summarise`` needs, and why Slurm did not answer, if it did not."""
     paths = RunPaths(Path(run_dir).absolute())
-    records = read_jsonl(paths.submissions)
-    newest = {record["name"]: record for record in records if "name" in record}
+    newest = {record["name"]: record for record in records(paths)}
     ids = [record["job"] for record in newest.values() if record.get("executor") == "slurm"]
     problem, queued, accounted = "", [], []
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from jobs.cluster import ClusterConfig
 from jobs.container import command, stage_argv
 from jobs.job import Job
-from yelp_hpc.files import append_jsonl
+from yelp_hpc.files import append_jsonl, read_jsonl
 from yelp_hpc.paths import RunPaths
 
 
@@ -55,3 +55,12 @@ def record(
         "user": os.environ.get("USER") or str(os.getuid()),
     }
     append_jsonl(paths.submissions, line)
+
+
+def records(paths: RunPaths) -> list[dict[str, Any]]:
+    """Every record of a job that was submitted, oldest first; a damaged one is left out."""
+    return [
+        line
+        for line in read_jsonl(paths.submissions)
+        if all(isinstance(line.get(key), str) for key in ("name", "job", "executor"))
+    ]

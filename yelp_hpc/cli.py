@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
 from yelp_hpc import __version__
+from yelp_hpc.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.image_commands import image
+from yelp_hpc.options import CONFIG, JSON, RUN, SET
 from yelp_hpc.paths import MODELS, STAGES
+from yelp_hpc.plan_command import plan
+from yelp_hpc.record_commands import export, reproduce, verify
 from yelp_hpc.site_commands import doctor, init
-
-RUN = click.option(
-    "--run", "run_dir", required=True, metavar="DIR", type=click.Path(), help="run directory"
-)
-CONFIG = click.option("--config", "config_file", required=True, metavar="FILE", help="YAML config")
-SET = click.option(
-    "--set", "overrides", multiple=True, metavar="a.b=c", help="change one value of the config"
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
 
 
 class Commands(click.Group):
@@ -56,6 +54,7 @@ def cli() -> None:
 
 cli.add_command(init)
 cli.add_command(doctor)
+cli.add_command(plan)
 
 
 @cli.command()
@@ -66,7 +65,12 @@ cli.add_command(doctor)
 @click.option(
     "--executor", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True
 )
-@click.option("--cluster", metavar="FILE", help="resources and container: configs/clusters/*.yaml")
+@click.option(
+    "--cluster",
+    metavar="FILE",
+    type=click.Path(),
+    help="resources and container: configs/clusters/*.yaml",
+)
 @click.option("--dry-run", is_flag=True, help="print the sbatch scripts and the commands only")
 @click.option("--wait", is_flag=True, help="follow until the end")
 def submit(
@@ -79,7 +83,16 @@ def submit(
     dry_run: bool,
     wait: bool,
 ) -> None:
-    """Submit one stage, or all of them as a chain."""
+    """Submit one stage, or all of them as a chain.
+
+    \b
+    What would be submitted, without submitting:
+      python -m yelp_hpc submit all --config configs/yelp_chatglm3.yaml \\
+          --cluster configs/clusters/4x3090.yaml --run runs/yelp --dry-run
+    The missing shards alone, with another seed's run beside the first:
+      python -m yelp_hpc submit infer --config configs/demo.yaml --executor local \\
+          --set seed=43 --run runs/demo-43
+    """
     from jobs.chain import submit as submit_jobs
     from jobs.cluster import load_cluster
     from yelp_hpc.config import load_config
@@ -106,7 +119,13 @@ def submit(
 @click.option("--model", type=click.Choice(MODELS), help="infer: which model (default: each)")
 @click.option("--shard", type=click.IntRange(0), help="infer: which shard (default: all)")
 def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) -> None:
-    """Run one stage here, in this process: what the container executes."""
+    """Run one stage here, in this process: what the container executes.
+
+    \b
+    To see a stage fail under your eyes:
+      python -m yelp_hpc run train --run runs/demo
+      python -m yelp_hpc run infer --run runs/demo --model tuned --shard 1
+    """
     from importlib import import_module
 
     from yelp_hpc.errors import RequestError
@@ -132,7 +151,12 @@ def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) ->
 @RUN
 @JSON
 def collect(run_dir: str, as_json: bool) -> None:
-    """Check coverage, print the table, write metrics.json and report.html."""
+    """Check coverage, print the table, write metrics.json and report.html.
+
+    \b
+      python -m yelp_hpc collect --run runs/demo
+      python -m yelp_hpc collect --run runs/demo --json | jq .models.tuned.f1.macro
+    """
     from yelp_hpc.files import read_json
     from yelp_hpc.manifest import load_run
     from yelp_hpc.stages import collect as stage
@@ -150,7 +174,12 @@ def collect(run_dir: str, as_json: bool) -> None:
 @JSON
 @click.option("--watch", is_flag=True, help="refresh until everything is done")
 def status(run_dir: str, as_json: bool, watch: bool) -> None:
-    """Show each stage's state, from markers first, then Slurm."""
+    """Show each stage's state, from markers first, then Slurm.
+
+    \b
+      python -m yelp_hpc status --run runs/yelp --watch
+      python -m yelp_hpc status --run runs/yelp --json | jq -r '.stages[].state'
+    """
     from jobs.status import show_status
     from yelp_hpc.manifest import load_run
 
@@ -163,7 +192,12 @@ def status(run_dir: str, as_json: bool, watch: bool) -> None:
 @click.argument("stage", required=False, type=click.Choice(STAGES))
 @click.option("--lines", default=40, show_default=True, type=click.IntRange(1))
 def logs(run_dir: str, stage: str | None, lines: int) -> None:
-    """Show the end of the right log: the last failure's first."""
+    """Show the end of the right log: the last failure's first.
+
+    \b
+      python -m yelp_hpc logs --run runs/yelp
+      python -m yelp_hpc logs train --run runs/yelp --lines 200
+    """
     from jobs.status import show_logs
     from yelp_hpc.manifest import load_run
 
@@ -174,7 +208,11 @@ def logs(run_dir: str, stage: str | None, lines: int) -> None:
 @cli.command()
 @RUN
 def cancel(run_dir: str) -> None:
-    """Cancel every job of a run, and nothing else."""
+    """Cancel every job of a run, and nothing else. What is done is kept.
+
+    \b
+      python -m yelp_hpc cancel --run runs/yelp
+    """
     from jobs.chain import cancel as cancel_jobs
     from yelp_hpc.manifest import load_run
 
@@ -184,7 +222,11 @@ def cancel(run_dir: str) -> None:
 
 @cli.group()
 def config() -> None:
-    """Look at configurations."""
+    """Look at configurations.
+
+    \b
+      python -m yelp_hpc config show --config configs/demo.yaml
+    """
 
 
 @config.command("show")
@@ -192,7 +234,11 @@ def config() -> None:
 @SET
 @JSON
 def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print what is in force and where each value came from."""
+    """Print what is in force and where each value came from.
+
+    \b
+      python -m yelp_hpc config show --config configs/demo.yaml --set lora.rank=16
+    """
     from yelp_hpc.config import Config, load_config
     from yelp_hpc.settings import dotted_keys
 
@@ -218,7 +264,11 @@ def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> 
 @CONFIG
 @SET
 def fetch(config_file: str, overrides: tuple[str, ...]) -> None:
-    """Download the model (and a Hub data set) where the network is, for jobs without one."""
+    """Download the model (and a Hub data set) where the network is, for jobs without one.
+
+    \b
+      python -m yelp_hpc fetch --config configs/yelp_chatglm3.yaml
+    """
     from yelp_hpc.config import load_config
     from yelp_hpc.models.local import model_folder
     from yelp_hpc.sources import read_source
@@ -236,7 +286,12 @@ def fetch(config_file: str, overrides: tuple[str, ...]) -> None:
 @RUN
 @click.option("--dry-run", is_flag=True, help="show the card and the files, upload nothing")
 def publish(run_dir: str, dry_run: bool) -> None:
-    """Upload the adapter, its card and its figures to the Hub, from here."""
+    """Upload the adapter, its card and its figures to the Hub, from here.
+
+    \b
+    See the card and the list of files first:
+      python -m yelp_hpc publish --run runs/yelp --dry-run
+    """
     from yelp_hpc.manifest import load_run
     from yelp_hpc.stages import publish as stage
 
@@ -244,81 +299,41 @@ def publish(run_dir: str, dry_run: bool) -> None:
     stage.run(run, config, dry_run=dry_run)
 
 
-@cli.command()
-@RUN
-@click.option("--merged", is_flag=True, required=True, help="adapter and base as one model")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(), help="folder to write")
-def export(run_dir: str, merged: bool, out: str) -> None:
-    """Write the tuned model as a folder of its own."""
-    from yelp_hpc.export import export_merged
-    from yelp_hpc.manifest import load_run
-
-    run, config = load_run(run_dir)
-    export_merged(run, config, Path(out))
-    click.echo(out)
-
-
-@cli.command()
-@RUN
-def verify(run_dir: str) -> None:
-    """Hash everything again and recompute the metrics from the shards."""
-    from yelp_hpc.errors import StageError, all_problems
-    from yelp_hpc.manifest import load_run
-    from yelp_hpc.verify import verify as find_problems
-
-    run, _ = load_run(run_dir)
-    problems = find_problems(run)
-    if problems:
-        raise StageError(all_problems(f"{run.root} does not hold what it says:", problems))
-    click.echo(f"{run.root}: everything is what was written, and the metrics follow from it")
-
-
-@cli.command()
-@click.option(
-    "--from", "source", required=True, metavar="FILE", help="run.json, or a run directory"
-)
-@RUN
-@click.option("--compare", is_flag=True, help="both are done: say whether they are the same")
-def reproduce(source: str, run_dir: str, compare: bool) -> None:
-    """Prepare the same run again in a new directory, or compare it with the first."""
-    from yelp_hpc import reproduce as again
-    from yelp_hpc.errors import StageError, all_problems
-    from yelp_hpc.manifest import load_run
-
-    if not compare:
-        prepared = again.reproduce(source, run_dir)
-        for warning in prepared.warnings:
-            click.echo(f"warning: {warning}", err=True)
-        click.echo(prepared.command)
-        return
-    root = Path(source)
-    first, _ = load_run(root if root.is_dir() else root.parent)
-    second, _ = load_run(run_dir)
-    found = again.compare(first, second)
-    if not found.identical:
-        problems = [*found.differences, *found.missing]
-        raise StageError(all_problems(f"{second.root} differs from {first.root}:", problems))
-    click.echo("the same: " + ", ".join(found.same))
-
-
+cli.add_command(export)
+cli.add_command(verify)
+cli.add_command(reproduce)
 cli.add_command(image)
+cli.add_command(completion)
+
+
+def interrupted(arguments: Sequence[str]) -> str:
+    """What Ctrl-C says: jobs on Slurm go on, and how to follow or stop them."""
+    run = next((b for a, b in pairwise(arguments) if a == "--run"), None)
+    run = run or next((a.removeprefix("--run=") for a in arguments if a.startswith("--run=")), None)
+    if run is None:
+        return "interrupted"
+    return (
+        "interrupted; jobs that were submitted go on.\n"
+        f"  follow them:  python -m yelp_hpc status --run {shlex.quote(run)} --watch\n"
+        f"  stop them:    python -m yelp_hpc cancel --run {shlex.quote(run)}"
+    )
 
 
 def main() -> None:
     """Run the command line; every error of the toolkit is one message and an exit code."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE)
     except YelpHpcError as error:
         click.echo(f"{error}", err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
-        click.echo("interrupted; submitted jobs go on (see `status`, `cancel`)", err=True)
+        click.echo(interrupted(sys.argv[1:]), err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except KeyboardInterrupt:
-        click.echo("interrupted; submitted jobs go on (see `status`, `cancel`)", err=True)
+        click.echo(interrupted(sys.argv[1:]), err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)

@@ -17,6 +17,7 @@ from yelp_hpc.settings import Frozen, read_settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LABELS = ("0", "1", "2", "3", "4")
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Frozen):
@@ -88,38 +89,44 @@ class PromptConfig(Frozen):
 class LoraConfig(Frozen):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.08, ge=0, lt=1)
+    rank: int = Field(8, ge=1, description="rank of the update of each adapted matrix")
+    alpha: float = Field(16, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.08, ge=0, lt=1, description="of the adapter's input, in training")
     target: tuple[str, ...] | None = Field(
-        None, description="names of the adapted modules; null: the architecture's attention"
+        None,
+        min_length=1,
+        description="names of the adapted modules; null: the architecture's attention",
     )
 
 
 class TrainConfig(Frozen):
     """Supervised fine-tuning on the answer tokens."""
 
-    learning_rate: float = Field(5e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(20, ge=0)
-    epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-5, gt=0, description="its peak, after the warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="of the learning rate, from its peak to 0"
+    )
+    warmup_steps: int = Field(20, ge=0, description="steps in which the rate rises from 0")
+    epochs: int = Field(1, ge=1, description="how often each training row is seen")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps")
     global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all ranks")
     max_tokens: int = Field(8192, ge=64, description="token budget of a rank's micro-batch")
     precision: Precision = Field("fp32", description="autocast format; fp16 scales the loss")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on the adapter")
+    max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is cut to this norm")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of Adam's moments")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's term against division by 0")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute layers twice to save memory; auto: only if it must be"
+    )
     compile: bool = Field(False, description="torch.compile the model")
     nproc: int = Field(1, ge=1, description="ranks a node, one a GPU")
     evaluate_every: int | None = Field(
         None, ge=1, description="steps between validation losses; null: about ten times a run"
     )
     log_every: int = Field(1, ge=1, description="steps between lines of log.jsonl")
-    save_every_steps: int = Field(200, ge=1)
-    save_every_minutes: float = Field(10, gt=0)
+    save_every_steps: int = Field(200, ge=1, description="steps between checkpoints, or …")
+    save_every_minutes: float = Field(10, gt=0, description="… minutes, whichever is first")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
 
@@ -127,12 +134,16 @@ class TrainConfig(Frozen):
 class InferConfig(Frozen):
     """Predictions on the test set."""
 
-    models: tuple[Literal["base", "tuned"], ...] = ("base", "tuned")
-    mode: Literal["score", "generate"] = "score"
+    models: tuple[Literal["base", "tuned"], ...] = Field(
+        ("base", "tuned"), description="which are asked; without tuned nothing is trained"
+    )
+    mode: Literal["score", "generate"] = Field(
+        "score", description="compare the five labels' logits, or write and parse an answer"
+    )
     shards: int = Field(1, ge=1, le=100_000, description="parts of the test set, a job each")
     max_tokens: int = Field(8192, ge=64, description="token budget of a batch")
     max_new_tokens: int = Field(32, ge=1, description="generate: longest answer in tokens")
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description="number format of the weights and sums")
 
     @field_validator("models")
     @classmethod
@@ -146,7 +157,7 @@ class CollectConfig(Frozen):
     """Statistics over the predictions."""
 
     bootstrap: int = Field(2000, ge=100, description="resamples of the 95 % intervals")
-    calibration_bins: int = Field(15, ge=2)
+    calibration_bins: int = Field(15, ge=2, description="bins of confidence")
     mistakes: int = Field(20, ge=0, description="worst mistakes shown in the report")
 
 
@@ -154,9 +165,11 @@ class PublishConfig(Frozen):
     """Upload to the Hugging Face Hub."""
 
     repo_id: str | None = Field(None, description="owner/name on the Hub; null: publish nothing")
-    private: bool = True
-    license: str = "other"
-    tags: tuple[str, ...] = ("lora", "yelp", "text-classification")
+    private: bool = Field(True, description="make the repository private if it is made")
+    license: str = Field("other", description="of the card")
+    tags: tuple[str, ...] = Field(
+        ("lora", "yelp", "text-classification"), description="of the card"
+    )
     branch: str | None = Field(None, description="branch to commit to; null: the main branch")
     pull_request: bool = Field(False, description="open a pull request instead of committing")
     merged: bool = Field(False, description="upload the merged model instead of the adapter")
@@ -179,7 +192,9 @@ class Config(Frozen):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         "yelp", description="a short name: letters, digits, . _ -"
     )
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="of sampling, order, dropout and the adapter's start"
+    )
     model: ModelConfig
     data: DataConfig
     prompt: PromptConfig = PromptConfig()

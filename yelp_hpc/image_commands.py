@@ -14,7 +14,11 @@ IMAGE = click.argument(
 
 @click.group()
 def image() -> None:
-    """Build and check the Apptainer image that jobs run in."""
+    """Build and check the Apptainer image that jobs run in.
+
+    \b
+      python -m yelp_hpc image build yelp_hpc.sif --cuda
+    """
 
 
 @image.command()
@@ -29,7 +33,13 @@ def image() -> None:
     help="where the base comes from",
 )
 def build(image: Path, lock: Path | None, cuda: bool, base: str) -> None:
-    """Build IMAGE from Apptainer.def and a lock file; the old one is kept until it is done."""
+    """Build IMAGE from Apptainer.def and a lock file; the old one is kept until it is done.
+
+    \b
+    For GPUs, and where no registry is reached:
+      python -m yelp_hpc image build yelp_hpc.sif --cuda
+      python -m yelp_hpc image build yelp_hpc.sif --base debootstrap
+    """
     from yelp_hpc.image_build import TREE
     from yelp_hpc.image_build import build as build_image
 
@@ -40,7 +50,11 @@ def build(image: Path, lock: Path | None, cuda: bool, base: str) -> None:
 @image.command()
 @IMAGE
 def check(image: Path) -> None:
-    """Compare IMAGE with its lock, this host and its GPU driver, and run its test."""
+    """Compare IMAGE with its lock, this host and its GPU driver, and run its test.
+
+    \b
+      python -m yelp_hpc image check yelp_hpc.sif
+    """
     from yelp_hpc.image import require_sound
 
     require_sound(image)
@@ -51,7 +65,11 @@ def check(image: Path) -> None:
 @IMAGE
 @click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
 def info(image: Path, as_json: bool) -> None:
-    """Show what IMAGE is: version, commit, lock, SHA-256."""
+    """Show what IMAGE is: version, commit, lock, SHA-256.
+
+    \b
+      python -m yelp_hpc image info yelp_hpc.sif --json
+    """
     from yelp_hpc.image import info as look
 
     found = look(image)

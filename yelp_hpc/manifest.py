@@ -56,7 +56,13 @@ def record_run(root: str | Path, loaded: LoadedConfig, file: str, overrides: lis
     resolved = absolute_paths(loaded.config).model_dump(mode="json")
     if run.run_json.exists():
         existing = read_json(run.run_json)
-        before = existing.get("config", {}).get("resolved", {})
+        try:
+            before = existing["config"]["resolved"]
+        except (KeyError, TypeError, IndexError):
+            raise RequestError(
+                f"{run.run_json} holds no configuration; name another --run directory, or move "
+                "this one away"
+            ) from None
         changed = [
             f"{key}: {old!r} in the run directory, {new!r} now"
             for key, old, new in differences(before, resolved)

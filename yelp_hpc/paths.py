@@ -32,6 +32,11 @@ class RunPaths:
         return self.root / "submissions.jsonl"
 
     @property
+    def plan(self) -> Path:
+        """The forecast that was made for this run."""
+        return self.root / "plan.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

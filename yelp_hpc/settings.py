@@ -20,7 +20,9 @@ from yelp_hpc.errors import RequestError, all_problems
 class Frozen(BaseModel):
     """A section of settings: unknown keys are refused, values cannot change after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 Settings = TypeVar("Settings", bound=Frozen)
@@ -83,8 +85,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         raise RequestError(f"{path} is not UTF-8 text: byte {error.start} is not valid") from None
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise RequestError(f"{path} is empty")
@@ -98,8 +101,11 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or str(error)
         raise RequestError(f"{where} is not YAML: {what}") from None
+    except RecursionError:
+        raise RequestError(f"{path} is nested too deeply") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _siblings(path: Path) -> list[Path]:
@@ -127,6 +133,8 @@ def _apply_override(given: dict[str, Any], origin: dict[str, str], override: str
         value = parse_value(text)
     except yaml.YAMLError as error:
         return [f"--set {key}: {text!r} is not a YAML value: {getattr(error, 'problem', error)}"]
+    except RecursionError:
+        return [f"--set {key}: the value is nested too deeply"]
     *parents, last = key.split(".")
     place = given
     for parent in parents:

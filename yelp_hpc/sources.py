@@ -70,12 +70,15 @@ def read_file(path: Path, text_column: str, label_column: str) -> list[Row]:
     return _checked(path, records, text_column, label_column)
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
     """``(place, record)`` of each row."""
     if path.suffix == ".csv":
         csv.field_size_limit(sys.maxsize)
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            names = list(reader.fieldnames or ())
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"the header names {', '.join(twice)} twice")
             for record in reader:
                 yield f"line {reader.line_num}", record
     elif path.suffix == ".jsonl":
@@ -86,6 +89,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         record = json.loads(line)
                     except ValueError as error:
                         raise ValueError(f"line {number} is not JSON: {error}") from None
+                    except RecursionError:
+                        raise ValueError(f"line {number} is nested too deeply") from None
                     if not isinstance(record, dict):
                         raise ValueError(f"line {number} is not a JSON object")
                     yield f"line {number}", record
@@ -107,14 +112,19 @@ def _line_of(path: Path, error: UnicodeDecodeError) -> str:
 
 
 def _checked(
-    path: Path, records: Iterable[tuple[str, dict[str, Any]]], text_column: str, label_column: str
+    path: Path, records: Iterable[tuple[str, dict[Any, Any]]], text_column: str, label_column: str
 ) -> list[Row]:
     rows: list[Row] = []
     problems = []
     for place, record in records:
         text, label = record.get(text_column), record.get(label_column)
-        if not isinstance(text, str) or not text.strip():
-            problems.append(f"{place}: {text_column} is empty")
+        if None in record:  # csv: the rest of the line would be lost without a word
+            problems.append(f"{place}: more fields than the header; quote a text that has a comma")
+        elif not isinstance(text, str) or not text.strip():
+            what = "is empty" if text is None or isinstance(text, str) else f"is {text!r}, no text"
+            problems.append(f"{place}: {text_column} {what}")
+        elif not _is_unicode(text):
+            problems.append(f"{place}: {text_column} holds half a character (a lone surrogate)")
         elif label is None or label == "":
             problems.append(f"{place}: {label_column} is empty")
         elif str(label).strip() not in LABELS:
@@ -126,6 +136,14 @@ def _checked(
             all_problems(f"{path} has {len(problems)} rows that cannot be used:", problems, 10)
         )
     return rows
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_hub(data: DataConfig, split: str) -> list[Row]:

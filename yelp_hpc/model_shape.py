@@ -1,0 +1,141 @@
+"""A decoder's sizes from its config.json: weights, layers, heads, LoRA parameters. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from yelp_hpc.errors import RequestError
+
+# The MLP has a gate beside its two projections, but not in these.
+_UNGATED = frozenset({"gpt2", "gpt_neox", "gpt_bigcode", "opt", "phi", "falcon", "bloom"})
+_NAMES = {
+    "hidden": ("hidden_size", "n_embd"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "heads": ("num_attention_heads", "n_head"),
+    "vocabulary": ("padded_vocab_size", "vocab_size"),
+}
+# config.json of models that configs/ names, so that a plan needs no download.
+KNOWN: dict[str, dict[str, Any]] = {
+    "THUDM/chatglm3-6b-base": {
+        "model_type": "chatglm", "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
+        "multi_query_group_num": 2, "kv_channels": 128, "ffn_hidden_size": 13696,
+        "padded_vocab_size": 65024,
+    },
+    "demo:smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+        "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only language model."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    groups: int
+    """Key/value heads."""
+    head_dim: int
+    inner: int
+    """Width of the MLP."""
+    vocabulary: int
+    tied: bool
+    gated: bool
+    bias: int = 0
+    """Biases of a layer."""
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights in the matrix products of all layers."""
+        return self.layers * (self._query_key_value + self._output + self._mlp)
+
+    @property
+    def last_layer_saved(self) -> int:
+        """Weights of the last layer that only the answer's positions go through."""
+        return self._output + self._mlp
+
+    @property
+    def parameters(self) -> int:
+        """All parameters: layers, norms, embeddings and vocabulary projection."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        small = self.layers * (2 * self.hidden + self.bias) + self.hidden
+        return self.layer_weights + embeddings + small
+
+    def adapter_parameters(self, target: Sequence[str] | None, rank: int) -> int:
+        """LoRA's parameters: rank × (in + out) of each adapted projection; an unknown name is 0."""
+        q, kv, h, f = (
+            self.heads * self.head_dim,
+            self.groups * self.head_dim,
+            self.hidden,
+            self.inner,
+        )
+        sizes = {
+            "q_proj": h + q, "k_proj": h + kv, "v_proj": h + kv, "o_proj": q + h,
+            "gate_proj": h + f, "up_proj": h + f, "down_proj": f + h,
+            "query_key_value": h + q + 2 * kv, "dense": q + h,
+            "dense_h_to_4h": h + (2 if self.gated else 1) * f, "dense_4h_to_h": f + h,
+            "c_attn": h + q + 2 * kv,
+        }  # fmt: skip
+        default: dict[str, Sequence[str]] = {
+            "chatglm": ("query_key_value",),
+            "gpt2": ("c_attn",),
+        }
+        names: Sequence[str] = target or default.get(
+            self.model_type, ("q_proj", "k_proj", "v_proj")
+        )
+        return self.layers * rank * sum(sizes.get(name.rpartition(".")[2], 0) for name in names)
+
+    @property
+    def _query_key_value(self) -> int:
+        return self.hidden * (self.heads + 2 * self.groups) * self.head_dim
+
+    @property
+    def _output(self) -> int:
+        return self.heads * self.head_dim * self.hidden
+
+    @property
+    def _mlp(self) -> int:
+        return (3 if self.gated else 2) * self.hidden * self.inner
+
+
+def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:
+    """The shape that a config.json describes. `where` names it in the error.
+
+    Raises RequestError naming every size that is missing or no positive whole number.
+    """
+    problems: list[str] = []
+
+    def size(names: Sequence[str], default: int | None = None) -> int:
+        value = next((config[name] for name in names if config.get(name) is not None), default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            problems.append(f"{names[0]} is {value!r}")
+            return 1
+        return value
+
+    found = {key: size(names) for key, names in _NAMES.items()}
+    hidden, heads = found["hidden"], found["heads"]
+    chatglm = config.get("model_type") == "chatglm"
+    grouped = ("multi_query_group_num",) if chatglm else ("num_key_value_heads",)
+    groups = size(grouped, heads)
+    head_dim = size(("kv_channels", "head_dim"), max(1, hidden // heads))
+    inner = size(("ffn_hidden_size", "intermediate_size", "n_inner"), 4 * hidden)
+    if problems:
+        raise RequestError(f"{where} does not describe a decoder: {', '.join(problems)}")
+    kind = str(config.get("model_type", ""))
+    biases = (heads + 2 * groups) * head_dim if chatglm or kind == "qwen2" else 0
+    return ModelShape(
+        model_type=kind,
+        **found,
+        groups=groups,
+        head_dim=head_dim,
+        inner=inner,
+        tied=bool(config.get("tie_word_embeddings", not chatglm and kind == "gpt2")),
+        gated=kind not in _UNGATED,
+        bias=biases,
+    )
