@@ -69,10 +69,9 @@ def outcome(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     top = tmp_path_factory.mktemp("faults")
     hub = Hub(tmp_path_factory.mktemp("hub"))
     hub.tokens = {TOKEN: {"user": "me", "write": True}}
-    with serving(hub), pytest.MonkeyPatch.context() as patch, watching() as seen:
-        for name, value in {"ENDPOINT": hub.url, "HUB_DISABLE_XET": "1", "TOKEN": TOKEN}.items():
-            patch.setenv(f"HF_{name}", value)
-        result = interrupted_runs(slurm, top)
+    with serving(hub), watching() as seen:
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        result = interrupted_runs(slurm, top, env)
         result.hub, result.seen = hub, seen
         yield result
 
@@ -96,11 +95,13 @@ def watching() -> Iterator[list[str]]:
         thread.join()
 
 
-def interrupted_runs(slurm: Cluster, top: Path) -> Outcome:
+def interrupted_runs(slurm: Cluster, top: Path, env: dict[str, str]) -> Outcome:
+    """Submit with ``env``, strike, wait until nothing is queued any more."""
     config = write_config(top)
     reference = RunPaths(top / "reference")
     common = ["--config", str(config)]
-    yelp_hpc("submit", "all", *common, "--executor", "local", "--run", str(reference.root))
+    local = ["--executor", "local", "--run", str(reference.root)]
+    yelp_hpc("submit", "all", *common, *local, **env)
     result = Outcome(reference)
     token = top.parent / "hub-token"
     token.write_text(TOKEN)
@@ -113,7 +114,7 @@ def interrupted_runs(slurm: Cluster, top: Path) -> Outcome:
         if fault == "requeue":
             # its own word of the token: an environment may not reach a job at every site
             place += ["--set", f"publish.repo_id={REPO}", "--set", f"publish.token_file={token}"]
-        yelp_hpc("submit", stage, *common, *place)
+        yelp_hpc("submit", stage, *common, *place, **env)
         result.runs[fault] = run
         lines = read_jsonl(run.submissions)
         result.jobs[fault] = next(line["job"] for line in lines if line["name"] == "train")

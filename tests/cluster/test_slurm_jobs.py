@@ -75,8 +75,7 @@ def test_an_array_survives_kills_and_a_controller_restart_and_is_completed_by_it
     wait_for(run.trace, 60, "a shard to begin")
     for round_ in range(5):
         time.sleep(1.5)
-        running = [row for row in client.queue([job]) if row.state == "RUNNING"]
-        victim = draw.choice(running).job
+        victim = draw.choice(wait_for(lambda: running(job), 30, "a task to run")).job
         if round_ % 2:
             slurm.sh("scontrol", "requeue", victim)
         else:  # the node's own out-of-memory killer, or an admin
@@ -101,6 +100,10 @@ def test_an_array_survives_kills_and_a_controller_restart_and_is_completed_by_it
     assert redone == sorted(f"infer-base-{shard}" for shard in missing)
     assert len(run.predictions("base")) == 64
     assert again != job
+
+
+def running(job: str) -> list[client.Row]:
+    return [row for row in client.queue([job]) if row.state == "RUNNING"]
 
 
 def shard_line(run: FakeRun, line: str) -> bool:
