@@ -15,7 +15,7 @@ import yaml
 
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import read_json, read_marker, write_bytes
+from yelp_hpc.files import read_json, read_jsonl, read_marker, write_bytes
 from yelp_hpc.manifest import code_state, differences, package_versions, record_run, update_run
 from yelp_hpc.paths import SPLITS, RunPaths
 
@@ -29,11 +29,14 @@ class Reproduction:
     run: RunPaths
     config_file: Path
     warnings: list[str]
+    local: bool = False
+    """The run that is repeated was made without Slurm."""
 
     @property
     def command(self) -> str:
-        """What starts it."""
-        return f"python -m yelp_hpc submit all --config {self.config_file} --run {self.run.root}"
+        """What starts it, where the first run ran."""
+        command = f"python -m yelp_hpc submit all --config {self.config_file} --run {self.run.root}"
+        return f"{command} --executor local" if self.local else command
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def reproduce(run_json: str | Path, new_run_dir: str | Path) -> Reproduction:
     head = "# Written by `reproduce`: the whole configuration of the run that is repeated.\n"
     text = head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_bytes(config_file, text.encode())
-    return Reproduction(run, config_file, list(_environment_differences(record)))
+    warnings = list(_environment_differences(record))
+    submissions = read_jsonl(RunPaths(source.parent).submissions)
+    local = {line.get("executor") for line in submissions} == {"local"}
+    return Reproduction(run, config_file, warnings, local)
 
 
 def _check_local_files(source: Path, config: Config) -> None:
