@@ -7,6 +7,7 @@ end by itself with the adapter of the run that nobody interrupted, byte for byte
 from __future__ import annotations
 
 import csv
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from yelp_hpc.files import read_jsonl, sha256_file
 from yelp_hpc.paths import RunPaths
 
 pytestmark = pytest.mark.timeout(900)
-TOKEN = "hf_sentinelThatMustBeNowhere"
+TOKEN = f"hf_sentinel{secrets.token_hex(16)}"  # a cluster may keep earlier sessions' files
 REPO = "me/faults"
 CLUSTER_FILES = ("/var/lib/yelp-hpc-cluster", "/var/log/yelp-hpc-cluster")
 
