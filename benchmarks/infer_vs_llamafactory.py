@@ -238,7 +238,7 @@ def peer(
             json.dumps({"reviews": {"file_name": "reviews.json"}})
         )
         out = scratch / f"peer-{next(rounds)}"
-        request = scratch / "predict.json"
+        request = scratch / "predict.yaml"  # JSON is YAML; its own reader of .json files is broken
         request.write_text(json.dumps({**settings, "output_dir": str(out)}))
         command = [str(options.peer / "bin/llamafactory-cli"), "train", str(request)]
         ended = subprocess.run(
