@@ -60,11 +60,12 @@ def build(
     with _sole_builder(image), tempfile.TemporaryDirectory(dir=_folder("tmp")) as scratch:
         stage = Path(scratch)
         wheels = fetch_wheels(lock, python)
-        base_args = [] if base == "docker" else [*_local(base, stage)]
+        base_args = [] if base == "docker" else _local(base, stage)
         (stage / "wheels").mkdir()
         for wheel in wheels.glob("*.whl"):
             os.link(wheel, stage / "wheels" / wheel.name)
-        _project_wheel(stage)
+        _project_wheel(stage, lock)
+        shutil.copy(TREE / "containers" / "compile.py", stage)
         (stage / "locks").mkdir()
         shutil.copy(lock, stage / "locks" / lock.name)  # under its own name
         # a file, because a --build-arg cannot hold a comma
@@ -145,7 +146,9 @@ def _check_request(image: Path, lock: Path, base: str) -> None:
 
 def _local(base: str, stage: Path) -> list[str]:
     path = _debian_base(stage) if base == "debootstrap" else Path(base).absolute()
-    return ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", f"FROM={path}"]
+    # the image records this name: it must not say where a cache happens to be
+    (stage / "base.sif").symlink_to(path)
+    return ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", "FROM=base.sif"]
 
 
 def _debian_base(stage: Path) -> Path:
@@ -172,8 +175,11 @@ def _debian_mirror() -> str:
     raise RequestError("no Debian mirror in this machine's apt sources: use --base docker or FILE")
 
 
-def _project_wheel(stage: Path) -> None:
-    """This project's wheel, built from a copy so that the checkout stays clean."""
+def _project_wheel(stage: Path, lock: Path) -> None:
+    """This project's wheel, built from a copy so that the checkout stays clean.
+
+    With the lock's setuptools: a wheel says what it was made by.
+    """
     copy = stage / "tree"
     for package in ("jobs", "yelp_hpc"):
         ignore = shutil.ignore_patterns("__pycache__", ".*")
@@ -181,7 +187,10 @@ def _project_wheel(stage: Path) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(TREE / name, copy / name)
     argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
-    _call(argv, "the wheel of this project", SOURCE_DATE_EPOCH=str(EPOCH))
+    constraint = stage / "constraint.txt"
+    constraint.write_text("\n".join(re.findall(r"(?m)^setuptools==[\w.]+", lock.read_text())))
+    pinned = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(constraint))
+    _call(argv, "the wheel of this project", SOURCE_DATE_EPOCH=str(EPOCH), **pinned)
     shutil.rmtree(copy)
 
 
@@ -192,14 +201,18 @@ def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage
         folder.mkdir(exist_ok=True)
     # the host's /tmp would be bound into %post otherwise, and be read and written there
     binds = [(stage, "/mnt"), (empty, "/tmp"), (empty, "/var/tmp")]
-    argv = build_argv(target, definition, arguments, binds)
-    _call(argv, "apptainer build", APPTAINER_TMPDIR=str(scratch), APPTAINER_NO_MOUNT="tmp")
+    argv = build_argv(target.absolute(), definition, arguments, binds)
+    cache = os.environ.get("APPTAINER_CACHEDIR") or str(_folder("apptainer"))
+    _call(
+        *(argv, "apptainer build", stage),
+        APPTAINER_TMPDIR=str(scratch), APPTAINER_CACHEDIR=cache, APPTAINER_NO_MOUNT="tmp",
+    )  # fmt: skip
 
 
 _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
-def _call(argv: list[str], what: str, **env: str) -> None:
+def _call(argv: list[str], what: str, folder: Path | None = None, **env: str) -> None:
     """Run a step to its end; its last lines become the error's message.
 
     The step runs in its own session, so that whatever it started can be ended with it.
@@ -207,6 +220,7 @@ def _call(argv: list[str], what: str, **env: str) -> None:
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
             argv,
+            cwd=folder,
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,
             stdout=output,
