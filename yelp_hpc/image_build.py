@@ -183,8 +183,8 @@ def _project_wheel(stage: Path, lock: Path) -> None:
     argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
     constraint = stage / "constraint.txt"
     constraint.write_text("\n".join(re.findall(r"(?m)^setuptools==[\w.]+", lock.read_text())))
-    pinned = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(constraint))
-    call(argv, "the wheel of this project", SOURCE_DATE_EPOCH=str(EPOCH), **pinned)
+    env = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(constraint))
+    call(argv, "the wheel of this project", {**env, "SOURCE_DATE_EPOCH": str(EPOCH)})
     shutil.rmtree(copy)
 
 
@@ -196,11 +196,12 @@ def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage
     # the host's /tmp would be bound into %post otherwise, and be read and written there
     binds = [(stage, "/mnt"), (empty, "/tmp"), (empty, "/var/tmp")]
     argv = build_argv(target.absolute(), definition, arguments, binds)
-    cache = os.environ.get("APPTAINER_CACHEDIR") or str(folder_of("apptainer"))
-    call(
-        *(argv, "apptainer build", stage),
-        APPTAINER_TMPDIR=str(scratch), APPTAINER_CACHEDIR=cache, APPTAINER_NO_MOUNT="tmp",
-    )  # fmt: skip
+    env = {
+        "APPTAINER_TMPDIR": str(scratch),
+        "APPTAINER_CACHEDIR": os.environ.get("APPTAINER_CACHEDIR") or str(folder_of("apptainer")),
+        "APPTAINER_NO_MOUNT": "tmp",
+    }
+    call(argv, "apptainer build", env, stage)
 
 
 _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

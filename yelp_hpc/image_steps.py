@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,9 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.files import sync_directory, write_failure
 
 
-def call(argv: list[str], what: str, folder: Path | None = None, **env: str) -> None:
+def call(
+    argv: list[str], what: str, env: Mapping[str, str] | None = None, folder: Path | None = None
+) -> None:
     """Run a step to its end; its last lines become the error's message.
 
     The step runs in its own session, so that whatever it started can be ended with it.
@@ -32,7 +34,7 @@ def call(argv: list[str], what: str, folder: Path | None = None, **env: str) -> 
         child = subprocess.Popen(
             argv,
             cwd=folder,
-            env={**os.environ, **env},
+            env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
