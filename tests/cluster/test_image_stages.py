@@ -100,6 +100,10 @@ def outcome(slurm: Cluster, image_sif: Path, open_folder: Path) -> Iterator[Outc
         begun = made.runs["preemption"].checkpoints
         wait_for(lambda: list(begun.glob("step-*")), 600, "a checkpoint to be preempted after")
         slurm.preempt()
+        late = made.runs["time-limit"]
+        wait_for(lambda: len(attempts.read(late, "train")) > 1, 300, "the limit to be reached")
+        # once is enough: on a busy machine the rest would take many starts
+        slurm.sh("scontrol", "update", f"jobid={made.jobs('time-limit')[0]}", "timelimit=10")
         for name in PLACES:
             wait_ended(made.jobs(name), 900)
         yield made
@@ -159,9 +163,12 @@ def test_as_a_user_only_apptainer_is_signalled_and_training_resumes(outcome: Out
     frozen = freeze_cluster(run, cluster)
     for path in [run.root, *run.root.rglob("*")]:
         os.chown(path, 65534, 65534)
+    for path in (outcome.folder / "model").iterdir():
+        path.chmod(0o644)
     argv = [sys.executable, "-c", AS_USER, str(run.root), str(frozen)]
     first = subprocess.Popen(argv)
-    wait_for(lambda: list(run.checkpoints.glob("step-*")), 600, "a checkpoint")
+    saved = run.checkpoints
+    wait_for(lambda: list(saved.glob("step-*")) or first.poll(), 600, "a checkpoint")
     mounted = subprocess.run(["pgrep", "-u", "65534", "squashfuse"], check=False)
     assert mounted.returncode == 0
     first.send_signal(signal.SIGTERM)
