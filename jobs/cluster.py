@@ -125,13 +125,19 @@ class Container(Frozen):
     ] = Field(default=(), description="names of host variables that are handed in")
     nv: bool = Field(default=False, description="hand the NVIDIA driver in")
     cache: Annotated[LocalPath, AfterValidator(_bindable)] = Field(
-        default_factory=lambda: str(cache_folder()),
-        description="folder with room, seen by all nodes: models, data sets, Triton, Apptainer",
+        default=None,  # type: ignore[assignment]
+        description="folder with room that all nodes see, for what stages download and compile; "
+        "null: YELP_HPC_CACHE or ~/.cache/yelp_hpc",
     )
     node_disk: Line | None = Field(
         default=None, description="folder on a node's disk that gets a copy of the image, once"
     )
     extra_args: tuple[Line, ...] = Field(default=(), description="further arguments of exec")
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _cache(cls, value: Any) -> Any:
+        return str(cache_folder()) if value is None else value
 
 
 class ClusterConfig(Frozen):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.cluster import ClusterConfig, Container
@@ -144,5 +145,6 @@ def _inputs(config: Config) -> Iterator[Path]:
     named: Sequence[str | None] = (config.model.path, config.data.train, config.data.test)
     for path in (Path(name) for name in named if name and Path(name).is_absolute()):
         yield path
-        links = [link for link in path.iterdir() if link.is_symlink()] if path.is_dir() else []
-        yield from sorted({link.resolve().parent for link in links})
+        with suppress(OSError):  # not a folder, or not one that can be read here
+            links = [link for link in path.iterdir() if link.is_symlink()]
+            yield from sorted({link.resolve().parent for link in links})
