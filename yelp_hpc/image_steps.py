@@ -57,7 +57,7 @@ def call(
 
 
 def _cause(text: str) -> str:
-    """The lines that say why: from apptainer's FATAL on, or the last; no progress bars or warnings."""
+    """The lines that say why: from apptainer's FATAL on, or the last; no bars or warnings."""
     lines = [line for line in text.splitlines() if line.strip() and "[==" not in line]
     lines = [line for line in lines if not line.startswith("WARNING")] or lines
     fatal = next((i for i, line in enumerate(lines) if line.startswith("FATAL")), None)
