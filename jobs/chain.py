@@ -17,6 +17,7 @@ from pathlib import Path
 
 from jobs import attempts, slurm
 from jobs.cluster import ClusterConfig
+from jobs.container import with_inputs
 from jobs.job import Job
 from jobs.local import local_alive, run_chain
 from jobs.progress import stage_done
@@ -80,6 +81,7 @@ def submit(
         SavedForRequeue: locally: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
+    cluster = with_inputs(cluster, config, paths.root)
     planned = plan(stage, config, paths, cluster)
     if dry_run:
         dry = list(_dry(planned, paths, cluster, executor))

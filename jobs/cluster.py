@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from jobs.slurm import TOKENS
+from yelp_hpc.demo import cache_folder
 from yelp_hpc.paths import STAGES
 from yelp_hpc.settings import Frozen, read_settings
 
@@ -23,7 +25,25 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _absolute(value: str) -> str:
+    # the job starts in another folder
+    return str(Path(value).expanduser().absolute())
+
+
+def _bindable(value: str) -> str:
+    if set(value) & set(":,"):
+        raise ValueError("must not hold `:` or `,`, which separate binds")
+    return value
+
+
+def _no_token(value: str) -> str:
+    if value in TOKENS:
+        raise ValueError("the Hub's token is handed to publish alone, by itself")
+    return value
+
+
 Line = Annotated[str, AfterValidator(_one_line)]
+LocalPath = Annotated[Line, AfterValidator(_absolute)]
 _TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
 _OPTION = re.compile(r"^[a-z][a-z0-9-]*$")
 # what the launchers set themselves: a second value in `sbatch:` would silently win over it
@@ -96,13 +116,28 @@ class Resources(Frozen):
 class Container(Frozen):
     """The Apptainer image that stages run in."""
 
-    image: Line = Field(description="path of the .sif file, on a file system that all nodes see")
-    binds: tuple[Line, ...] = Field(default=(), description="SOURCE[:TARGET[:ro]] of your own")
-    env: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = Field(
-        default=(), description="names of host variables that are handed in"
+    image: LocalPath = Field(description="the .sif file, on a file system that all nodes see")
+    binds: tuple[Line, ...] = Field(
+        default=(), description="SOURCE[:TARGET[:ro]] besides run, cache, model and data"
     )
+    env: tuple[
+        Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), AfterValidator(_no_token)], ...
+    ] = Field(default=(), description="names of host variables that are handed in")
     nv: bool = Field(default=False, description="hand the NVIDIA driver in")
+    cache: Annotated[LocalPath, AfterValidator(_bindable)] = Field(
+        default=None,  # type: ignore[assignment]
+        description="folder with room that all nodes see, for what stages download and compile; "
+        "null: YELP_HPC_CACHE or ~/.cache/yelp_hpc",
+    )
+    node_disk: Line | None = Field(
+        default=None, description="folder on a node's disk that gets a copy of the image, once"
+    )
     extra_args: tuple[Line, ...] = Field(default=(), description="further arguments of exec")
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _cache(cls, value: Any) -> Any:
+        return str(cache_folder()) if value is None else value
 
 
 class ClusterConfig(Frozen):

@@ -1,20 +1,21 @@
 """The command that runs a stage: on the host's Python, or inside an Apptainer image.
 
-Pure but for ``check_image``: argv and environment come out, the supervisor runs them. The same argv
-is what ``--dry-run`` prints and what a person types to run a stage by hand.
+Pure but for looking at which paths exist: argv and environment come out, the supervisor runs them.
+The same argv is what ``--dry-run`` prints and what a person types to run a stage by hand.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.cluster import ClusterConfig, Container
 from jobs.slurm import without_tokens
-from yelp_hpc.errors import StageError
-from yelp_hpc.image_file import image_sha256
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.manifest import absolute_paths
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
 _HANDED_IN = (
@@ -25,11 +26,22 @@ _HANDED_IN = (
     "SLURM_JOB_ID",
     "SLURM_RESTART_COUNT",
     "SLURM_JOB_END_TIME",
-    "HF_HOME",
     "HF_HUB_OFFLINE",
     "HF_ENDPOINT",
 )
 _PREFIXES = ("YELP_HPC_", "NCCL_")
+# where libraries keep what they download or compile, inside container.cache. The host's own HF_HOME
+# is not handed in: it holds the Hub's token.
+_CACHES = {
+    "YELP_HPC_CACHE": "",
+    "HF_HOME": "huggingface",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "XDG_CACHE_HOME": "xdg",
+}
+# variables by which the host's user could reach past --cleanenv
+_INTO_IMAGE = ("APPTAINERENV_", "SINGULARITYENV_")
 
 
 def stage_argv(stage: str, run: Path, model: str = "", shard: str = "") -> list[str]:
@@ -60,15 +72,16 @@ def inside(container: Container, run: Path, argv: list[str], env: Mapping[str, s
 
 
 def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[str]:
-    argv = ["apptainer", "exec", "--cleanenv", "--no-home", "--writable-tmpfs"]
+    argv = ["apptainer", "exec", "--cleanenv", "--no-mount", "home,cwd"]
     argv += ["--nv"] if container.nv else []
-    binds = [str(run), *container.binds]
-    if "HF_HOME" in env and Path(env["HF_HOME"]).is_dir():
-        binds.append(env["HF_HOME"])
-    for bind in binds:
+    binds = [str(run), container.cache]
+    handed = {k: v for k, v in env.items() if k in _HANDED_IN or k.startswith(_PREFIXES)}
+    if "TMPDIR" in env and Path(env["TMPDIR"]).is_dir():  # the job's own scratch on the node
+        binds.append(env["TMPDIR"])
+        handed["TMPDIR"] = env["TMPDIR"]
+    for bind in [*binds, *container.binds]:
         argv += ["--bind", bind]
-    wanted = {*_HANDED_IN, *container.env}
-    handed = {k: v for k, v in env.items() if k in wanted or k.startswith(_PREFIXES)}
+    handed |= {name: str(Path(container.cache, at)) for name, at in _CACHES.items()}
     handed["PYTHONNOUSERSITE"] = "1"
     for name, value in sorted(handed.items()):
         argv += ["--env", f"{name}={value}"]
@@ -80,7 +93,8 @@ def stage_environment(
 ) -> dict[str, str]:
     """The environment of the stage's process; only ``publish`` gets the Hub's token.
 
-    Into an image it goes as APPTAINERENV_HF_TOKEN: an ``--env`` would stand in the process list.
+    Into an image the token and the values of ``container.env`` go as APPTAINERENV_NAME: an
+    ``--env`` would stand in the process list and in the log.
     """
     result = without_tokens(env)
     if cluster.container is None:
@@ -88,30 +102,49 @@ def stage_environment(
         name = "HF_TOKEN"
     else:
         name = "APPTAINERENV_HF_TOKEN"
-        result = {k: v for k, v in result.items() if not k.startswith("APPTAINERENV_")}
+        own = {n: result[n] for n in cluster.container.env if n in result}
+        result = {k: v for k, v in result.items() if not k.startswith(_INTO_IMAGE)}
+        result |= {f"APPTAINERENV_{n}": value for n, value in own.items()}
+        result.setdefault("APPTAINER_CACHEDIR", str(Path(cluster.container.cache, "apptainer")))
+        if cluster.container.node_disk:  # where a node that cannot mount an image unpacks it
+            result.setdefault("APPTAINER_TMPDIR", cluster.container.node_disk)
     if stage == "publish" and token:
         result[name] = token
     return {key: value for key, value in result.items() if value}
 
 
-def check_image(container: Container, expected: str | None) -> None:
-    """Refuse to start in an image that is missing or not the one that was submitted.
+def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterConfig:
+    """The same settings with the model's folder and the data files bound, read-only.
+
+    What lies in the run directory or in a folder that is bound anyway needs no bind of its own.
 
     Raises:
-        StageError: apptainer or the image is missing, a bind's source is, or the hash differs.
+        RequestError: a path holds ``:`` or ``,``, which separate binds.
     """
-    if shutil.which("apptainer") is None:
-        raise StageError("apptainer is not on this node's PATH: add a `setup:` line (module load)")
-    image = Path(container.image)
-    if not image.is_file():
-        raise StageError(f"the image {image} is missing: python -m yelp_hpc image build")
-    for bind in container.binds:
-        if not Path(bind.split(":")[0]).exists():
-            raise StageError(f"container.binds names {bind}, which does not exist on this node")
-    if expected:
-        found = image_sha256(image)
-        if found != expected:
-            raise StageError(
-                f"{image} is not the image that this run was submitted with: its SHA-256 is "
-                f"{found}, submitted was {expected}. Submit again to use the new one."
-            )
+    if cluster.container is None:
+        return cluster
+    bound = [run, Path(cluster.container.cache)]
+    bound += [Path(bind) for bind in cluster.container.binds if ":" not in bind]
+    binds, problems = [], []
+    for path in _inputs(config):
+        if any(path.is_relative_to(folder) for folder in bound):
+            continue
+        if set(str(path)) & set(":,"):
+            problems.append(f"{path}: give it a name without `:` and `,`")
+        bound.append(path)
+        binds.append(f"{path}:{path}:ro")
+    if problems:
+        raise RequestError(all_problems("these cannot be bound into the image:", problems))
+    container = cluster.container.model_copy(update={"binds": (*cluster.container.binds, *binds)})
+    return cluster.model_copy(update={"container": container})
+
+
+def _inputs(config: Config) -> Iterator[Path]:
+    """Local files that stages read, and where symbolic links among them lead (a Hub cache's)."""
+    config = absolute_paths(config)
+    named: Sequence[str | None] = (config.model.path, config.data.train, config.data.test)
+    for path in (Path(name) for name in named if name and Path(name).is_absolute()):
+        yield path
+        with suppress(OSError):  # not a folder, or not one that can be read here
+            links = [link for link in path.iterdir() if link.is_symlink()]
+            yield from sorted({link.resolve().parent for link in links})

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ClusterConfig
+from jobs.container import with_inputs
 from jobs.doctor_facts import AllReduce, Look, NodeVisit
 from jobs.doctor_machine import check_machine
 from jobs.doctor_node import visit
-from jobs.doctor_probes import disk, image, look
-from jobs.doctor_request import Inputs, Request, inputs, needed_paths
+from jobs.doctor_probes import disk, image, look, seen
+from jobs.doctor_request import Inputs, Request, cache_of, inputs, needed_paths
 from jobs.doctor_run import (
     check_allreduce,
     check_image,
@@ -34,7 +35,6 @@ from jobs.slurm import client
 from jobs.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc import __version__
 from yelp_hpc.config import Config
-from yelp_hpc.demo import cache_folder
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.files import read_json
 from yelp_hpc.manifest import lock_hashes
@@ -68,6 +68,9 @@ def diagnose(
     place = Path(run or "runs").expanduser().absolute()
     record = _record(place)
     request = Request(cluster, config, place, record, config_file, run_named=run is not None)
+    if config and cluster.container:
+        full = _as_submitted(cluster, config, place)
+        request = replace(request, cluster=full, own_binds=cluster.container.binds)
     found = inputs(config) if config else None
     request = replace(request, stages_need_hub=_needs_hub(config, found))
     if in_image():
@@ -84,6 +87,17 @@ def diagnose(
         *_host_side(request, found),
         *(_node_side(request, found, facts, wait_seconds, say) if on_node else []),
     ]
+
+
+def _as_submitted(cluster: ClusterConfig, config: Config, run: Path) -> ClusterConfig:
+    """With the binds that ``submit`` adds; what is missing is said of the model and the data."""
+    full = with_inputs(cluster, config, run)
+    if full.container is None or cluster.container is None:
+        return cluster
+    added = [bind for bind in full.container.binds if bind not in cluster.container.binds]
+    there = [bind for bind in added if seen(Path(bind.partition(":")[0])) != "missing"]
+    binds = (*cluster.container.binds, *there)
+    return full.model_copy(update={"container": full.container.model_copy(update={"binds": binds})})
 
 
 def _record(run: Path) -> dict[str, Any] | None:
@@ -131,7 +145,7 @@ def _refusals(request: Request) -> dict[str, str]:
 def _look(request: Request, found: Inputs | None, **changes: Any) -> Look:
     folders = {
         "run": str(disk(request.run)),
-        "cache": str(disk(cache_folder())),
+        "cache": str(disk(cache_of(request.cluster))),
         "tmp": tempfile.gettempdir(),
     }
     if home := os.environ.get("HF_HOME"):

@@ -202,12 +202,14 @@ def main(folder: Path) -> None:
 
     within, problem = None, ""
     if cluster.container:
+        with suppress(OSError):  # as the supervisor does
+            Path(cluster.container.cache).mkdir(parents=True, exist_ok=True)
         here = Request(cluster, run=Path(request["run"]))
         # what is not bound is found by the check of the binds
         folders = {
             role: path
             for role, path in what.folders.items()
-            if role == "HF_HOME" or (role != "tmp" and visible(path, here))
+            if role not in ("tmp", "HF_HOME") and visible(path, here)
         }
         own = Look(place="image", folders=folders, paths=_inside_paths(what, cluster))
         text, problem = started(["-m", "jobs.doctor_probes", own.model_dump_json()])

@@ -30,6 +30,15 @@ class Request:
     config_file: str = "FILE"
     stages_need_hub: bool = False
     run_named: bool = True
+    own_binds: tuple[str, ...] | None = None
+    """The binds of the cluster file, where ``cluster`` also has those that ``submit`` adds."""
+
+    @property
+    def binds(self) -> tuple[str, ...]:
+        """The binds that the user wrote."""
+        if self.own_binds is not None:
+            return self.own_binds
+        return self.cluster.container.binds if self.cluster.container else ()
 
     def recorded(self, section: str) -> dict[str, Any]:
         """A section of run.json, {} where there is none."""
@@ -124,14 +133,20 @@ def needed_paths(request: Request, found: Inputs | None) -> dict[str, str]:
             paths[str(Path(file.path).expanduser().absolute())] = file.key
     config = request.config
     if config and (config.model.path.startswith("demo:") or (found and found.remote)):
-        paths[str(cache_folder())] = "the cache of models and data"
+        paths[str(cache_of(request.cluster))] = "the cache of models and data"
     return paths
+
+
+def cache_of(cluster: ClusterConfig) -> Path:
+    """The folder where stages keep downloads."""
+    return Path(cluster.container.cache) if cluster.container else cache_folder()
 
 
 def visible(path: str, request: Request) -> bool:
     """Whether the image sees ``path`` at the same place, as stages are started in it."""
     assert request.cluster.container
-    places = [str(request.run.absolute()), "/tmp", "/var/tmp", "/dev", "/proc", "/sys"]
+    places = [str(request.run.absolute()), request.cluster.container.cache]
+    places += ["/tmp", "/var/tmp", "/dev", "/proc", "/sys"]
     for bind in request.cluster.container.binds:
         source, _, target = bind.partition(":")
         if target.partition(":")[0] in ("", source):

@@ -129,9 +129,8 @@ def check_inputs(found: Inputs, request: Request) -> Iterator[Finding]:
 
 
 def _binds(found: Inputs, request: Request) -> Iterator[Finding]:
-    assert request.cluster.container
     good = True
-    binds = list(request.cluster.container.binds)
+    binds = request.binds
     for bind in binds:
         source = bind.partition(":")[0]
         if seen(Path(source)) == "missing":
@@ -155,7 +154,6 @@ def _binds(found: Inputs, request: Request) -> Iterator[Finding]:
 
 def binds_line(request: Request, paths: Iterable[str]) -> str:
     """The config line that binds ``paths`` too: each by its folder, none within another."""
-    container = request.cluster.container
     # a model's folder may well end in .1
     files = (".csv", ".jsonl", ".parquet")
     folders = [str(Path(path).parent) if path.endswith(files) else path for path in paths]
@@ -164,7 +162,7 @@ def binds_line(request: Request, paths: Iterable[str]) -> str:
         for folder in dict.fromkeys(folders)
         if not any(folder.startswith(f"{other}/") for other in folders)
     ]
-    binds = [bind for bind in (container.binds if container else ()) if bind not in outer]
+    binds = [bind for bind in request.binds if bind not in outer]
     return f"container.binds: [{', '.join([*binds, *outer])}]"
 
 

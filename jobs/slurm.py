@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from yelp_hpc.errors import RequestError, StageError
 
 _FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "TimeUsed", "TimeLimit", "RestartCnt")
-_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+TOKENS = tuple(
+    prefix + name
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+    for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_")
+)
 _RANKS = frozenset(
     ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 )
@@ -181,7 +185,7 @@ def clean_environment() -> Iterator[None]:
             (name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI")))
             and name != "SLURM_CONF"
         )
-        or name in _TOKENS
+        or name in TOKENS
         or name in _RANKS
     }
     try:
@@ -192,7 +196,7 @@ def clean_environment() -> Iterator[None]:
 
 def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
     """``env`` without the Hub's tokens."""
-    return {name: value for name, value in env.items() if name not in _TOKENS}
+    return {name: value for name, value in env.items() if name not in TOKENS}
 
 
 def reason_in_words(reason: str) -> str:

@@ -24,7 +24,8 @@ from types import FrameType
 from jobs import attempts, slurm
 from jobs.attempts import Attempt
 from jobs.cluster import ClusterConfig
-from jobs.container import check_image, command, stage_argv, stage_environment
+from jobs.container import command, stage_argv, stage_environment
+from jobs.image import ready_image
 from jobs.job import Job
 from jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
 from jobs.train import rendezvous
@@ -118,7 +119,8 @@ def _attempt(
             verdict = Verdict("failed", f"started {attempt.stalled} times without any progress")
         else:
             if cluster.container:
-                check_image(cluster.container, image)
+                ready = ready_image(cluster.container, image)
+                cluster = cluster.model_copy(update={"container": ready})
             verdict = _run(stop, paths, cluster, job, attempt, leader)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))

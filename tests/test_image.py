@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.files import sha256_file
 from yelp_hpc.image import driver_problems, version_problems
-from yelp_hpc.image_build import build, build_argv
+from yelp_hpc.image_build import TREE, build, build_argv
 from yelp_hpc.image_file import image_sha256, normalise
+from yelp_hpc.image_steps import call
 
 
 def sif(path: Path, uuid: bytes, time: int) -> Path:
@@ -114,3 +117,34 @@ def test_all_that_a_build_lacks_is_said_at_once(
     for part in [*parts, "no does not exist", "'nothing' is neither"]:
         assert part in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_module_is_compiled_and_only_a_foreign_newer_syntax_may_stay(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "yelp_hpc").mkdir()
+    for number in range(5):
+        (tmp_path / "package" / f"m{number}.py").write_text(f"x = {number}\n")
+    (tmp_path / "package" / "newer.py").write_text("def f[T](a: ) -> !\n")
+
+    def compile_all() -> list[int]:
+        script = str(TREE / "containers" / "compile.py")
+        parts = [[sys.executable, script, str(tmp_path), str(part), "2"] for part in range(2)]
+        return [subprocess.run(argv, capture_output=True, check=False).returncode for argv in parts]
+
+    assert compile_all() == [0, 0]
+    made = sorted((tmp_path / "package" / "__pycache__").iterdir())
+    assert [path.name.partition(".")[0] for path in made] == [f"m{n}" for n in range(5)]
+    # PEP 552: by hash, and the hash is not checked
+    assert {path.read_bytes()[4:8] for path in made} == {b"\x01\0\0\0"}
+    (tmp_path / "yelp_hpc" / "broken.py").write_text("def f(:\n")
+    assert sorted(compile_all()) == [0, 1]
+
+
+def test_a_failed_step_shows_why_and_no_progress_bar(tmp_path: Path) -> None:
+    said = "[=====/ ] 10 of 20\\nFATAL: no base\\n" + "\\n".join(f"more {n}" for n in range(20))
+    with pytest.raises(StageError) as error:
+        call(["sh", "-c", f"printf '{said}'; exit 3"], "the step")
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the step: sh ended with 3:"
+    assert lines[1] == "  FATAL: no base"
+    assert len(lines) == 13

@@ -17,7 +17,7 @@ from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.image_file import image_sha256
 from yelp_hpc.manifest import lock_hashes
 
-ISOLATED = ("--cleanenv", "--no-home", "--env", "PYTHONNOUSERSITE=1")
+ISOLATED = ("--cleanenv", "--no-mount", "home,cwd", "--env", "PYTHONNOUSERSITE=1")
 LABEL = "yelp-hpc."
 
 _ASK = """

@@ -7,30 +7,26 @@ containers/ and the two packages of a checkout; writes the .sif and, in the cach
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from yelp_hpc import __version__
-from yelp_hpc.demo import cache_folder
-from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.files import sha256_file, sync_directory, write_failure
+from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.files import sha256_file
 from yelp_hpc.image_file import EPOCH, image_sha256, normalise
+from yelp_hpc.image_steps import call, folder_of, replaced, scratch, sole_builder
 from yelp_hpc.manifest import code_state
 from yelp_hpc.progress import say
 
 TREE = Path(__file__).resolve().parent.parent
-SQUASHFS = f"-comp zstd -Xcompression-level 3 -mkfs-time {EPOCH} -all-time {EPOCH}"
+# all files are root's: equal whoever builds, and a user without subordinate ids can unpack a base
+SQUASHFS = f"-comp zstd -Xcompression-level 3 -all-root -mkfs-time {EPOCH} -all-time {EPOCH}"
 # glibc of Debian 12 is 2.36: wheels for any older one run in the image
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17, 12, 5)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
@@ -57,14 +53,14 @@ def build(
         StageError: a step failed; an image that was there before is kept.
     """
     _check_request(image, lock, base)
-    with _sole_builder(image), tempfile.TemporaryDirectory(dir=_folder("tmp")) as scratch:
-        stage = Path(scratch)
-        wheels = fetch_wheels(lock, python)
-        base_args = [] if base == "docker" else [*_local(base, stage)]
+    with sole_builder(image), scratch() as stage:
+        wheels = fetch_wheels(lock, python, stage)
+        base_args = [] if base == "docker" else _local(base, stage)
         (stage / "wheels").mkdir()
         for wheel in wheels.glob("*.whl"):
             os.link(wheel, stage / "wheels" / wheel.name)
-        _project_wheel(stage)
+        _project_wheel(stage, lock)
+        shutil.copy(TREE / "containers" / "compile.py", stage)
         (stage / "locks").mkdir()
         shutil.copy(lock, stage / "locks" / lock.name)  # under its own name
         # a file, because a --build-arg cannot hold a comma
@@ -80,7 +76,7 @@ def build(
         for name, value in arguments.items():
             base_args += ["--build-arg", f"{name}={value}"]
         say(f"building {image} (base {base}, {lock.name})")
-        with _replaced(image) as temporary:
+        with replaced(image) as temporary:
             _apptainer_build(temporary, TREE / "Apptainer.def", base_args, stage)
             normalise(temporary)
     return image_sha256(image)
@@ -96,14 +92,14 @@ def build_argv(
     return [*argv, *arguments, str(target), str(definition)]
 
 
-def fetch_wheels(lock: Path, python: str) -> Path:
+def fetch_wheels(lock: Path, python: str, stage: Path) -> Path:
     """The folder with every wheel of ``lock``, downloaded once and checked against its hashes.
 
     Raises:
         StageError: a package cannot be had, or is not what the lock names.
     """
     key = hashlib.sha256(f"{python}\n".encode() + lock.read_bytes()).hexdigest()[:16]
-    folder = _folder("wheels") / key
+    folder = folder_of("wheels") / key
     if folder.is_dir():
         known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
         if all(sha256_file(wheel) in known for wheel in folder.glob("*.whl")):
@@ -111,15 +107,16 @@ def fetch_wheels(lock: Path, python: str) -> Path:
         say(f"{folder} holds a wheel that the lock does not name: fetching all of them again")
         shutil.rmtree(folder)
     say(f"fetching the wheels of {lock.name}")
-    with tempfile.TemporaryDirectory(dir=_folder("wheels"), prefix=".") as scratch:
-        made = Path(scratch) / "wheels"
-        argv = [*_PIP, "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-        argv += ["--python-version", python, "--implementation", "cp"]
-        for platform in _PLATFORMS:
-            argv += ["--platform", platform]
-        _call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
-        with suppress(OSError):  # another build was faster, with the same content
-            made.rename(folder)
+    made = stage / "fetched"  # on the same file system as the cache
+    argv = [*_PIP, "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    argv += ["--python-version", python, "--implementation", "cp"]
+    # 3.11 counts as 3.11.0 here; the build's own pip checks what it installs
+    argv += ["--ignore-requires-python"]
+    for platform in _PLATFORMS:
+        argv += ["--platform", platform]
+    call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
+    with suppress(OSError):  # another build was faster, with the same content
+        made.rename(folder)
     return folder
 
 
@@ -145,17 +142,19 @@ def _check_request(image: Path, lock: Path, base: str) -> None:
 
 def _local(base: str, stage: Path) -> list[str]:
     path = _debian_base(stage) if base == "debootstrap" else Path(base).absolute()
-    return ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", f"FROM={path}"]
+    # the image records this name: it must not say where a cache happens to be
+    (stage / "base.sif").symlink_to(path)
+    return ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", "FROM=base.sif"]
 
 
 def _debian_base(stage: Path) -> Path:
     """The Debian base, made once for each content of containers/base.def."""
     recipe = TREE / "containers" / "base.def"
-    base = _folder("bases") / f"{sha256_file(recipe)[:16]}.sif"
-    with _sole_builder(base):
+    base = folder_of("bases") / f"{sha256_file(recipe)[:16]}.sif"
+    with sole_builder(base):
         if not base.is_file():
             say(f"making the base image {base} (once, a minute or two)")
-            with _replaced(base) as temporary:
+            with replaced(base) as temporary:
                 mirror = ["--build-arg", f"MIRROR={_debian_mirror()}"]
                 _apptainer_build(temporary, recipe, mirror, stage)
                 normalise(temporary)
@@ -172,8 +171,11 @@ def _debian_mirror() -> str:
     raise RequestError("no Debian mirror in this machine's apt sources: use --base docker or FILE")
 
 
-def _project_wheel(stage: Path) -> None:
-    """This project's wheel, built from a copy so that the checkout stays clean."""
+def _project_wheel(stage: Path, lock: Path) -> None:
+    """This project's wheel, built from a copy so that the checkout stays clean.
+
+    With the lock's setuptools: a wheel says what it was made by.
+    """
     copy = stage / "tree"
     for package in ("jobs", "yelp_hpc"):
         ignore = shutil.ignore_patterns("__pycache__", ".*")
@@ -181,7 +183,10 @@ def _project_wheel(stage: Path) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(TREE / name, copy / name)
     argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
-    _call(argv, "the wheel of this project", SOURCE_DATE_EPOCH=str(EPOCH))
+    constraint = stage / "constraint.txt"
+    constraint.write_text("\n".join(re.findall(r"(?m)^setuptools==[\w.]+", lock.read_text())))
+    env = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(constraint))
+    call(argv, "the wheel of this project", {**env, "SOURCE_DATE_EPOCH": str(EPOCH)})
     shutil.rmtree(copy)
 
 
@@ -192,83 +197,13 @@ def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage
         folder.mkdir(exist_ok=True)
     # the host's /tmp would be bound into %post otherwise, and be read and written there
     binds = [(stage, "/mnt"), (empty, "/tmp"), (empty, "/var/tmp")]
-    argv = build_argv(target, definition, arguments, binds)
-    _call(argv, "apptainer build", APPTAINER_TMPDIR=str(scratch), APPTAINER_NO_MOUNT="tmp")
+    argv = build_argv(target.absolute(), definition, arguments, binds)
+    env = {
+        "APPTAINER_TMPDIR": str(scratch),
+        "APPTAINER_CACHEDIR": os.environ.get("APPTAINER_CACHEDIR") or str(folder_of("apptainer")),
+        "APPTAINER_NO_MOUNT": "tmp",
+    }
+    call(argv, "apptainer build", env, stage)
 
 
 _PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-
-
-def _call(argv: list[str], what: str, **env: str) -> None:
-    """Run a step to its end; its last lines become the error's message.
-
-    The step runs in its own session, so that whatever it started can be ended with it.
-    """
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            argv,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = child.wait()
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(20)
-            raise
-        output.seek(0)
-        text = output.read().decode(errors="replace")
-    if code != 0:
-        tail = "\n".join(f"  {line}" for line in text.splitlines()[-12:])
-        raise StageError(f"{what}: {argv[0]} ended with {code}; its last lines:\n{tail}")
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.stem}.partial.sif")  # one builder at a time: one name
-    temporary.unlink(missing_ok=True)  # of a build that was killed outright
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.absolute().parent)
-    except OSError as error:
-        raise StageError(write_failure(path, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _sole_builder(path: Path) -> Iterator[None]:
-    """One build of a file at a time; SIGTERM ends it as Ctrl-C does, with everything tidied."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    with (_folder("locks") / name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"{path} is being built by another process") from None
-        before = signal.signal(signal.SIGTERM, end)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _folder(name: str) -> Path:
-    folder = cache_folder() / "image" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StageError(write_failure(folder, error)) from error
-    return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -113,7 +114,7 @@ def absolute_paths(config: Config) -> Config:
         if (value := getattr(config.data, key))
     }
     model = {}
-    if Path(config.model.path).expanduser().is_dir():
+    if os.path.isdir(Path(config.model.path).expanduser()):  # noqa: PTH112 - never raises
         model["path"] = str(Path(config.model.path).expanduser().absolute())
     return config.model_copy(
         update={

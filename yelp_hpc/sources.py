@@ -151,7 +151,9 @@ def _read_hub(data: DataConfig, split: str) -> list[Row]:
 
     assert data.path is not None  # checked by the config
     try:
-        table = load_dataset(data.path, split=split, revision=data.revision)
+        # beside the model: `fetch` on a login node and a job in the image share this folder
+        cache = str(demo.cache_folder() / "datasets")
+        table = load_dataset(data.path, split=split, revision=data.revision, cache_dir=cache)
     except Exception as error:
         raise StageError(
             f"data set {data.path} ({split}) could not be loaded from the Hub: {error}\n"

@@ -1,4 +1,4 @@
-"""Brings a real Slurm up for the tests of this folder, and takes it down again.
+"""Brings a real Slurm up for the tests of this folder and takes it down again; builds one image.
 
 Needs root on Debian 12 or 13; the packages are installed when they are missing. A cluster that is
 up already (`make cluster`) is used and left as it is. One test session at a time uses it.
@@ -7,12 +7,14 @@ up already (`make cluster`) is used and left as it is. One test session at a tim
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,6 +25,7 @@ import pytest
 
 from jobs import slurm as client
 from tests.jobs.fake_run import FakeRun
+from yelp_hpc.image_build import TREE, build
 
 HERE = Path(__file__).parent
 RUN = Path("/run/yelp-hpc-cluster")
@@ -129,6 +132,34 @@ def slurm() -> Iterator[Cluster]:
         finally:
             if not was_up:
                 cluster.script("slurm_down.sh")
+
+
+@pytest.fixture(scope="session")
+def apptainer() -> None:
+    """A real Apptainer."""
+    if os.geteuid() != 0 or not Path("/etc/debian_version").exists():
+        pytest.skip("Apptainer is installed by root on Debian only")
+    script = str(HERE / "apptainer_install.sh")
+    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"Apptainer cannot be installed: {done.stderr[-500:]}")
+
+
+@pytest.fixture(scope="session")
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can enter too, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="yelp-hpc-image-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def image_sif(apptainer: None, open_folder: Path) -> Path:
+    """The image that jobs run in, built once a session from the set that is installed here."""
+    lock = "cpu.lock" if importlib.metadata.version("torch").endswith("+cpu") else "cuda.lock"
+    image = open_folder / "yelp_hpc.sif"
+    build(image, TREE / "containers" / lock, base="debootstrap")
+    return image
 
 
 @pytest.fixture

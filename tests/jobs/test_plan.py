@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from jobs.chain import plan, submit
 from jobs.cluster import ClusterConfig
-from jobs.container import command, stage_argv, stage_environment
+from jobs.container import command, stage_argv, stage_environment, with_inputs
 from jobs.executor import refusal
 from jobs.job import Job, pack
 from tests.jobs.fake_run import FakeRun
+from yelp_hpc.config import Config, ModelConfig
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.paths import RunPaths
 
@@ -78,23 +80,73 @@ def test_names_that_slurm_or_a_shell_would_read_are_refused(name: str, fake_run:
         submit("all", run.root.parent / name, run.config, run.cluster, dry_run=True)
 
 
-def container(image: str = "/i.sif") -> ClusterConfig:
-    return ClusterConfig.model_validate(
-        {"container": {"image": image, "nv": True, "env": ["MINE"], "binds": ["/data:/data:ro"]}}
-    )
+def container(**more: object) -> ClusterConfig:
+    given = {"image": "/i.sif", "nv": True, "env": ["MINE"], "binds": ["/data:/data:ro"]}
+    return ClusterConfig.model_validate({"container": {**given, "cache": "/room", **more}})
 
 
 def test_only_what_is_named_enters_the_image() -> None:
-    env = {"MINE": "1", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "HF_TOKEN": "hf_secret"}
+    env = {"MINE": "key", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "HF_TOKEN": "hf_secret"}
     argv = command(container(), Path("/run"), stage_argv("infer", Path("/run"), "base", "3"), env)
     text = shlex.join(argv)
     assert argv[:3] == ["apptainer", "exec", "--cleanenv"]
     assert "--nv" in argv
-    assert "MINE=1" in argv
     assert "--bind /data:/data:ro" in text
     assert text.endswith("yelp_hpc run infer --run /run --model base --shard 3")
-    for absent in ("PYTHONPATH", "LD_LIBRARY_PATH", "hf_secret"):
+    # the user's own values stay out of the process list
+    for absent in ("PYTHONPATH", "LD_LIBRARY_PATH", "hf_secret", "key"):
         assert absent not in text
+    handed = stage_environment(container(), "infer", {**env, "APPTAINERENV_X": "1"}, None)
+    assert {n: v for n, v in handed.items() if n.startswith("APPTAINERENV_")} == {
+        "APPTAINERENV_MINE": "key"
+    }
+
+
+def test_what_libraries_cache_goes_where_the_site_has_room() -> None:
+    argv = command(container(), Path("/run"), ["prepare"], {"HF_HOME": "/home/me/hf"})
+    values = dict(word.split("=", 1) for word in argv if "=" in word)
+    for name in ("YELP_HPC_CACHE", "HF_HOME", "TRITON_CACHE_DIR"):
+        assert Path(values[name]).is_relative_to("/room")
+    assert "--bind /room" in shlex.join(argv)
+    assert stage_environment(container(), "train", {}, None) == {
+        "APPTAINER_CACHEDIR": "/room/apptainer"
+    }
+    site = stage_environment(container(), "train", {"APPTAINER_CACHEDIR": "/site"}, None)
+    assert site["APPTAINER_CACHEDIR"] == "/site"
+
+
+def test_paths_of_the_container_are_absolute_and_tokens_are_no_variables_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = container(image="i.sif", cache="room").container
+    assert made is not None
+    assert (made.image, made.cache) == (f"{tmp_path}/i.sif", f"{tmp_path}/room")
+    with pytest.raises(ValidationError, match="publish alone"):
+        container(env=["HF_TOKEN"])
+    with pytest.raises(ValidationError, match="separate binds"):
+        container(cache="/a,b")
+
+
+def test_model_and_data_outside_the_run_are_bound_read_only(tmp_path: Path) -> None:
+    blobs, model, run = tmp_path / "blobs", tmp_path / "model", tmp_path / "run"
+    for folder in (blobs, model, run):
+        folder.mkdir()
+    (blobs / "weights").write_text("x")
+    (model / "model.safetensors").symlink_to(blobs / "weights")
+    data = {"source": "file", "train": str(tmp_path / "a.csv"), "test": str(run / "b.csv")}
+    config = Config.model_validate({"model": {"path": str(model)}, "data": data})
+    bound = with_inputs(container(), config, run).container
+    assert bound is not None
+    wanted = [model, blobs, tmp_path / "a.csv"]
+    assert bound.binds == ("/data:/data:ro", *(f"{p}:{p}:ro" for p in wanted))
+    again = with_inputs(container(binds=[str(tmp_path)]), config, run).container
+    assert again is not None
+    assert again.binds == (str(tmp_path),)
+    colon = config.model_copy(update={"model": ModelConfig(path=str(tmp_path / "a:b"))})
+    with pytest.raises(RequestError, match="a:b"):
+        with_inputs(container(), colon, run)
+    assert with_inputs(ClusterConfig(), colon, run) == ClusterConfig()
 
 
 @pytest.mark.parametrize("cluster", [ClusterConfig(), container()])
