@@ -85,9 +85,8 @@ def main() -> None:
     flops = 2 * layer_weights(run, config) * (sum(map(len, prompts)))
     result = summary(contenders, labels, flops, rate)
     if options.likelihood:
-        result["likelihood"] = agreement_with_likelihoods(
-            run, config, score, prompts[: options.likelihood]
-        )
+        prompts, _ = reviews(run, config, options.reviews, options.likelihood)
+        result["likelihood"] = agreement_with_likelihoods(run, config, score, prompts)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
