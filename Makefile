@@ -19,7 +19,7 @@ demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
 	$(BIN)/python -m yelp_hpc submit all --config configs/demo.yaml --executor local --run $(RUN) --wait
 
 test: $(VENV)/installed lint  ## ruff, mypy, the manual and every test, on a real Slurm and Apptainer (Debian, root)
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/browser_install.sh; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/system_install.sh; fi
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=15
 
 test-quick: $(VENV)/installed lint  ## without the cluster
