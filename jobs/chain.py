@@ -102,7 +102,18 @@ def submit(
         return run_chain(planned, paths, cluster, frozen, code, say)
     if wait:
         follow(paths, submissions, say)
+        if any(job.stage == "collect" for job in planned):
+            say(last_words(paths.stage_log("collect")))
     return submissions
+
+
+def last_words(log: Path) -> str:
+    """What the last start of a stage said, without the line that the supervisor put before it."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"{log}: {error.strerror}"
+    return text.rpartition("=== job ")[2].partition("\n")[2].rstrip()
 
 
 def checked_run(run_dir: str | Path) -> Path:

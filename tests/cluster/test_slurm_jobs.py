@@ -215,6 +215,13 @@ def test_submitting_from_inside_a_job_does_not_inherit_it(
     assert outer not in ids
 
 
+def test_waiting_ends_with_what_collect_said(slurm: Cluster, slurm_run: MakeRun) -> None:
+    run = slurm_run(shards=1)
+    said: list[str] = []
+    submit("all", run.root, run.config, run.cluster, wait=True, say=said.append)
+    assert said[-1] == "collect begins\ncollect ends"
+
+
 def test_a_stage_that_dies_shows_its_last_words_and_the_rest_is_not_started(
     slurm: Cluster, slurm_run: MakeRun
 ) -> None:
