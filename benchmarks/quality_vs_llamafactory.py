@@ -35,6 +35,7 @@ def main() -> None:
         run_exp(json.loads(sys.argv[2]))
         return
     args = parse()
+    args.run = args.run.resolve()
     python = install_peer(args.peer_venv)
     results: list[dict[str, Any]] = []
     for seed in args.seeds:
