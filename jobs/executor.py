@@ -73,6 +73,15 @@ def freeze_cluster(paths: RunPaths, cluster: ClusterConfig) -> Path:
     return path
 
 
+# A signal that comes before the supervisor has its handlers would end the job for good: it is held
+# back until then, where env can do that (coreutils 8.31 of 2019).
+_HOLD = "env --block-signal=TERM --block-signal=USR1 --block-signal=USR2"
+_HOLD_SIGNALS = (
+    *("bash", "-c", f'if {_HOLD} true 2>/dev/null; then exec {_HOLD} "$@"; fi; exec "$@"'),
+    "supervisor",
+)
+
+
 def parameters(
     job: Job, cluster: ClusterConfig, run: Path, code: Path, dependencies: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def parameters(
         "mail_type": want.mail_type or ("FAIL" if want.mail_user else None),
         "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
-        "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1"],
+        "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1", *_HOLD_SIGNALS],
         "setup": [
             *cluster.setup,
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",

@@ -53,6 +53,9 @@ class Stop:
         for number in (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        # what came while Python started was held back (see executor.py); it is handled now
+        held = {signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # a local SIGTERM or SIGINT after SIGUSR2 turns "again" into "stop", so the last one counts

@@ -138,6 +138,24 @@ def test_a_site_that_sends_one_signal_only(slurm: Cluster, slurm_run: MakeRun, h
     assert how in tried[0].reason
 
 
+def test_a_signal_before_the_supervisor_is_ready_is_not_lost(
+    slurm: Cluster, slurm_run: MakeRun
+) -> None:
+    run = slurm_run(steps=5).prepared()
+    job = go(run, "train")["train"]
+    for restart in range(3):
+        wait_for(lambda: running(job), 60, "the job to run")  # Python is only starting
+        slurm.sh("scancel", "--signal=TERM", job)
+        wait_for(lambda r=restart: restarts(job) > r, 60, "the requeue")
+    wait_ended([job], 60)
+    tried = attempts.read(RunPaths(run.root), "train")
+    assert [attempt.verdict for attempt in tried] == [*["requeued"] * 3, "done"]
+
+
+def restarts(job: str) -> int:
+    return max((row.restarts for row in client.queue([job])), default=0)
+
+
 def test_a_stage_that_does_not_save_in_time_is_requeued_before_the_limit(
     slurm: Cluster, slurm_run: MakeRun
 ) -> None:
