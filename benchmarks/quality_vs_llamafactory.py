@@ -5,8 +5,9 @@
 Takes a prepared run directory. For every seed both train LoRA with the run's own hyper-parameters
 on its training rows: ours through `run train`, the peer (template empty, its own switches set well)
 from the alpaca files that `prepare` wrote. Both adapters then rate the same test rows in the words
-that they were trained on, by the largest of the five labels' logits. Prints the training loss of
-the last 20 steps, the validation loss, accuracy and macro F1 of each, and their means.
+that they were trained on, by the largest of the five labels' logits. Prints the loss of the label
+on the test rows (training losses cannot be compared: ours counts the end of the answer as well),
+accuracy and macro F1 of each, and their means.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from train_vs_llamafactory import SWITCHES, install_peer, stub_torchaudio
-
-TAIL = 20  # steps
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
             print(line(name, f"seed {seed}", results[-1]), flush=True)
     for name in ("ours", "LLaMA-Factory"):
         mine = [result for result in results if result["who"] == name]
-        keys = ("loss", "validation_loss", "accuracy", "f1_macro")
+        keys = ("label_loss", "accuracy", "f1_macro")
         print(line(name, "mean", {k: statistics.mean(r[k] for r in mine) for k in keys}))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
@@ -54,8 +53,8 @@ def main() -> None:
 
 def line(name: str, which: str, found: dict[str, Any]) -> str:
     return (
-        f"{which:8} {name:14} loss {found['loss']:.4f}  validation {found['validation_loss']:.4f}  "
-        f"test accuracy {found['accuracy']:.3f}  macro F1 {found['f1_macro']:.3f}"
+        f"{which:8} {name:14} label loss {found['label_loss']:.4f}  "
+        f"accuracy {found['accuracy']:.3f}  macro F1 {found['f1_macro']:.3f}"
     )
 
 
@@ -90,12 +89,8 @@ def train_ours(args: argparse.Namespace, _: Path, seed: int, work: Path) -> dict
     write_json(run.run_json, {**record, "config": {**record["config"], "resolved": values}})
     command = [sys.executable, "-m", "yelp_hpc", "run", "train", "--run", str(run.root)]
     call(command, args, work)
-    log = read_jsonl(run.train_log)
-    return {
-        "loss": statistics.mean(step["loss"] for step in log[-TAIL:]),
-        "validation_loss": log[-1]["validation_loss"],
-        **evaluate(args, run.adapter, empty_template=False),
-    }
+    losses = [line["loss"] for line in read_jsonl(run.train_log)]
+    return {"losses": losses, **evaluate(args, run.adapter, empty_template=False)}
 
 
 def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) -> dict[str, Any]:
@@ -108,7 +103,6 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
         "model_name_or_path": str(model_folder(config.model)),
         "stage": "sft",
         "do_train": True,
-        "do_eval": True,
         "finetuning_type": "lora",
         "lora_rank": config.lora.rank,
         "lora_alpha": config.lora.alpha,
@@ -118,7 +112,6 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
         "cutoff_len": config.data.cutoff,
         "dataset_dir": str(args.run / "prepare"),
         "dataset": "yelp_train",
-        "eval_dataset": "yelp_validation",
         "learning_rate": config.train.learning_rate,
         "lr_scheduler_type": config.train.schedule,
         "warmup_steps": config.train.warmup_steps,
@@ -137,12 +130,7 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
     call([str(python), __file__, "--peer-worker", json.dumps(flags)], args, work)
     state = json.loads((work / "peer" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    validation = json.loads((work / "peer" / "eval_results.json").read_text())["eval_loss"]
-    return {
-        "loss": statistics.mean(losses[-TAIL:]),
-        "validation_loss": validation,
-        **evaluate(args, work / "peer", empty_template=True),
-    }
+    return {"losses": losses, **evaluate(args, work / "peer", empty_template=True)}
 
 
 def steps_of(args: argparse.Namespace, config: Any) -> int:
@@ -166,7 +154,7 @@ def call(command: list[str], args: argparse.Namespace, work: Path) -> None:
 
 
 def evaluate(args: argparse.Namespace, adapter: Path, *, empty_template: bool) -> dict[str, float]:
-    """Accuracy and macro F1 of an adapter on the run's test rows."""
+    """The label's mean loss, accuracy and macro F1 of an adapter on the run's test rows."""
     import pyarrow.parquet as pq
     import torch
     from sklearn.metrics import accuracy_score, f1_score
@@ -191,15 +179,17 @@ def evaluate(args: argparse.Namespace, adapter: Path, *, empty_template: bool) -
     else:
         prompts = pq.read_table(run.split("test"), columns=["input_ids"])["input_ids"].to_pylist()
         choices = read_json(run.tokens)["label_ids"]
-    found = [0] * len(prompts)
+    found, loss = [0] * len(prompts), 0.0
     with torch.inference_mode():
         for group in plan_microbatches([len(p) for p in prompts], 1536, 0):
-            logits = forward_selected(
-                model, pack([prompts[i] for i in group], 0), torch.tensor(choices)
-            )
-            for i, answer in zip(group, logits.argmax(1).tolist(), strict=True):
+            logits = forward_selected(model, pack([prompts[i] for i in group], 0))
+            truth = torch.tensor([choices[labels[i]] for i in group])
+            loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
+            answers = logits[:, choices].argmax(1).tolist()
+            for i, answer in zip(group, answers, strict=True):
                 found[i] = answer
     return {
+        "label_loss": loss / len(prompts),
         "accuracy": float(accuracy_score(labels, found)),
         "f1_macro": float(f1_score(labels, found, average="macro", labels=list(range(5)))),
     }
