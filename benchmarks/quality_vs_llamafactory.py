@@ -163,7 +163,8 @@ def evaluate(args: argparse.Namespace, adapter: Path, *, empty_template: bool) -
     from yelp_hpc.manifest import load_run
     from yelp_hpc.models.load import load_model, load_tokenizer
     from yelp_hpc.models.local import model_folder
-    from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches, prepare_model
+    from yelp_hpc.models.packed import forward_selected, pack, prepare_model
+    from yelp_hpc.packing import plan_microbatches
     from yelp_hpc.predictor import with_adapter
 
     run, config = load_run(args.run)

@@ -36,9 +36,9 @@ from yelp_hpc.models.packed import (
     PackedBatch,
     forward_selected,
     pack,
-    plan_microbatches,
     prepare_model,
 )
+from yelp_hpc.packing import plan_microbatches
 
 INSTRUCTION = (
     "Instruction: The following is a user's review of a merchant. Please judge and output the "

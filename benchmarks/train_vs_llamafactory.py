@@ -330,7 +330,8 @@ class Ours:
         import torch
         from torch.nn import functional as F
 
-        from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches
+        from yelp_hpc.models.packed import forward_selected, pack
+        from yelp_hpc.packing import plan_microbatches
 
         rows = [self.order[(step * BATCH + i) % len(self.order)] for i in range(BATCH)]
         lengths = [len(self.sequences[row]) - self.prefix for row in rows]

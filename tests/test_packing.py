@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from yelp_hpc.packing import DataPlan, deal, epoch_order, largest_microbatch, shared_prefix
+from yelp_hpc.packing import (
+    DataPlan,
+    deal,
+    epoch_order,
+    largest_microbatch,
+    plan_microbatches,
+    shared_prefix,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +82,6 @@ def test_shared_prefix_leaves_every_sequence_a_prompt_token():
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("max_tokens", [64, 300, 10_000])
 def test_no_microbatch_is_larger_than_foretold(world_size, max_tokens):
-    from yelp_hpc.models.packed import plan_microbatches
-
     draw = random.Random(1)
     lengths = [draw.randint(2, 90) for _ in range(50)]
     plan = DataPlan(50, 8, 1, seed=4)

@@ -17,7 +17,7 @@ from yelp_hpc.cards import CARDS, find_card
 from yelp_hpc.config import load_config
 from yelp_hpc.errors import RequestError
 from yelp_hpc.model_shape import KNOWN, model_shape
-from yelp_hpc.packing import DataPlan, deal
+from yelp_hpc.packing import DataPlan, deal, plan_microbatches
 from yelp_hpc.paths import RunPaths
 from yelp_hpc.plan import (
     Lengths,
@@ -88,8 +88,6 @@ def test_cards_are_found_as_slurm_and_people_write_them() -> None:
 
 
 def test_computed_tokens_are_those_of_the_engines_micro_batches() -> None:
-    from yelp_hpc.models.packed import plan_microbatches
-
     own = [5, 90, 13, 40, 40, 7, 61, 200]
     for budget in (64, 100, 128, 1000):
         groups = plan_microbatches(own, budget, 11)

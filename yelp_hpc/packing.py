@@ -1,4 +1,5 @@
-"""The plan of the training data: which rows form which step, and which rank computes them.
+"""The plan of the training data: which rows form which step, which rank computes them, and in
+which micro-batches.
 
 A pure function of (seed, epoch, step): nothing is stored, so a resumed run finds its place in the
 data by its step number alone. The sequence of global batches never depends on the world size or on
@@ -83,6 +84,28 @@ def deal(lengths: Sequence[int], world_size: int) -> list[list[int]]:
         dealt[rank].append(i)
         loads[rank] += lengths[i]
     return dealt
+
+
+def plan_microbatches(
+    lengths: Sequence[int], max_tokens: int, prefix_length: int
+) -> list[list[int]]:
+    """Group sequences (by index; `lengths` without the prefix) so that prefix plus remainders fit
+    `max_tokens`.
+
+    Longest first, neighbours in length together, so that a group needs little padding inside
+    attention. A sequence over the budget is a group of its own. Deterministic: ties keep their
+    order.
+    """
+    groups: list[list[int]] = []
+    used = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and used + lengths[i] <= max_tokens:
+            groups[-1].append(i)
+            used += lengths[i]
+        else:
+            groups.append([i])
+            used = prefix_length + lengths[i]
+    return groups
 
 
 def largest_microbatch(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from yelp_hpc.cards import Card
 from yelp_hpc.config import Config
 from yelp_hpc.model_shape import ModelShape
-from yelp_hpc.packing import DataPlan, deal, largest_microbatch
+from yelp_hpc.packing import DataPlan, deal, largest_microbatch, plan_microbatches
 from yelp_hpc.plan_memory import BYTES, Memory, activation_bytes, infer_memory, training_memory
 from yelp_hpc.shards import plan_shards
 
@@ -138,17 +138,9 @@ def training_work(config: Config, lengths: Lengths, ranks: int) -> Work:
 
 
 def micro_batches(own: Sequence[int], max_tokens: int, prefix: int) -> list[int]:
-    """Tokens of each micro-batch that the engine makes of sequences under a budget.
-
-    The grouping of `models/packed.py`: longest first, a new one when the budget is full.
-    """
-    sizes: list[int] = []
-    for length in sorted(own, reverse=True):
-        if sizes and sizes[-1] + length <= max_tokens:
-            sizes[-1] += length
-        else:
-            sizes.append(prefix + length)
-    return sizes
+    """Tokens of each micro-batch that the engine makes of sequences under a budget."""
+    groups = plan_microbatches(own, max_tokens, prefix)
+    return [prefix + sum(own[i] for i in group) for group in groups]
 
 
 def computed(own: Sequence[int], max_tokens: int, prefix: int) -> int:

@@ -17,7 +17,8 @@ from yelp_hpc.config import Config
 from yelp_hpc.generation import GreedyDecoder, plan_batches
 from yelp_hpc.models.load import DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
-from yelp_hpc.models.packed import plan_microbatches, prepare_model
+from yelp_hpc.models.packed import prepare_model
+from yelp_hpc.packing import plan_microbatches
 from yelp_hpc.progress import say
 from yelp_hpc.scoring import best_labels, label_scores
 

@@ -29,8 +29,8 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.files import append_jsonl
 from yelp_hpc.models.dropout import DropoutContext, derive_seed
-from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches
-from yelp_hpc.packing import DataPlan, deal
+from yelp_hpc.models.packed import forward_selected, pack
+from yelp_hpc.packing import DataPlan, deal, plan_microbatches
 from yelp_hpc.paths import RunPaths
 from yelp_hpc.rank import StopRequest
 from yelp_hpc.throughput import Meter

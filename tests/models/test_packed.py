@@ -18,7 +18,8 @@ from transformers import (
 
 from yelp_hpc.models.attention import Layout, attend, attend_varlen
 from yelp_hpc.models.linear import keep_mask
-from yelp_hpc.models.packed import forward_selected, pack, plan_microbatches, prepare_model
+from yelp_hpc.models.packed import forward_selected, pack, prepare_model
+from yelp_hpc.packing import plan_microbatches
 
 VOCAB = 97
 SIZES = {

@@ -94,28 +94,6 @@ def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) 
     )
 
 
-def plan_microbatches(
-    lengths: Sequence[int], max_tokens: int, prefix_length: int
-) -> list[list[int]]:
-    """Group sequences (by index; `lengths` without the prefix) so that prefix plus remainders fit
-    `max_tokens`.
-
-    Longest first, neighbours in length together, so that a group needs little padding inside
-    attention.
-    A sequence over the budget is a group of its own. Deterministic: ties keep their order.
-    """
-    groups: list[list[int]] = []
-    used = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and used + lengths[i] <= max_tokens:
-            groups[-1].append(i)
-            used += lengths[i]
-        else:
-            groups.append([i])
-            used = prefix_length + lengths[i]
-    return groups
-
-
 def prepare_model(model: ModelT, *, fused: bool = True) -> ModelT:
     """Switch a transformers causal LM (or peft's wrapper of one) to packed attention; returns the
     same model.
