@@ -25,6 +25,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.files import read_jsonl
 from yelp_hpc.paths import RunPaths
+from yelp_hpc.progress import clock
 
 WATCH_SECONDS = 5.0
 
@@ -153,7 +154,7 @@ def _summarise(fact: Facts) -> JobStatus:
     latest = mine[-1] if mine else None
     elapsed = shown.elapsed
     if not elapsed and latest:
-        elapsed = _clock(attempts.last_seen(latest) - latest.started)
+        elapsed = clock(attempts.last_seen(latest) - latest.started)
     shards, rows = {}, {}
     if fact.shards:
         shards = {
@@ -215,7 +216,7 @@ def _speed(rows: dict[str, Any]) -> list[str]:
         return []
     parts = [f"{rows['done']}/{rows['all']} rows"]
     if rows["eta_seconds"] is not None:
-        parts += [f"{rows['rows_per_second']:.1f} rows/s", f"ETA {_clock(rows['eta_seconds'])}"]
+        parts += [f"{rows['rows_per_second']:.1f} rows/s", f"ETA {clock(rows['eta_seconds'])}"]
     return parts
 
 
@@ -265,13 +266,8 @@ def _training(fact: Facts) -> str:
     if line.get("tokens_per_second"):
         parts.append(f"{line['tokens_per_second']:.0f} tokens/s")
     if line.get("eta_seconds") is not None:
-        parts.append(f"ETA {_clock(line['eta_seconds'])}")
+        parts.append(f"ETA {clock(line['eta_seconds'])}")
     return ", ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def render(lines: Sequence[JobStatus], problem: str = "") -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from yelp_hpc.plan import Forecast
 from yelp_hpc.plan_memory import Memory
+from yelp_hpc.progress import clock
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,7 @@ class Happened:
 
 def duration(seconds: float | None) -> str:
     """`0:04:10`, or `?` for what is not known."""
-    if seconds is None:
-        return "?"
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return "?" if seconds is None else clock(round(seconds))
 
 
 def size(count: float | None) -> str:

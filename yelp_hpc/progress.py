@@ -17,6 +17,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def clock(seconds: float) -> str:
+    """``H:MM:SS``, fractions of a second cut off."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 def track(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
     """Yield ``items`` and show how many of ``total`` are done.
 

@@ -7,18 +7,18 @@ from typing import Any
 
 from yelp_hpc.files import read_jsonl, write_bytes
 from yelp_hpc.paths import RunPaths
+from yelp_hpc.progress import clock
 
 
 def progress_line(line: dict[str, Any], steps: int) -> str:
     """One line of a step for people: `step 12/400  loss 0.512 …`."""
-    eta = int(line["eta_seconds"])
     parts = [
         f"step {line['step']}/{steps}",
         f"loss {line['loss']:.4f}",
         f"lr {line['learning_rate']:.2e}",
         f"{line['tokens_per_second']:.0f} tokens/s",
         f"{line['examples_per_second']:.1f} reviews/s",
-        f"ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
+        f"ETA {clock(line['eta_seconds'])}",
     ]
     if "validation_loss" in line:
         parts += [
