@@ -322,7 +322,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _token(token_file: str | None) -> tuple[str, dict[str, object]]:
-    from yelp_hpc.hub_token import VARIABLES, find_token
+    from yelp_hpc.hub_token import VARIABLES, find_token, login_file
 
     facts: dict[str, object] = {}
     if token_file or any(os.environ.get(name, "").strip() for name in VARIABLES):
@@ -333,8 +333,7 @@ def _token(token_file: str | None) -> tuple[str, dict[str, object]]:
         if token:
             return token.secret, {"token": token.source}
     # huggingface_hub's login, read without it: the login node need not have it
-    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
+    path = login_file(os.environ)
     secret = ""
     with suppress(OSError):
         secret = path.read_text(encoding="utf-8").strip()

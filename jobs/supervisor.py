@@ -8,7 +8,6 @@ preemption or pickles has a say: its signal handlers are replaced here.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -30,8 +29,10 @@ from jobs.job import Job
 from jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
 from jobs.train import rendezvous
 from jobs.verdict import Verdict, judge
+from yelp_hpc.child import die_with_parent
 from yelp_hpc.errors import SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.files import read_json
+from yelp_hpc.hub_token import find_token, login_file
 from yelp_hpc.manifest import load_run
 from yelp_hpc.paths import RunPaths
 
@@ -243,7 +244,7 @@ def _process(
                 stderr=subprocess.STDOUT,
                 # its own session: Ctrl-C in a terminal reaches the supervisor alone
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_begin_stage,
             )
         except OSError as error:
             raise StageError(f"cannot start {argv[0]}: {error.strerror}") from None
@@ -291,9 +292,9 @@ def _requeue(paths: RunPaths, attempt: Attempt, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _die_with_parent() -> None:
-    """In the child: be killed when the supervisor is, so that nothing runs twice."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def _begin_stage() -> None:
+    """In the child: be killed when the supervisor is, so that nothing runs twice; hear signals."""
+    die_with_parent()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
@@ -328,14 +329,10 @@ def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | No
         RequestError: the token file cannot be used.
     """
     if env.get("HF_TOKEN") or token_file:
-        from yelp_hpc.hub_token import find_token
-
         token = find_token(token_file)
         return token.secret if token else None
-    home = env.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
-    path = Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
     with suppress(OSError):
-        return path.read_text(encoding="utf-8").strip() or None
+        return login_file(env).read_text(encoding="utf-8").strip() or None
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +50,12 @@ def find_token(token_file: str | None = None) -> Token | None:
 
     login = get_token()
     return _checked(login, "the Hub's login (hf auth login)") if login else None
+
+
+def login_file(env: Mapping[str, str]) -> Path:
+    """Where ``hf auth login`` keeps its token, as huggingface_hub decides it; read without it."""
+    home = env.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    return Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
 
 
 def _read(path: Path) -> str:

@@ -5,7 +5,6 @@ Writes below ``CACHE/image``: ``tmp`` (one folder a build, removed after it) and
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -15,9 +14,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from yelp_hpc.child import die_with_parent
 from yelp_hpc.demo import cache_folder
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.files import sync_directory, write_failure
@@ -39,7 +40,8 @@ def call(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            # ended when the builder is killed, so that nothing goes on alone
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
         )
         try:
             code = child.wait()
@@ -63,11 +65,6 @@ def _cause(text: str) -> str:
     fatal = next((i for i, line in enumerate(lines) if line.startswith("FATAL")), None)
     chosen = lines[-12:] if fatal is None else lines[fatal : fatal + 12]
     return "\n".join(f"  {line}" for line in chosen)
-
-
-def _die_with_parent() -> None:
-    """In a step's process: be ended when the builder is killed, so that nothing goes on alone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

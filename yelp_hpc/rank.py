@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from yelp_hpc.child import die_with_parent
 from yelp_hpc.errors import RequestError, SavedForRequeue, YelpHpcError
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -109,8 +109,7 @@ def _die_with_launcher() -> None:
     launcher = os.environ.get("YELP_HPC_LAUNCHER")
     if launcher is None:
         return
-    pr_set_pdeathsig = 1
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        die_with_parent()
     if os.getppid() != int(launcher):  # it died before the call
         os._exit(1)
