@@ -68,18 +68,18 @@ class Adapter:
     stop: int
     scaling: float
     mask: Tensor | None
-    _kept: Tensor | None = None
-    _value: float = 1.0
+    """0 where dropped, `value` where kept; in the backward pass as a byte an element, a quarter of
+    the size.
+    """
+    value: float = 1.0
 
     def fold_mask(self) -> None:
-        """Keep the mask in a byte an element until the backward: it is a quarter of the size."""
         if self.mask is not None:
-            self._kept, self._value = self.mask != 0, float(self.mask.max())
-            self.mask = None
+            self.mask = self.mask != 0
 
-    def unfold_mask(self) -> Tensor | None:
+    def unfolded_mask(self) -> Tensor | None:
         """The mask as it was."""
-        return None if self._kept is None else self._kept * self._value
+        return None if self.mask is None else self.mask * self.value
 
 
 class Projection:
@@ -154,8 +154,10 @@ class Projection:
                 for name in layer.active_adapters:
                     if name not in layer.lora_A:
                         continue
-                    mask = _mask(layer.lora_dropout[name], x)
-                    adapters.append(Adapter(start, stop, float(layer.scaling[name]), mask))
+                    dropout = layer.lora_dropout[name]
+                    mask, scaling = _mask(dropout, x), float(layer.scaling[name])
+                    value = 1.0 if mask is None else 1 / (1 - dropout.p)
+                    adapters.append(Adapter(start, stop, scaling, mask, value))
                     matrices += [layer.lora_A[name].weight, layer.lora_B[name].weight]
             start = stop
         return adapters, matrices
@@ -207,7 +209,7 @@ class _Projection(torch.autograd.Function):
             ctx.adapters, lows, matrices[::2], matrices[1::2], strict=True
         ):
             part = dy[:, adapter.start : adapter.stop]
-            scaling, mask = adapter.scaling, adapter.unfold_mask()
+            scaling, mask = adapter.scaling, adapter.unfolded_mask()
             dlow = matmul(part, b.t().contiguous()).mul_(scaling)
             gradients.append(dlow.t() @ (x if mask is None else x * mask))
             gradients.append((part.t() @ low).mul_(scaling))
