@@ -35,6 +35,7 @@ from yelp_hpc.files import read_json
 from yelp_hpc.hub_token import find_token, login_file
 from yelp_hpc.manifest import load_run
 from yelp_hpc.paths import RunPaths
+from yelp_hpc.rank import deadline
 
 HEARTBEAT = 10.0
 POLL = 0.2
@@ -182,6 +183,7 @@ def _run(
     if job.stage == "publish":
         token = hub_token(env, load_run(paths.root)[1].publish.token_file)
     failed: list[str] = []
+    cap = cluster.requeue_cap
     for shard in job.tasks[0].split(","):
         if shard and int(shard) in _done(paths, job, shard):
             continue
@@ -190,7 +192,8 @@ def _run(
         child_env = stage_environment(cluster, job.stage, env, token)
         code, ended = _process(stop, paths, argv, child_env, log, attempt, leader, job)
         if ended and code != 0:
-            if ended.action == "requeued" and _stalled(paths, job, attempt, cluster.requeue_cap):
+            stuck = attempt.stalled >= cap and not _moved(paths, job, attempt)
+            if ended.action == "requeued" and stuck:
                 starts = f"{attempt.stalled} starts in a row made no progress"
                 return Verdict("failed", f"{ended.reason}, but {starts}\n{tail(log)}")
             return ended
@@ -200,17 +203,16 @@ def _run(
             continue
         if code != 0:
             state = slurm.state_of(this_job()) if on_slurm() else "LOCAL"
-            now = digest(fingerprint(paths, job.stage, job.model, job.tasks[0]))
-            moved, cap = now != attempt.before, cluster.requeue_cap
+            moved = _moved(paths, job, attempt)
             return judge(code, stop.signal, state, attempt.stalled, moved, cap, tail(log))
     if failed:
         return Verdict("failed", f"{'; '.join(failed)}\n{tail(log)}")
     return Verdict("done", "complete")
 
 
-def _stalled(paths: RunPaths, job: Job, attempt: Attempt, cap: int) -> bool:
-    now = digest(fingerprint(paths, job.stage, job.model, job.tasks[0]))
-    return now == attempt.before and attempt.stalled >= cap
+def _moved(paths: RunPaths, job: Job, attempt: Attempt) -> bool:
+    """Whether this attempt has changed anything that counts as progress."""
+    return digest(fingerprint(paths, job.stage, job.model, job.tasks[0])) != attempt.before
 
 
 def _done(paths: RunPaths, job: Job, shard: str) -> list[int]:
@@ -250,7 +252,7 @@ def _process(
             raise StageError(f"cannot start {argv[0]}: {error.strerror}") from None
     stop.watch(child)
     beat, ended = time.monotonic(), None
-    deadline = float(env.get("YELP_HPC_DEADLINE", "inf")) if on_slurm() else float("inf")
+    limit = deadline(env, time.time()) if on_slurm() else None
     while True:
         with suppress(subprocess.TimeoutExpired):
             code = child.wait(POLL)
@@ -264,7 +266,7 @@ def _process(
                 why = f"job {other.job} took over on {other.node}; this copy was stopped"
                 ended = Verdict("stopped", why)
                 child.kill()
-        if time.time() > deadline - LAST_CALL and leader and not ended:
+        if limit and time.time() > limit - LAST_CALL and leader and not ended:
             why = "had not saved when the time limit came (raise save_seconds); the last save holds"
             ended = Verdict("requeued", why, ask=True)
             child.kill()
