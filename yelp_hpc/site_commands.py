@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.options import JSON, SET
+
 
 @click.command()
 @click.option("--cluster", default="cluster.yaml", show_default=True, metavar="FILE")
@@ -28,14 +30,12 @@ def init(cluster: str, config_file: str, force: bool) -> None:
 @click.option(
     "--run", "run_dir", metavar="DIR", type=click.Path(), help="run directory, old or new"
 )
-@click.option(
-    "--set", "overrides", multiple=True, metavar="a.b=c", help="change one value of the config"
-)
+@SET
 @click.option("--on-node", is_flag=True, help="submit a short job that looks at a compute node")
 @click.option(
     "--wait-seconds", default=900, show_default=True, type=click.IntRange(1), help="for that job"
 )
-@click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
+@JSON
 def doctor(
     config_file: str | None,
     cluster: str | None,
