@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train_vs_llamafactory import SWITCHES, install_peer, stub_torchaudio
+from train_vs_llamafactory import PEER_FLAGS, SWITCHES, install_peer, stub_torchaudio
 
 
 def main() -> None:
@@ -100,10 +100,8 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
 
     _, config = load_run(args.run)
     flags = {
+        **PEER_FLAGS,
         "model_name_or_path": str(model_folder(config.model)),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
         "lora_rank": config.lora.rank,
         "lora_alpha": config.lora.alpha,
         "lora_dropout": config.lora.dropout,
@@ -115,14 +113,8 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
         "learning_rate": config.train.learning_rate,
         "lr_scheduler_type": config.train.schedule,
         "warmup_steps": config.train.warmup_steps,
-        "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": config.train.global_batch // 4,
         "max_steps": steps_of(args, config),
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "seed": seed,
         "output_dir": str(work / "peer"),
         **SWITCHES["its own switches set well"],

@@ -45,6 +45,17 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "train_sampling_strategy": "group_by_length",
     },
 }
+PEER_FLAGS: dict[str, Any] = {
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 RATE, WARM_UP, BATCH = 5e-5, 20, 32
 
 
@@ -173,10 +184,8 @@ def peer(
 ) -> Iterator[tuple[Any, Any]]:
     """The peer's process and a function that reads its next message."""
     flags = {
+        **PEER_FLAGS,
         "model_name_or_path": str(args.model),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
         "lora_rank": 8,
         "lora_alpha": 16,
         "lora_dropout": 0.08,
@@ -188,14 +197,8 @@ def peer(
         "learning_rate": RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": WARM_UP,
-        "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": BATCH // 4,
         "max_steps": args.steps + 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         **switches,
     }
     request = json.dumps({"flags": flags, "tokens": str(tokens)})
