@@ -32,6 +32,7 @@ from yelp_hpc.files import MARKER
 from yelp_hpc.image import info
 from yelp_hpc.image_file import image_sha256
 from yelp_hpc.manifest import package_versions
+from yelp_hpc.models.local import cached_folders
 
 WRITES, RACE_SECONDS = 9, 0.1
 HOST_PACKAGES = ("click", "pydantic", "pyyaml", "rich", "submitit", "yelp-hpc")
@@ -376,14 +377,10 @@ def data_columns(path: Path) -> list[str] | None:
     return None
 
 
-def cached_model(cache: Path, repo_id: str) -> Path | None:
-    """The folder of a Hub model, or of the demo's, in the cache."""
-    if repo_id.startswith("demo:"):
-        made = cache / "models" / repo_id.removeprefix("demo:")
-        return made if (made / MARKER).is_file() else None
-    snapshots = cache / "hub" / f"models--{repo_id.replace('/', '--')}" / "snapshots"
-    found = sorted(snapshots.glob("*/config.json")) if snapshots.is_dir() else []
-    return found[-1].parent if found else None
+def cached_model(path: str) -> Path | None:
+    """The folder of a Hub model, or of the demo's, in the cache; the newest that is complete."""
+    sign = MARKER if path.startswith("demo:") else "config.json"
+    return next((folder for folder in cached_folders(path) if (folder / sign).is_file()), None)
 
 
 def disk(path: Path) -> Path:

