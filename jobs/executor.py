@@ -80,6 +80,15 @@ _HOLD_SIGNALS = (
     *("bash", "-c", f'if {_HOLD} true 2>/dev/null; then exec {_HOLD} "$@"; fi; exec "$@"'),
     "supervisor",
 )
+# One that comes earlier still, while Slurm starts the step, ends srun with its number: nothing had
+# begun, so the job is run again unless it is being cancelled (then its state is not RUNNING).
+_RUN_AGAIN = (
+    "trap 'case $? in 10|12|15|138|140|143) "
+    "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; "
+    "id=${id:-$SLURM_JOB_ID}; "
+    '[ "$(squeue --noheader --format=%T --jobs=$id)" = RUNNING ] && scontrol requeue $id;; '
+    "esac' EXIT"
+)
 
 
 def parameters(
@@ -129,6 +138,7 @@ def parameters(
             *cluster.setup,
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
             "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
+            _RUN_AGAIN,
         ],
         "additional_parameters": extra,
     }
