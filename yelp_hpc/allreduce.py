@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import IO, Any
 
@@ -33,9 +34,12 @@ def all_reduce(ranks: int, limit: float = LIMIT_SECONDS) -> dict[str, Any]:
     place = Rendezvous(1, 0, "127.0.0.1", free_port())
     cores = len(os.sched_getaffinity(0))
     processes: list[subprocess.Popen[str]] = []
-    with tempfile.TemporaryFile("w+") as errors:  # of all ranks; a pipe could fill up and stall
+    errors: list[IO[str]] = []
+    with ExitStack() as files:
         try:
             for rank in range(ranks):
+                # a file each: a pipe could fill up and stall, in one file their lines would mix
+                errors.append(files.enter_context(tempfile.TemporaryFile("w+")))
                 extra = rank_environment(place, rank, ranks, cores, os.environ)
                 processes.append(
                     subprocess.Popen(
@@ -43,7 +47,7 @@ def all_reduce(ranks: int, limit: float = LIMIT_SECONDS) -> dict[str, Any]:
                         env={**os.environ, **extra},
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE,
-                        stderr=errors,
+                        stderr=errors[rank],
                         text=True,
                     )
                 )
@@ -58,7 +62,7 @@ def all_reduce(ranks: int, limit: float = LIMIT_SECONDS) -> dict[str, Any]:
 
 
 def _gather(
-    processes: list[subprocess.Popen[str]], errors: IO[str], limit: float
+    processes: list[subprocess.Popen[str]], errors: list[IO[str]], limit: float
 ) -> dict[str, Any]:
     end = time.monotonic() + limit
     while any(process.poll() is None for process in processes):
@@ -68,8 +72,9 @@ def _gather(
         time.sleep(0.05)
     for rank, process in enumerate(processes):
         if process.poll() not in (None, 0):
-            errors.seek(0)
-            lines = [line for line in errors.read().splitlines() if re.match(r"[\w.]*Error", line)]
+            errors[rank].seek(0)
+            printed = errors[rank].read().splitlines()
+            lines = [line for line in printed if re.match(r"[\w.]*Error", line)]
             text = lines[0] if lines else f"ended with {process.returncode}"
             return {"problem": f"rank {rank}: {text}"[:500], "ranks": len(processes)}
     if any(process.poll() is None for process in processes):
