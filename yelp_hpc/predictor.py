@@ -44,7 +44,8 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
     loaded = load_model(folder, DTYPES[config.infer.precision])
     if adapter is not None:
         loaded = with_adapter(loaded, adapter, merge=config.infer.precision == "fp32")
-    loaded = loaded.to(device).eval()
+    # frozen, as peft leaves the tuned model: only frozen weights get the faster arithmetic
+    loaded = loaded.to(device).eval().requires_grad_(False)
     prefix, label_ids = tokens["prefix"], tokens["label_ids"]
     start, budget = len(prefix), config.infer.max_tokens
     if config.infer.mode == "score":

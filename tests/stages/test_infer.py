@@ -105,7 +105,7 @@ def save_test_set(run: RunPaths, tokenizer: PreTrainedTokenizerFast) -> None:
     write_marker(run.prepare, ["test.parquet", "tokens.json"])
 
 
-def save_adapter(run: RunPaths, model_folder: Path, seed: int) -> None:
+def save_adapter(run: RunPaths, model_folder: Path, seed: int, std: float = 0.5) -> None:
     torch.manual_seed(seed)
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(model_folder),
@@ -113,7 +113,7 @@ def save_adapter(run: RunPaths, model_folder: Path, seed: int) -> None:
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(run.adapter)
     write_marker(run.adapter, ["adapter_config.json", "adapter_model.safetensors"])
 
@@ -170,6 +170,14 @@ def test_scores_are_the_plain_models_logits(run: RunPaths, model_folder: Path) -
     )
     assert found["prediction"].to_pylist() == expected.argmax(1).tolist()
     assert len(set(found["prediction"].to_pylist())) > 1, "the model has no opinions"
+
+
+def test_an_adapter_of_zeros_changes_no_bit(run: RunPaths, model_folder: Path) -> None:
+    """Base and tuned go through the same arithmetic: what differs is the adapter's doing."""
+    save_adapter(run, model_folder, 1, std=0.0)
+    for model in ("base", "tuned"):
+        infer.run(run, configured(model_folder), model)
+    assert predictions(run, "base")["scores"] == predictions(run, "tuned")["scores"]
 
 
 def test_score_agrees_with_whole_answer_log_likelihoods(run: RunPaths, model_folder: Path) -> None:
