@@ -31,14 +31,14 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out} is there already and not empty; name a new folder")
     import torch
-    from peft import PeftModel
 
     from yelp_hpc.models.load import DTYPES, load_model, load_tokenizer
     from yelp_hpc.models.local import model_folder
+    from yelp_hpc.predictor import with_adapter
 
     base = model_folder(config.model)
-    adapted = PeftModel.from_pretrained(load_model(base, torch.float32), str(run.adapter))
-    model = adapted.merge_and_unload().to(DTYPES[config.model.precision])
+    model = with_adapter(load_model(base, torch.float32), run.adapter, merge=True)
+    model = model.to(DTYPES[config.model.precision])
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
