@@ -3,11 +3,11 @@
     python benchmarks/quality_vs_llamafactory.py --run runs/demo [--seeds 1 2 3] [--steps 94]
 
 Takes a prepared run directory. For every seed both train LoRA with the run's own hyper-parameters
-on its training rows: ours through `run train`, the peer (template empty, its own switches set well)
-from the alpaca files that `prepare` wrote. Both adapters then rate the same test rows in the words
-that they were trained on, by the largest of the five labels' logits. Prints the loss of the label
-on the test rows (training losses cannot be compared: ours counts the end of the answer as well),
-accuracy and macro F1 of each, and their means.
+on its training rows: ours through `run train`, the peer (its own switches set well) on the tokens
+that `prepare` wrote, with the same two supervised at the end of each row. Only the order of the
+rows and the draws of dropout and of the adapter's start differ. Both adapters then rate the same
+test rows by the largest of the five labels' logits. Prints the training loss over the last tenth of
+the steps, the loss of the label on the test rows, accuracy and macro F1 of each, and their means.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from typing import Any
 
 from train_vs_llamafactory import PEER_FLAGS, SWITCHES, install_peer, stub_torchaudio
 
+FIGURES = ("training_loss", "label_loss", "accuracy", "f1_macro")
+
 
 def main() -> None:
     if sys.argv[1:2] == ["--peer-worker"]:
-        stub_torchaudio()
-        from llamafactory.train.tuner import run_exp
-
-        run_exp(json.loads(sys.argv[2]))
-        return
+        return peer_worker(json.loads(sys.argv[2]))
     args = parse()
     args.run = args.run.resolve()
     python = install_peer(args.peer_venv)
@@ -40,21 +38,21 @@ def main() -> None:
     for seed in args.seeds:
         for name, train in (("ours", train_ours), ("LLaMA-Factory", train_peer)):
             with tempfile.TemporaryDirectory() as work:
-                found = train(args, python, seed, Path(work))
-            results.append({"seed": seed, "who": name, **found})
+                figures = train(args, python, seed, Path(work))
+            results.append({"seed": seed, "who": name, **figures})
             print(line(name, f"seed {seed}", results[-1]), flush=True)
     for name in ("ours", "LLaMA-Factory"):
         mine = [result for result in results if result["who"] == name]
-        keys = ("label_loss", "accuracy", "f1_macro")
-        print(line(name, "mean", {k: statistics.mean(r[k] for r in mine) for k in keys}))
+        print(line(name, "mean", {k: statistics.mean(r[k] for r in mine) for k in FIGURES}))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def line(name: str, which: str, found: dict[str, Any]) -> str:
+def line(name: str, which: str, figures: dict[str, Any]) -> str:
     return (
-        f"{which:8} {name:14} label loss {found['label_loss']:.4f}  "
-        f"accuracy {found['accuracy']:.3f}  macro F1 {found['f1_macro']:.3f}"
+        f"{which:8} {name:14} training loss {figures['training_loss']:.4f}  "
+        f"label loss {figures['label_loss']:.4f}  "
+        f"accuracy {figures['accuracy']:.3f}  macro F1 {figures['f1_macro']:.3f}"
     )
 
 
@@ -89,12 +87,11 @@ def train_ours(args: argparse.Namespace, _: Path, seed: int, work: Path) -> dict
     write_json(run.run_json, {**record, "config": {**record["config"], "resolved": values}})
     command = [sys.executable, "-m", "yelp_hpc", "run", "train", "--run", str(run.root)]
     call(command, args, work)
-    losses = [line["loss"] for line in read_jsonl(run.train_log)]
-    return {"losses": losses, **evaluate(args, run.adapter, empty_template=False)}
+    return found(args, run.adapter, [line["loss"] for line in read_jsonl(run.train_log)])
 
 
 def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) -> dict[str, Any]:
-    """LLaMA-Factory on the alpaca files, same LoRA and schedule."""
+    """LLaMA-Factory on the same tokens, same LoRA and schedule."""
     from yelp_hpc.manifest import load_run
     from yelp_hpc.models.local import model_folder
 
@@ -107,9 +104,8 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
         "lora_dropout": config.lora.dropout,
         "lora_target": ",".join(config.lora.target or ("q_proj", "k_proj", "v_proj")),
         "template": "empty",
-        "cutoff_len": config.data.cutoff,
-        "dataset_dir": str(args.run / "prepare"),
-        "dataset": "yelp_train",
+        "dataset": "written as tokens",
+        "tokenized_path": str(work / "tokens"),
         "learning_rate": config.train.learning_rate,
         "lr_scheduler_type": config.train.schedule,
         "warmup_steps": config.train.warmup_steps,
@@ -119,10 +115,30 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
         "output_dir": str(work / "peer"),
         **SWITCHES["its own switches set well"],
     }
-    call([str(python), __file__, "--peer-worker", json.dumps(flags)], args, work)
+    request = json.dumps({"prepare": str(args.run / "prepare"), "flags": flags})
+    call([str(python), __file__, "--peer-worker", request], args, work)
     state = json.loads((work / "peer" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    return {"losses": losses, **evaluate(args, work / "peer", empty_template=True)}
+    return found(args, work / "peer", losses)
+
+
+def peer_worker(request: dict[str, Any]) -> None:
+    """Runs under the peer's Python: writes the rows as it keeps tokens, then its own `run_exp`."""
+    stub_torchaudio()
+    import pyarrow.parquet as pq
+    from datasets import Dataset, DatasetDict
+    from llamafactory.train.tuner import run_exp
+
+    prepare, flags = Path(request["prepare"]), request["flags"]
+    tokens = json.loads((prepare / "tokens.json").read_text())
+    rows = []
+    for row in pq.read_table(prepare / "train.parquet", columns=["label", "input_ids"]).to_pylist():
+        answer = [tokens["label_ids"][row["label"]], tokens["eos_id"]]
+        ids = row["input_ids"] + answer
+        labels = [-100] * len(row["input_ids"]) + answer
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(flags["tokenized_path"])
+    run_exp(flags)
 
 
 def steps_of(args: argparse.Namespace, config: Any) -> int:
@@ -145,15 +161,15 @@ def call(command: list[str], args: argparse.Namespace, work: Path) -> None:
         raise SystemExit(f"{command[0]} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
-def evaluate(args: argparse.Namespace, adapter: Path, *, empty_template: bool) -> dict[str, float]:
-    """The label's mean loss, accuracy and macro F1 of an adapter on the run's test rows."""
+def found(args: argparse.Namespace, adapter: Path, losses: list[float]) -> dict[str, Any]:
+    """The losses of the training, and what its adapter reaches on the run's test rows."""
     import pyarrow.parquet as pq
     import torch
     from sklearn.metrics import accuracy_score, f1_score
 
     from yelp_hpc.files import read_json
     from yelp_hpc.manifest import load_run
-    from yelp_hpc.models.load import load_model, load_tokenizer
+    from yelp_hpc.models.load import load_model
     from yelp_hpc.models.local import model_folder
     from yelp_hpc.models.packed import forward_selected, pack, prepare_model
     from yelp_hpc.packing import plan_microbatches
@@ -164,27 +180,22 @@ def evaluate(args: argparse.Namespace, adapter: Path, *, empty_template: bool) -
     folder = model_folder(config.model)
     model = prepare_model(with_adapter(load_model(folder, "fp32"), adapter, merge=True).eval())
     labels = pq.read_table(run.split("test"), columns=["label"])["label"].to_pylist()
-    if empty_template:
-        tokenizer = load_tokenizer(folder)
-        records = json.loads((run.prepare / "alpaca_test.json").read_text())
-        prompts = [tokenizer(f"{r['instruction']}\n{r['input']}")["input_ids"] for r in records]
-        choices = [tokenizer(str(label))["input_ids"][0] for label in range(5)]
-    else:
-        prompts = pq.read_table(run.split("test"), columns=["input_ids"])["input_ids"].to_pylist()
-        choices = read_json(run.tokens)["label_ids"]
-    found, loss = [0] * len(prompts), 0.0
+    prompts = pq.read_table(run.split("test"), columns=["input_ids"])["input_ids"].to_pylist()
+    choices = read_json(run.tokens)["label_ids"]
+    answers, loss = [0] * len(prompts), 0.0
     with torch.inference_mode():
         for group in plan_microbatches([len(p) for p in prompts], 1536, 0):
             logits = forward_selected(model, pack([prompts[i] for i in group], 0))
             truth = torch.tensor([choices[labels[i]] for i in group])
             loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
-            answers = logits[:, choices].argmax(1).tolist()
-            for i, answer in zip(group, answers, strict=True):
-                found[i] = answer
+            for i, answer in zip(group, logits[:, choices].argmax(1).tolist(), strict=True):
+                answers[i] = answer
     return {
+        "losses": losses,
+        "training_loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
         "label_loss": loss / len(prompts),
-        "accuracy": float(accuracy_score(labels, found)),
-        "f1_macro": float(f1_score(labels, found, average="macro", labels=list(range(5)))),
+        "accuracy": float(accuracy_score(labels, answers)),
+        "f1_macro": float(f1_score(labels, answers, average="macro", labels=list(range(5)))),
     }
 
 

@@ -3,14 +3,18 @@
     python benchmarks/train_efficiency.py --model FOLDER [--reviews FILE.csv] [--steps 10]
 
 Measures, in turn: torch's own fp32 product of large matrices, oneDNN's of this model's shapes,
-optimizer
-steps of LoRA (rank 8 on q/k/v, dropout 0.08, global batch 32, cutoff 1024) and scoring of the same
-sequences. Work is counted honestly: the frozen weights' forward and, for training, their backward
-to
-the activations, the vocabulary product and attention, for the tokens computed; neither tokens that
-the shared
-prefix spares, nor positions that the last layer skips, nor anything computed twice, nor LoRA's own
-products count.
+optimizer steps of LoRA (rank 8 on q/k/v, dropout 0.08, global batch 32, cutoff 1024) and scoring of
+the same sequences. Two counts of the work, each as a share of both products' rates:
+
+*   Model FLOP utilisation, as `log.jsonl` has it: 4 × the layers' weights for every token of every
+    sequence (2 × for scoring), however it was computed (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B). Attention and vocabulary are left out. A token whose work is spared counts, so this
+    compares programs that do the same task in different ways.
+*   Arithmetic done: the frozen weights' forward and, for training, their backward to the
+    activations, the vocabulary product and attention, for the tokens computed. Neither tokens that
+    the shared prefix spares, nor positions that the last layer skips, nor anything computed twice,
+    nor LoRA's own products count. This says how busy the machine was.
+
 `--reviews` is a CSV with columns `label` and `text`; without it random tokens of reviews' lengths
 stand in. Prints a table; writes JSON with `--json FILE`.
 """
@@ -39,6 +43,7 @@ from yelp_hpc.models.packed import (
     prepare_model,
 )
 from yelp_hpc.packing import plan_microbatches
+from yelp_hpc.throughput import flops_per_token
 
 INSTRUCTION = (
     "Instruction: The following is a user's review of a merchant. Please judge and output the "
@@ -57,6 +62,7 @@ def main() -> None:
     torch.manual_seed(1)
     sequences, prefix = load_sequences(args)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    per_token = flops_per_token(model)
     lora = LoraConfig(
         r=8,
         lora_alpha=16,
@@ -87,7 +93,7 @@ def main() -> None:
         batches = score(model, sequences, rows, prefix, args.max_tokens)
         rates["scoring"].append(clock() - began)
         work["scoring"].append(sum(count(model.config, batch, train=False) for batch in batches))
-    report(args, rates, work, tokens, len(order))
+    report(args, rates, work, tokens, len(order), per_token)
 
 
 def parse() -> argparse.Namespace:
@@ -226,6 +232,7 @@ def report(
     work: dict[str, list[float]],
     tokens: int,
     examples: int,
+    per_token: int,
 ) -> None:
     def median(values: list[float]) -> float:
         return sorted(values)[len(values) // 2]
@@ -235,6 +242,7 @@ def report(
         "threads": args.threads,
         "examples": examples,
         "tokens": tokens,
+        "training_flops_per_token": per_token,
         "torch_mm_gflops": mm / 1e9,
         "onednn_gflops": onednn / 1e9,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -243,22 +251,29 @@ def report(
         f"matrix product, fp32, {args.threads} threads: "
         f"torch.mm {mm / 1e9:.0f} GFLOP/s, oneDNN {onednn / 1e9:.0f}"
     )
-    for name in ("training", "scoring"):
+    for name, flops in (("training", per_token), ("scoring", per_token // 2)):
         seconds = sum(rates[name])
-        achieved = sum(work[name]) / seconds
+        counted = {"model_flops": tokens * flops / seconds, "done": sum(work[name]) / seconds}
         result[name] = {
-            "gflops": achieved / 1e9,
-            "of_torch_mm": achieved / mm,
-            "of_onednn": achieved / onednn,
             "examples_per_s": examples / seconds,
             "tokens_per_s": tokens / seconds,
             "s_per_step": seconds / len(work[name]),
         }
         print(
-            f"{name}: {achieved / 1e9:.0f} GFLOP/s = {achieved / mm:.0%} of torch.mm, "
-            f"{achieved / onednn:.0%} of oneDNN; {examples / seconds:.2f} examples/s, "
+            f"{name}: {examples / seconds:.2f} examples/s, {tokens / seconds:.0f} tokens/s, "
             f"{seconds / len(work[name]):.2f} s a step of {BATCH}"
         )
+        for which, label in (("model_flops", "model FLOPs"), ("done", "arithmetic done")):
+            achieved = counted[which]
+            result[name][which] = {
+                "gflops": achieved / 1e9,
+                "of_torch_mm": achieved / mm,
+                "of_onednn": achieved / onednn,
+            }
+            print(
+                f"    {label:15} {achieved / 1e9:4.0f} GFLOP/s = {achieved / mm:.0%} of torch.mm, "
+                f"{achieved / onednn:.0%} of oneDNN"
+            )
     print(f"peak memory {result['peak_rss_mb']:.0f} MB")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -7,9 +7,11 @@ and runs in a process of its own that waits between steps, so that a change in t
 meets both. Flags: LoRA rank 8, alpha 16, dropout 0.08 on q/k/v, learning rate 5e-5 cosine after
 20 steps of warm-up, batch 4 x accumulation 8, cutoff 1024, template default, fp32. It is measured
 twice: with its default switches, and with gradient checkpointing off and rows grouped by length.
-We train on the very tokens that it made of the rows. `--reviews` is a CSV with columns `label`
-and `text`; without it made-up text of reviews' lengths stands in. Prints ratios of summed step
-times, peak memory and both loss curves.
+Every step of ours takes the rows, and the very tokens, that the peer took in its step. 128 reviews
+a step are read (where there are as many): the peer's first group of lengths is then as many steps
+as are taken, and these meet all lengths, the longest first. `--reviews` is a CSV with columns
+`label` and `text`; without it made-up text of reviews' lengths stands in. Prints ratios of summed
+step times, peak memory and both loss curves.
 """
 
 from __future__ import annotations
@@ -112,13 +114,16 @@ def install_peer(venv: Path) -> Path:
 
 def write_dataset(args: argparse.Namespace, folder: Path) -> None:
     """The rows as LLaMA-Factory reads them: alpaca records and dataset_info.json."""
+    # transformers sorts groups of a fourth of the rows (of 50 steps' at most) by length.
+    wanted = 4 * BATCH * (args.steps + 1)
+    dice = random.Random(1)
     if args.reviews is not None:
         with args.reviews.open(newline="") as file:
             rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+        rows = dice.sample(rows, min(wanted, len(rows)))
     else:
-        dice = random.Random(1)
         words = ["the", "food", "was", "good", "bad", "service", "place", "we", "came", "never"]
-        counts = [min(900, max(5, int(dice.lognormvariate(4.4, 0.8)))) for _ in range(2000)]
+        counts = [min(900, max(5, int(dice.lognormvariate(4.4, 0.8)))) for _ in range(wanted)]
         rows = [(" ".join(dice.choices(words, k=n)), str(dice.randrange(5))) for n in counts]
     records = [{"instruction": INSTRUCTION, "input": text, "output": label} for text, label in rows]
     (folder / "reviews.json").write_text(json.dumps(records))
@@ -136,25 +141,28 @@ def compare(
         times: dict[str, list[float]] = {"peer": [], "ours": []}
         busy: dict[str, list[float]] = {"peer": [], "ours": []}
         losses: dict[str, list[float]] = {"peer": [], "ours": []}
+        tokens_taken: list[int] = []
         memory = 0.0
         for step in range(args.steps + 1):
             process.stdin.write("go\n")
             process.stdin.flush()
             answer = read()
             began, cpu = time.perf_counter(), time.process_time()
-            loss = ours.step(step)
+            loss = ours.step(answer["rows"])
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
             memory = answer["peak_rss_mb"]
             losses["peer"].append(answer["loss"])
             losses["ours"].append(loss)
+            size = sum(len(ours.sequences[row]) for row in answer["rows"])
             if step:
+                tokens_taken.append(size)
                 times["peer"].append(answer["seconds"])
                 times["ours"].append(seconds)
                 busy["peer"].append(answer["cpu_seconds"])
                 busy["ours"].append(cpu)
             theirs = f"{answer['seconds']:.2f} s (CPU {answer['cpu_seconds']:.1f})"
             print(
-                f"  step {step:3d}  peer {theirs}, loss {answer['loss']:.4f}   "
+                f"  step {step:3d}  {size:5d} tokens  peer {theirs}, loss {answer['loss']:.4f}   "
                 f"ours {seconds:.2f} s (CPU {cpu:.1f}), loss {loss:.4f}",
                 flush=True,
             )
@@ -172,6 +180,7 @@ def compare(
         "cpu_time_ratio": busy_ratio,
         "examples_per_s": speed,
         "peak_rss_mb": {"ours": mine, "peer": memory},
+        "tokens": tokens_taken,
         "seconds": times,
         "cpu_seconds": busy,
         "losses": losses,
@@ -239,10 +248,21 @@ def peer_worker(request: dict[str, Any]) -> None:
     """Runs under the peer's Python: its own `run_exp`, halted before every optimizer step."""
     stub_torchaudio()
     from llamafactory.train.tuner import run_exp
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
     def say(**message: Any) -> None:
         print("@" + json.dumps(message), flush=True)
+
+    index: dict[tuple[int, ...], int] = {}
+    taken: list[int] = []
+    training_step = Trainer.training_step
+
+    def recorded(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            taken.append(index[tuple(ids[mask.bool()].tolist())])
+        return training_step(trainer, model, inputs, *rest, **named)
+
+    Trainer.training_step = recorded
 
     class InTurn(TrainerCallback):  # type: ignore[misc]
         seconds = cpu_seconds = began = cpu = 0.0
@@ -252,6 +272,7 @@ def peer_worker(request: dict[str, Any]) -> None:
                 {"input_ids": row["input_ids"], "labels": row["labels"]}
                 for row in train_dataloader.dataset
             ]
+            index.update({tuple(row["input_ids"]): i for i, row in enumerate(rows)})
             Path(request["tokens"]).write_text(json.dumps(rows))
             say(ready=True)
 
@@ -272,7 +293,9 @@ def peer_worker(request: dict[str, Any]) -> None:
                     cpu_seconds=self.cpu_seconds,
                     loss=float(logs["loss"]),
                     peak_rss_mb=peak,
+                    rows=taken,
                 )
+                taken.clear()
 
     run_exp(request["flags"], callbacks=[InTurn()])
 
@@ -325,25 +348,23 @@ class Ours:
             return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, total - WARM_UP)))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.order = random.Random(42).sample(range(len(rows)), len(rows))
         self.max_tokens = args.max_tokens
 
-    def step(self, step: int) -> float:
-        """One optimizer step over 32 rows; returns the mean loss of their supervised tokens."""
+    def step(self, rows: list[int]) -> float:
+        """One optimizer step over these rows; returns the mean loss of their supervised tokens."""
         import torch
         from torch.nn import functional as F
 
         from yelp_hpc.models.packed import forward_selected, pack
         from yelp_hpc.packing import plan_microbatches
 
-        rows = [self.order[(step * BATCH + i) % len(self.order)] for i in range(BATCH)]
         lengths = [len(self.sequences[row]) - self.prefix for row in rows]
         total = 0.0
         for group in plan_microbatches(lengths, self.max_tokens, self.prefix):
             batch = pack([self.sequences[rows[i]] for i in group], self.prefix, self.last)
             targets = torch.tensor([self.targets[rows[i]] for i in group]).flatten()
             logits = forward_selected(self.model, batch)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * BATCH)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * len(rows))
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
