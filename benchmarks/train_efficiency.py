@@ -6,10 +6,11 @@ Measures, in turn: torch's own fp32 product of large matrices, oneDNN's of this 
 optimizer steps of LoRA (rank 8 on q/k/v, dropout 0.08, global batch 32, cutoff 1024) and scoring of
 the same sequences. Two counts of the work, each as a share of both products' rates:
 
-*   Model FLOP utilisation, as `log.jsonl` has it: 4 × the layers' weights for every token of every
-    sequence (2 × for scoring), however it was computed (Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B). Attention and vocabulary are left out. A token whose work is spared counts, so this
-    compares programs that do the same task in different ways.
+*   Model FLOP utilisation: 4 × the layers' weights for every token of every sequence (2 × for
+    scoring), however it was computed (Chowdhery et al. 2022, arXiv:2204.02311, appendix B);
+    `log.jsonl` counts the shared prefix once a micro-batch instead. Attention and vocabulary are
+    left out. A token whose work is spared counts, so this compares programs that do the same task
+    in different ways.
 *   Arithmetic done: the frozen weights' forward and, for training, their backward to the
     activations, the vocabulary product and attention, for the tokens computed. Neither tokens that
     the shared prefix spares, nor positions that the last layer skips, nor anything computed twice,
