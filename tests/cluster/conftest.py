@@ -59,9 +59,13 @@ class Cluster:
         """A node dies: slurmd, the job's slurmstepd and everything below it, all at once."""
         doomed = [int((RUN / f"slurmd.{node}.pid").read_text())]
         doomed += descendants([pid for pid, line in processes() if f"slurmstepd: [{job}." in line])
-        for pid in doomed:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # All halt before any dies, then children die first: a half of srun that outlives the other
+        # by a millisecond asks the controller to cancel the step, which it does a minute later,
+        # when the node is back and the step is the requeued job's.
+        for number, pids in ((signal.SIGSTOP, doomed), (signal.SIGKILL, doomed[::-1])):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def preempt(self, partition_nodes: int = 2) -> None:
         """Submit jobs of the higher tier that need every GPU."""
