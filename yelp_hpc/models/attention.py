@@ -48,12 +48,9 @@ class Layout:
             self.starts.append(self.starts[-1] + length)
 
     @cached_property
-    def groups(self) -> list[tuple[Tensor, int, int]]:
-        """Rows for a padded causal kernel: `(tokens, rows, width)`; `tokens` is `[rows * width]`
-        positions in T.
-
-        Padding repeats the row's last token. The rows of a group differ by at most the padding
-        allowed.
+    def grouped(self) -> list[list[int]]:
+        """Sequences of similar length, longest first; as rows of one width they are padded by at
+        most the share allowed.
         """
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
         groups: list[list[int]] = []
@@ -63,7 +60,16 @@ class Layout:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        return [self._rows(group) for group in groups]
+        return groups
+
+    @cached_property
+    def groups(self) -> list[tuple[Tensor, int, int]]:
+        """Rows for a padded causal kernel: `(tokens, rows, width)`; `tokens` is `[rows * width]`
+        positions in T.
+
+        Padding repeats the row's last token.
+        """
+        return [self._rows(group) for group in self.grouped]
 
     def _padding(self, group: list[int], width: int) -> float:
         used = sum(self.prefix_length + self.lengths[i] for i in group)
@@ -193,60 +199,6 @@ def attend(
         outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, layout.scatter)
-
-
-def rows_forward(
-    states: Tensor, heads: int, layout: Layout, scale: float, *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Packed attention on the CPU without autograd: `states` `[T, heads + 2 * groups, head_dim]`
-    holds queries, keys and values side by side.
-
-    Returns `[T, heads, head_dim]` and, if `keep`, what `rows_backward` needs.
-    """
-    split = [heads, *[(states.shape[1] - heads) // 2] * 2]
-    outputs, saved = [], []
-    for tokens, rows, width in layout.groups:
-        packed = states.index_select(0, tokens).view(rows, width, *states.shape[1:])
-        q, k, v = (part.transpose(1, 2) for part in packed.split(split, 2))
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, scale=scale
-        )
-        outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
-        if keep:
-            saved += [packed, out, log_sum]
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return joined.index_select(0, layout.scatter), saved
-
-
-def rows_backward(
-    dout: Tensor, heads: int, layout: Layout, scale: float, saved: list[Tensor]
-) -> Tensor:
-    """The gradient of `states` of `rows_forward`, given that of its result."""
-    places = sum(rows * width for _, rows, width in layout.groups)
-    # Padding and the prefix's copies have no part in the result, hence no gradient.
-    dplaces = dout.new_zeros(places, *dout.shape[1:]).index_copy_(0, layout.scatter, dout)
-    prefix = layout.prefix_length
-    gradients, shared = [], None
-    start = 0
-    for i, (_, rows, width) in enumerate(layout.groups):
-        packed, out, log_sum = saved[3 * i : 3 * i + 3]
-        split = [heads, *[(packed.shape[2] - heads) // 2] * 2]
-        q, k, v = (part.transpose(1, 2) for part in packed.split(split, 2))
-        dpart = dplaces[start : start + rows * width].view(rows, width, heads, -1).transpose(1, 2)
-        start += rows * width
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dpart, q, k, v, out, log_sum, 0.0, True, scale=scale
-        )
-        dpacked = torch.cat([part.transpose(1, 2) for part in parts], 2)
-        if prefix:
-            own = dpacked[:, :prefix].sum(0)
-            shared = own if shared is None else shared.add_(own)
-        gradients.append(dpacked.view(rows * width, *packed.shape[2:]))
-    joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-    dstates = joined.index_select(0, layout.scatter)
-    if shared is not None:
-        dstates[:prefix] = shared
-    return dstates
 
 
 def attend_varlen(

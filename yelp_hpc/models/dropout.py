@@ -78,10 +78,10 @@ class SequenceDropout(nn.Module):
         """Raises RuntimeError for states that are neither all tokens nor the selected ones."""
         if not self.training or self.p == 0:
             return states
-        return states * self.mask(states).view_as(states)
+        return states * self.kept(states).div_(1 - self.p).view_as(states)
 
-    def mask(self, states: Tensor) -> Tensor:
-        """`1 / (1 - p)` where kept and 0 where dropped; `[T, features]`."""
+    def kept(self, states: Tensor) -> Tensor:
+        """1 where kept and 0 where dropped; `[T, features]`."""
         context = self.context
         segments, owners = context.segments, (_PREFIX, *context.rows)
         tokens, what = states.numel() // states.shape[-1], self.name
@@ -92,23 +92,23 @@ class SequenceDropout(nn.Module):
                 )
             segments, owners = (context.selected,) * len(context.rows), context.rows
             what += "/selected"
-        mask = torch.empty(tokens, states.shape[-1], dtype=states.dtype, device=states.device)
+        kept = torch.empty(tokens, states.shape[-1], dtype=states.dtype, device=states.device)
         start = 0
         for length, owner in zip(segments, owners, strict=True):
             seed = derive_seed(context.seed, context.step, what, owner)
-            self._fill(mask[start : start + length], seed)
+            self._fill(kept[start : start + length], seed)
             start += length
-        return mask
+        return kept
 
-    def _fill(self, mask: Tensor, seed: int) -> None:
-        if not mask.numel():
+    def _fill(self, kept: Tensor, seed: int) -> None:
+        if not kept.numel():
             return
-        if mask.device.type == "cpu":
-            mask.copy_(keep_mask(mask.shape[0], mask.shape[1], self.p, seed))
+        if kept.device.type == "cpu":
+            keep_mask(kept.shape[0], kept.shape[1], self.p, seed, out=kept)
             return
-        generator = self.context.generator(mask.device)
+        generator = self.context.generator(kept.device)
         generator.manual_seed(seed)
-        mask.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
+        kept.bernoulli_(1 - self.p, generator=generator)
 
 
 def use_sequence_dropout(model: nn.Module, seed: int) -> DropoutContext:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from yelp_hpc.models.attention import Layout, rows_backward, rows_forward
+from yelp_hpc.models.attention import Layout
 from yelp_hpc.models.linear import Projection, available
+from yelp_hpc.models.rows import RowPlan, rows_backward, rows_forward
 
 _ARCHITECTURES = ("LlamaModel", "Qwen2Model")
 
@@ -29,15 +30,28 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
+        config = decoder.config
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        order = self._order(decoder.layers[0].self_attn.head_dim)
         self.layers = [
             (
-                Projection(*(getattr(layer.self_attn, f"{name}_proj") for name in "qkv")),
+                Projection(
+                    *(getattr(layer.self_attn, f"{name}_proj") for name in "qkv"), order=order
+                ),
                 Projection(layer.self_attn.o_proj),
                 Projection(layer.mlp.gate_proj, layer.mlp.up_proj),
                 Projection(layer.mlp.down_proj),
             )
             for layer in decoder.layers
         ]
+
+    def _order(self, head_dim: int) -> Tensor:
+        """Columns of q/k/v with the two halves of each head of q and k interleaved: the pairs that
+        are rotated together then are complex numbers.
+        """
+        columns = torch.arange((self.heads + 2 * self.key_heads) * head_dim).view(-1, head_dim)
+        turned = columns[: -self.key_heads].view(-1, 2, head_dim // 2).transpose(1, 2)
+        return torch.cat([turned.flatten(), columns[-self.key_heads :].flatten()])
 
     @staticmethod
     def supports(base: Any) -> bool:
@@ -79,7 +93,9 @@ class FusedDecoder:
         decoder = self.decoder
         hidden = decoder.embed_tokens(input_ids)
         cos, sin = decoder.rotary_emb(hidden, position_ids.unsqueeze(0))
-        cos, sin = cos[0].unsqueeze(1), _signed(sin[0]).unsqueeze(1)
+        half = cos.shape[-1] // 2
+        angle = torch.complex(cos[0, :, :half], sin[0, :, :half]).unsqueeze(1)
+        plan = RowPlan(layout, self.heads, self.key_heads)
         last = len(self.layers) - 1
         for i, (layer, (qkv, o, gate_up, down)) in enumerate(
             zip(decoder.layers, self.layers, strict=True)
@@ -87,20 +103,8 @@ class FusedDecoder:
             attention = layer.self_attn
             mixed = qkv(_norm(hidden, layer.input_layernorm))
             if states is not None:
-                states.append(
-                    _keys_values(
-                        mixed, cos, sin, attention.head_dim, attention.num_key_value_groups
-                    )
-                )
-            context = _RotatedAttention.apply(
-                mixed,
-                cos,
-                sin,
-                layout,
-                attention.head_dim,
-                attention.num_key_value_groups,
-                attention.scaling,
-            )
+                states.append(_keys_values(mixed, angle, plan))
+            context = _RotatedAttention.apply(mixed, angle, plan, attention.scaling)
             if i == last:
                 context, hidden = context.index_select(0, select), hidden.index_select(0, select)
             hidden = hidden + o(context)
@@ -116,12 +120,6 @@ def _plain(layer: Any) -> bool:
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return all(map(Projection.supports, linears)) and not hasattr(attention, "q_norm")
-
-
-def _signed(sin: Tensor) -> Tensor:
-    """`sin` with its first half negated, so that rotating is `x * cos + swapped(x) * sin`."""
-    half = sin.shape[-1] // 2
-    return torch.cat((-sin[:, :half], sin[:, half:]), -1)
 
 
 def _norm(x: Tensor, module: nn.Module) -> Tensor:
@@ -167,25 +165,22 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate `[T, heads, head_dim]` by `[T, 1, head_dim]` (Su et al. 2021, halves of a head
-    paired).
+def _rotate(x: Tensor, angle: Tensor, out: Tensor) -> None:
+    """Rotate the pairs of `[T, heads, head_dim]` by `[T, 1, head_dim / 2]` complex numbers (Su et
+    al. 2021).
     """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    torch.mul(x, cos, out=out)
-    out.addcmul_(swapped, sin)
+    pairs, turned = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x, out))
+    torch.mul(pairs, angle, out=turned)
 
 
-def _keys_values(
-    mixed: Tensor, cos: Tensor, sin: Tensor, head_dim: int, queries_per_key: int
-) -> tuple[Tensor, Tensor]:
-    """Rotated keys, and values, `[T, groups, head_dim]`, out of merged q/k/v."""
-    states = mixed.view(mixed.shape[0], -1, head_dim)
-    groups = states.shape[1] // (queries_per_key + 2)
+def _keys_values(mixed: Tensor, angle: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
+    """Rotated keys, in the model's own order, and values, `[T, groups, head_dim]`."""
+    groups = plan.key_heads
+    states = mixed.view(mixed.shape[0], plan.heads + 2 * groups, -1)
     keys = torch.empty_like(states[:, -groups:])
-    _rotate(states[:, -2 * groups : -groups], cos, sin, out=keys)
-    return keys, states[:, -groups:].clone()
+    _rotate(states[:, -2 * groups : -groups], angle, out=keys)
+    halves = keys.unflatten(-1, (-1, 2)).transpose(-1, -2)
+    return halves.flatten(-2), states[:, -groups:].clone()
 
 
 class _RotatedAttention(torch.autograd.Function):
@@ -193,34 +188,26 @@ class _RotatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        mixed: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        layout: Layout,
-        head_dim: int,
-        queries_per_key: int,
-        scale: float,
+        ctx: Any, mixed: Tensor, angle: Tensor, plan: RowPlan, scale: float
     ) -> Tensor:
-        states = mixed.view(mixed.shape[0], -1, head_dim)
-        groups = states.shape[1] // (queries_per_key + 2)
-        heads = groups * queries_per_key
+        groups = plan.key_heads
+        states = mixed.view(mixed.shape[0], plan.heads + 2 * groups, -1)
         turned = torch.empty_like(states)
-        _rotate(states[:, :-groups], cos, sin, out=turned[:, :-groups])
+        _rotate(states[:, :-groups], angle, out=turned[:, :-groups])
         turned[:, -groups:] = states[:, -groups:]
-        out, saved = rows_forward(turned, heads, layout, scale, keep=ctx.needs_input_grad[0])
-        ctx.args = (layout, heads, scale, states.shape)
-        ctx.save_for_backward(cos, sin, *saved)
+        out, saved = rows_forward(turned, plan, scale, keep=ctx.needs_input_grad[0])
+        ctx.args = (plan, scale)
+        ctx.save_for_backward(angle, *saved)
         return out.view(mixed.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        layout, heads, scale, shape = ctx.args
-        cos, sin, *saved = ctx.saved_tensors
-        dturned = rows_backward(dout.view(shape[0], heads, -1), heads, layout, scale, saved)
-        groups = (shape[1] - heads) // 2
+        plan, scale = ctx.args
+        angle, *saved = ctx.saved_tensors
+        groups = plan.key_heads
+        dturned = rows_backward(dout.view(len(dout), plan.heads, -1), plan, scale, saved)
         dstates = torch.empty_like(dturned)
         # A rotation's transpose is the rotation by the opposite angle.
-        _rotate(dturned[:, :-groups], cos, -sin, out=dstates[:, :-groups])
+        _rotate(dturned[:, :-groups], angle.conj(), out=dstates[:, :-groups])
         dstates[:, -groups:] = dturned[:, -groups:]
-        return dstates.view(shape[0], -1), None, None, None, None, None, None
+        return dstates.view(len(dout), -1), None, None, None

@@ -22,19 +22,19 @@ from torch.nn import functional as F
 _LEVELS = 2**16
 
 
-def keep_mask(rows: int, features: int, p: float, seed: int) -> Tensor:
-    """A dropout mask `[rows, features]` in fp32: `1 / (1 - p)` where kept, 0 where dropped.
+def keep_mask(rows: int, features: int, p: float, seed: int, out: Tensor | None = None) -> Tensor:
+    """What dropout keeps, `[rows, features]`: 1 where kept, 0 where dropped.
 
     The same on every machine for the same arguments (numpy keeps the stream of SFC64 fixed), and
-    ten
-    times faster than torch's Bernoulli draws on a CPU.
+    ten times faster than torch's Bernoulli draws on a CPU. Written into `out`, of any
+    dtype, if given; fp32 otherwise.
     """
     count = rows * features
     draws = np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count]
-    mask = torch.empty(rows, features)
+    if out is None:
+        out = torch.empty(rows, features)
     threshold = round(p * _LEVELS) - _LEVELS // 2
-    torch.ge(torch.from_numpy(draws).view(rows, features), threshold, out=mask)
-    return mask.mul_(1 / (1 - p))
+    return torch.ge(torch.from_numpy(draws).view(rows, features), threshold, out=out)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,24 +62,17 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass
 class Adapter:
-    """LoRA on output columns `start` to `stop` of a projection: `scaling * (mask * x) A^T B^T`."""
+    """LoRA on output columns `start` to `stop` of a projection: `scaling * (kept * x) A^T B^T`."""
 
     start: int
     stop: int
     scaling: float
-    mask: Tensor | None
-    """0 where dropped, `value` where kept; in the backward pass as a byte an element, a quarter of
-    the size.
-    """
-    value: float = 1.0
-
-    def fold_mask(self) -> None:
-        if self.mask is not None:
-            self.mask = self.mask != 0
-
-    def unfolded_mask(self) -> Tensor | None:
-        """The mask as it was."""
-        return None if self.mask is None else self.mask * self.value
+    """LoRA's, times that of the dropout, `1 / (1 - p)`."""
+    kept: Tensor | None
+    """1 where kept, 0 where dropped, `[T, in]`; in int8 once the forward pass is over, a quarter
+    of the size."""
+    order: Tensor | None
+    """Where each of its columns stands in B, if they are not in B's order."""
 
 
 class Projection:
@@ -90,8 +83,12 @@ class Projection:
     merged into it).
     """
 
-    def __init__(self, *modules: nn.Module, owner: nn.Module | None = None) -> None:
+    def __init__(
+        self, *modules: nn.Module, owner: nn.Module | None = None, order: Tensor | None = None
+    ) -> None:
+        """`order` `[sum of out]` rearranges the columns of the result, each within its module."""
         self.modules = modules
+        self.order = order
         # peft's layer around a module: merging changes the weight and leaves no trace on it.
         self.owners = modules if owner is None else (owner,)
         self._key: tuple[Any, ...] | None = None
@@ -119,22 +116,29 @@ class Projection:
         if key == self._key:
             return
         with torch.no_grad(), torch.inference_mode(False):
-            weight = torch.cat([base.weight for base in bases])
-            self.forward_weight = pack_weight(weight)
+            self.forward_weight = pack_weight(self._weight())
             self._backward_weight: Tensor | None = None
             self.bias: Tensor | None = None
             if any(base.bias is not None for base in bases):
                 self.bias = torch.cat(
-                    [weight.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases]
+                    [
+                        b.weight.new_zeros(b.out_features) if b.bias is None else b.bias
+                        for b in bases
+                    ]
                 )
+                if self.order is not None:
+                    self.bias = self.bias[self.order]
         self._key = key
 
     def backward_weight(self) -> Tensor:
         """The transposed weight, laid out when a gradient first asks for it: scoring never does."""
         if self._backward_weight is None:
-            weight = torch.cat([_base(module).weight.detach() for module in self.modules])
-            self._backward_weight = pack_weight(weight.t())
+            self._backward_weight = pack_weight(self._weight().t())
         return self._backward_weight
+
+    def _weight(self) -> Tensor:
+        weight = torch.cat([_base(module).weight.detach() for module in self.modules])
+        return weight if self.order is None else weight[self.order]
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, in]` to `[T, sum of out]`."""
@@ -155,9 +159,11 @@ class Projection:
                     if name not in layer.lora_A:
                         continue
                     dropout = layer.lora_dropout[name]
-                    mask, scaling = _mask(dropout, x), float(layer.scaling[name])
-                    value = 1.0 if mask is None else 1 / (1 - dropout.p)
-                    adapters.append(Adapter(start, stop, scaling, mask, value))
+                    kept, scaling = _kept(dropout, x), float(layer.scaling[name])
+                    if kept is not None:
+                        scaling /= 1 - dropout.p
+                    order = None if self.order is None else self.order[start:stop] - start
+                    adapters.append(Adapter(start, stop, scaling, kept, order))
                     matrices += [layer.lora_A[name].weight, layer.lora_B[name].weight]
             start = stop
         return adapters, matrices
@@ -167,13 +173,13 @@ def _base(module: nn.Module) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
-def _mask(dropout: Any, x: Tensor) -> Tensor | None:
-    """The mask that this dropout module draws for `x`; None where it drops nothing."""
+def _kept(dropout: Any, x: Tensor) -> Tensor | None:
+    """What this dropout module keeps of `x`, drawn anew; None where it drops nothing."""
     if not dropout.training or getattr(dropout, "p", 0.0) == 0:
         return None
-    if hasattr(dropout, "mask"):
-        mask: Tensor = dropout.mask(x)
-        return mask
+    if hasattr(dropout, "kept"):
+        kept: Tensor = dropout.kept(x)
+        return kept
     # One draw of torch's generator seeds the mask: reproducible, and saved with torch's state.
     return keep_mask(x.shape[0], x.shape[1], dropout.p, int(torch.randint(2**62, ())))
 
@@ -186,10 +192,14 @@ class _Projection(torch.autograd.Function):
         y = matmul(x, projection.forward_weight, projection.bias)
         lows = []
         for adapter, a, b in zip(adapters, matrices[::2], matrices[1::2], strict=True):
-            low = matmul(x if adapter.mask is None else x * adapter.mask, a)
+            seen = x
+            if adapter.kept is not None:
+                folded = adapter.kept.to(torch.int8)
+                seen, adapter.kept = adapter.kept.mul_(x), folded
+            low = matmul(seen, a)
+            b = b if adapter.order is None else b[adapter.order]
             y[:, adapter.start : adapter.stop].addmm_(low, b.t(), alpha=adapter.scaling)
             lows.append(low)
-            adapter.fold_mask()
         ctx.projection, ctx.adapters = projection, adapters
         if adapters:
             ctx.save_for_backward(x, *lows, *matrices)
@@ -208,16 +218,44 @@ class _Projection(torch.autograd.Function):
         for adapter, low, a, b in zip(
             ctx.adapters, lows, matrices[::2], matrices[1::2], strict=True
         ):
-            part = dy[:, adapter.start : adapter.stop]
-            scaling, mask = adapter.scaling, adapter.unfolded_mask()
-            dlow = matmul(part, b.t().contiguous()).mul_(scaling)
-            gradients.append(dlow.t() @ (x if mask is None else x * mask))
-            gradients.append((part.t() @ low).mul_(scaling))
-            if dx is not None and mask is None:
-                dx.addmm_(dlow, a)
+            part, order = dy[:, adapter.start : adapter.stop], adapter.order
+            b = b if order is None else b[order]
+            dlow = matmul(part, b.t().contiguous()).mul_(adapter.scaling)
+            seen = x
+            if adapter.kept is not None:
+                kept = adapter.kept.to(x.dtype)
+                if dx is not None:
+                    dx.addcmul_(matmul(dlow, a.t().contiguous()), kept)
+                seen = kept.mul_(x)
             elif dx is not None:
-                dx.addcmul_(matmul(dlow, a.t().contiguous()), mask)
+                dx.addmm_(dlow, a)
+            gradients.append(dlow.t() @ seen)
+            # the few rows first: four times faster than the other way round
+            db = (low.t() @ part).mul_(adapter.scaling).t()
+            gradients.append(db if order is None else torch.empty_like(b).index_copy_(0, order, db))
         return dx, None, None, *gradients
+
+
+def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` for a few rows and a large frozen `[out, in]`, of which no copy is laid out.
+
+    Twice as fast as torch's own where `available`, which is used elsewhere.
+    """
+    if weight.requires_grad or not available(x.device, x.dtype) or not weight.is_contiguous():
+        return F.linear(x, weight)
+    result: Tensor = _FrozenLinear.apply(x, weight)
+    return result
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.weight = weight
+        return matmul(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return matmul(dy, ctx.weight.t()), None
 
 
 class _FastLinear(nn.Linear):

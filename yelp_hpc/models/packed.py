@@ -18,12 +18,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache
 
 from yelp_hpc.models.attention import IMPLEMENTATION, Layout, register, use_layout
 from yelp_hpc.models.fused import FusedDecoder
-from yelp_hpc.models.linear import speed_up_linears
+from yelp_hpc.models.linear import frozen_linear, speed_up_linears
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -136,7 +135,7 @@ def forward_selected(
     if decoder is not None:
         hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select)
         rows = base.lm_head.weight if vocabulary is None else base.lm_head.weight[vocabulary]
-        return F.linear(hidden, rows)
+        return frozen_linear(hidden, rows)
     with use_layout(layout):
         output = base(
             input_ids=batch.input_ids.unsqueeze(0),
@@ -159,7 +158,7 @@ def prefill(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[tuple[Te
     decoder = _decoders.get(base)
     if decoder is not None:
         hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select, states)
-        return base.lm_head(hidden), states
+        return frozen_linear(hidden, base.lm_head.weight), states
     cache = DynamicCache()
     with use_layout(layout):
         output = base(
