@@ -7,9 +7,10 @@ and runs in a process of its own that waits between steps, so that a change in t
 meets both. Flags: LoRA rank 8, alpha 16, dropout 0.08 on q/k/v, learning rate 5e-5 cosine after
 20 steps of warm-up, batch 4 x accumulation 8, cutoff 1024, template default, fp32. It is measured
 twice: with its default switches, and with gradient checkpointing off and rows grouped by length.
-Every step of ours takes the rows, and the very tokens, that the peer took in its step. 128 reviews
-a step are read (where there are as many): the peer's first group of lengths is then as many steps
-as are taken, and these meet all lengths, the longest first. `--reviews` is a CSV with columns
+Our micro-batches hold 1,024 tokens beside the first, 2,048 beside the second, whose memory is
+larger. Every step of ours takes the rows, and the very tokens, that the peer took in its step. 128
+reviews a step are read (where there are as many): the peer's first group of lengths is then as many
+steps as are taken, and these meet all lengths, the longest first. `--reviews` is a CSV with columns
 `label` and `text`; without it made-up text of reviews' lengths stands in. Prints ratios of summed
 step times, peak memory and both loss curves.
 """
@@ -47,6 +48,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "train_sampling_strategy": "group_by_length",
     },
 }
+# Tokens of our micro-batches: as many as stay below the peer's memory.
+BUDGETS = {"default switches": 1024, "its own switches set well": 2048}
 PEER_FLAGS: dict[str, Any] = {
     "stage": "sft",
     "do_train": True,
@@ -73,7 +76,8 @@ def main() -> None:
             print(f"\nLLaMA-Factory 0.9.5, {name}", flush=True)
             with tempfile.TemporaryDirectory(dir=work) as output:
                 flags = {**SWITCHES[name], "output_dir": output}
-                results[name] = compare(args, python, Path(work), flags)
+                budget = args.max_tokens or BUDGETS[name]
+                results[name] = compare(args, python, Path(work), flags, budget)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -85,7 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reviews", type=Path, help="CSV with columns label and text")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-tokens", type=int, default=1024, help="our micro-batch's budget")
+    parser.add_argument("--max-tokens", type=int, help="our micro-batch's budget")
     parser.add_argument("--switches", nargs="+", choices=SWITCHES, default=list(SWITCHES))
     default = Path.home() / ".cache/yelp_hpc/llamafactory"
     parser.add_argument("--peer-venv", type=Path, default=default)
@@ -131,13 +135,13 @@ def write_dataset(args: argparse.Namespace, folder: Path) -> None:
 
 
 def compare(
-    args: argparse.Namespace, python: Path, folder: Path, switches: dict[str, Any]
+    args: argparse.Namespace, python: Path, folder: Path, switches: dict[str, Any], budget: int
 ) -> dict[str, Any]:
     """Take `args.steps` steps of each in turn, after one of each that is not counted."""
     tokens = folder / "tokens.json"
     with peer(args, python, folder, tokens, switches) as (process, read):
         read()  # the model is loaded and the tokens are written
-        ours = Ours(args, json.loads(tokens.read_text()))
+        ours = Ours(args, json.loads(tokens.read_text()), budget)
         times: dict[str, list[float]] = {"peer": [], "ours": []}
         busy: dict[str, list[float]] = {"peer": [], "ours": []}
         losses: dict[str, list[float]] = {"peer": [], "ours": []}
@@ -177,6 +181,7 @@ def compare(
     )
     return {
         "ratio": ratio,
+        "max_tokens": budget,
         "cpu_time_ratio": busy_ratio,
         "examples_per_s": speed,
         "peak_rss_mb": {"ours": mine, "peer": memory},
@@ -303,7 +308,9 @@ def peer_worker(request: dict[str, Any]) -> None:
 class Ours:
     """The engine on the peer's tokens: a step of the training stage without its files."""
 
-    def __init__(self, args: argparse.Namespace, rows: list[dict[str, list[int]]]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, rows: list[dict[str, list[int]]], max_tokens: int
+    ) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -348,7 +355,7 @@ class Ours:
             return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, total - WARM_UP)))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.max_tokens = args.max_tokens
+        self.max_tokens = max_tokens
 
     def step(self, rows: list[int]) -> float:
         """One optimizer step over these rows; returns the mean loss of their supervised tokens."""
