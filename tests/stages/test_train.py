@@ -167,7 +167,7 @@ def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(model, tmp_pa
     config = tiny_config(
         model,
         train={
-            "learning_rate": 1e9, "warmup_steps": 0, "max_grad_norm": 1e9, "save_every_steps": 1,
+            "learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 1e9, "save_every_steps": 1,
             "evaluate_every": 99,
         },
     )  # fmt: skip
