@@ -20,6 +20,7 @@ the same sequences. Two counts of the work, each as a share of both products' ra
 stand in. Prints a table; writes JSON with `--json FILE`.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -30,6 +31,10 @@ import resource
 import time
 from pathlib import Path
 from typing import Any
+
+from yelp_hpc.runtime import set_runtime_defaults
+
+set_runtime_defaults()  # as `run` does, before torch is imported
 
 import torch
 from peft import LoraConfig, get_peft_model

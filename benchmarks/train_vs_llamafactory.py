@@ -62,12 +62,16 @@ PEER_FLAGS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 RATE, WARM_UP, BATCH = 5e-5, 20, 32
+GIVEN = dict(os.environ)  # the peer's; ours also has what `run` sets
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--peer-worker"]:
         return peer_worker(json.loads(sys.argv[2]))
+    from yelp_hpc.runtime import set_runtime_defaults
+
     args = parse()
+    set_runtime_defaults()
     python = install_peer(args.peer_venv)
     with tempfile.TemporaryDirectory() as work:
         write_dataset(args, Path(work))
@@ -216,7 +220,7 @@ def peer(
         **switches,
     }
     request = json.dumps({"flags": flags, "tokens": str(tokens)})
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    environment = {**GIVEN, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     with (folder / "peer.log").open("w") as log:
         process = subprocess.Popen(

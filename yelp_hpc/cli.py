@@ -130,13 +130,12 @@ def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) ->
 
     from yelp_hpc.errors import RequestError
     from yelp_hpc.manifest import load_run
+    from yelp_hpc.runtime import set_runtime_defaults
 
     if stage != "infer" and (model is not None or shard is not None):
         raise RequestError(f"--model and --shard belong to infer, not to {stage}")
     run, config = load_run(run_dir)
-    # Read once, when OpenMP's runtime is loaded. Its default spins for long at every barrier, which
-    # on a node that is shared with other work costs many times the arithmetic.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    set_runtime_defaults()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill the log
     module = import_module(f"yelp_hpc.stages.{stage}")

@@ -27,6 +27,7 @@ from yelp_hpc.paths import RunPaths
 from yelp_hpc.plan import Lengths, Probe, training_work
 from yelp_hpc.plan_inputs import prepared_lengths
 from yelp_hpc.progress import say
+from yelp_hpc.runtime import set_runtime_defaults
 
 STEPS = 20
 WARM_UP = 2  # steps that lay out weights and fill caches
@@ -147,7 +148,7 @@ def _score(trial: RunPaths) -> dict[str, Any]:
 
 def main(root: str) -> None:
     """The child: score some of the prepared test set with the base model and print JSON."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `run` does
+    set_runtime_defaults()  # as `run` does
     run, config = load_run(root)
     import pyarrow.parquet as pq
     import torch
