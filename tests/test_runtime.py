@@ -10,43 +10,54 @@ from pathlib import Path
 
 import pytest
 
+from yelp_hpc.config import load_config
+from yelp_hpc.manifest import record_run
+from yelp_hpc.runtime import DEFAULTS
+
+DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# the order of `run`: all that it imports before its stage, then the defaults, then torch
+# `run` itself, of a stage that finds nothing to do and needs no torch; then torch
 CODE = """
 import os
-import yelp_hpc.cli, yelp_hpc.manifest, yelp_hpc.probe
-from yelp_hpc.runtime import set_runtime_defaults
-set_runtime_defaults()
+from yelp_hpc.cli import main
+try:
+    main()
+except SystemExit:
+    pass
 import torch
 kept = torch.ones(2**25)
 print(os.environ["GOMP_SPINCOUNT"], open("/proc/self/smaps_rollup").read())
 """
 
 
-def child(**given: str) -> tuple[str, int]:
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    record_run(tmp_path / "run", load_config(DEMO), str(DEMO), [])
+    return tmp_path / "run"
+
+
+def child(run: Path, **given: str) -> tuple[str, int]:
     """The spin count and the kB in huge pages, of a process with so much more environment."""
-    names = ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
-    env = {name: value for name, value in os.environ.items() if name not in names}
+    env = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path), **given}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], env=env, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", CODE, "run", "collect", "--run", str(run)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found = re.search(r"AnonHugePages:\s+(\d+) kB", done.stdout)
     assert found
     return done.stdout.split()[0], int(found[1])
 
 
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this kernel has no transparent huge pages")
-def test_large_tensors_lie_in_huge_pages_where_the_kernel_gives_them_on_request():
+def test_large_tensors_lie_in_huge_pages_where_the_kernel_gives_them_on_request(run):
     mode = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
     assert mode
-    spins, huge = child()
+    spins, huge = child(run)
     assert spins == "10000"
     assert (huge >= 2**16) == (mode[1] != "never")  # half of the tensor's 128 MiB
     if mode[1] == "madvise":
-        assert child(THP_MEM_ALLOC_ENABLE="0")[1] == 0
+        assert child(run, THP_MEM_ALLOC_ENABLE="0")[1] == 0
 
 
-def test_what_the_user_set_stays():
-    assert child(GOMP_SPINCOUNT="7")[0] == "7"
+def test_what_the_user_set_stays(run):
+    assert child(run, GOMP_SPINCOUNT="7")[0] == "7"
