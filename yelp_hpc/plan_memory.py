@@ -46,7 +46,7 @@ def activation_bytes(shape: ModelShape, precision: str, cuda: bool) -> float:
     if precision == "fp32" and not cuda:
         hidden, inner, seen = (6.3, 3, 0) if chatglm else (6.1, 2, 130)
     else:
-        hidden, inner, seen = (11.3 if chatglm else 15.4), 3, 0
+        hidden, inner, seen = (11.3, 3, 0) if chatglm else (15.4, 3, 0)
     keys = 2.3 * shape.groups * shape.head_dim
     shares = seen * shape.heads
     return BYTES[precision] * (hidden * shape.hidden + keys + inner * shape.inner + shares)
