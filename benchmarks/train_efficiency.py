@@ -41,6 +41,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from yelp_hpc.models.dropout import DropoutContext, use_sequence_dropout
 from yelp_hpc.models.linear import matmul, pack_weight
 from yelp_hpc.models.packed import (
     PackedBatch,
@@ -76,7 +77,9 @@ def main() -> None:
         target_modules=["q_proj", "k_proj", "v_proj"],
         task_type="CAUSAL_LM",
     )
-    model = prepare_model(get_peft_model(model, lora), fused=not args.generic)
+    model = get_peft_model(model, lora)
+    dropout = use_sequence_dropout(model, seed=1)
+    model = prepare_model(model, fused=not args.generic)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.0
     )
@@ -85,13 +88,13 @@ def main() -> None:
 
     rates: dict[str, list[float]] = {"torch.mm": [], "oneDNN": [], "training": [], "scoring": []}
     work: dict[str, list[float]] = {"training": [], "scoring": []}
-    train_step(model, optimizer, sequences, steps[0], prefix, args.max_tokens)  # warm up
+    train_step(model, optimizer, dropout, sequences, steps[0], prefix, args.max_tokens)  # warm up
     tokens = 0
     for rows in steps:
         rates["torch.mm"].append(mm_rate())
         rates["oneDNN"].append(onednn_rate(model.config))
         began = clock()
-        batches = train_step(model, optimizer, sequences, rows, prefix, args.max_tokens)
+        batches = train_step(model, optimizer, dropout, sequences, rows, prefix, args.max_tokens)
         rates["training"].append(clock() - began)
         work["training"].append(sum(count(model.config, batch, train=True) for batch in batches))
         tokens += sum(len(sequences[i]) for i in rows)
@@ -146,15 +149,17 @@ def load_sequences(args: argparse.Namespace) -> tuple[list[list[int]], int]:
 
 def microbatches(
     sequences: list[list[int]], rows: list[int], prefix: int, max_tokens: int, last: int
-) -> list[PackedBatch]:
+) -> list[tuple[list[int], PackedBatch]]:
+    """Rows of each micro-batch, and it."""
     lengths = [len(sequences[i]) - prefix for i in rows]
-    groups = plan_microbatches(lengths, max_tokens, prefix)
-    return [pack([sequences[rows[i]] for i in group], prefix, last) for group in groups]
+    groups = [[rows[i] for i in group] for group in plan_microbatches(lengths, max_tokens, prefix)]
+    return [(group, pack([sequences[i] for i in group], prefix, last)) for group in groups]
 
 
 def train_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
+    dropout: DropoutContext,
     sequences: list[list[int]],
     rows: list[int],
     prefix: int,
@@ -162,20 +167,21 @@ def train_step(
 ) -> list[PackedBatch]:
     model.train()
     batches = microbatches(sequences, rows, prefix, max_tokens, last=2)
-    for batch in batches:
-        logits = forward_selected(model, batch)
-        targets = torch.randint(logits.shape[1], (logits.shape[0],))
-        (F.cross_entropy(logits, targets, reduction="sum") / (2 * len(rows))).backward()
+    for group, batch in batches:
+        with dropout.batch(0, group, batch):
+            logits = forward_selected(model, batch)
+            targets = torch.randint(logits.shape[1], (logits.shape[0],))
+            (F.cross_entropy(logits, targets, reduction="sum") / (2 * len(rows))).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return batches
+    return [batch for _, batch in batches]
 
 
 def score(
     model: Any, sequences: list[list[int]], rows: list[int], prefix: int, max_tokens: int
 ) -> list[PackedBatch]:
     model.eval()
-    batches = microbatches(sequences, rows, prefix, max_tokens, last=1)
+    batches = [batch for _, batch in microbatches(sequences, rows, prefix, max_tokens, last=1)]
     with torch.inference_mode():
         for batch in batches:
             forward_selected(model, batch, torch.arange(5))

@@ -319,6 +319,7 @@ class Ours:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
+        from yelp_hpc.models.dropout import use_sequence_dropout
         from yelp_hpc.models.packed import prepare_model
 
         torch.set_num_threads(args.threads)
@@ -348,7 +349,9 @@ class Ours:
             target_modules=["q_proj", "k_proj", "v_proj"],
             task_type="CAUSAL_LM",
         )
-        self.model = prepare_model(get_peft_model(model, lora)).train()
+        model = get_peft_model(model, lora)
+        self.dropout = use_sequence_dropout(model, seed=42)
+        self.model = prepare_model(model).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
         total = args.steps + 1
@@ -372,11 +375,13 @@ class Ours:
         lengths = [len(self.sequences[row]) - self.prefix for row in rows]
         total = 0.0
         for group in plan_microbatches(lengths, self.max_tokens, self.prefix):
-            batch = pack([self.sequences[rows[i]] for i in group], self.prefix, self.last)
-            targets = torch.tensor([self.targets[rows[i]] for i in group]).flatten()
-            logits = forward_selected(self.model, batch)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * len(rows))
-            loss.backward()
+            taken = [rows[i] for i in group]
+            batch = pack([self.sequences[row] for row in taken], self.prefix, self.last)
+            targets = torch.tensor([self.targets[row] for row in taken]).flatten()
+            with self.dropout.batch(self.schedule.last_epoch, taken, batch):
+                logits = forward_selected(self.model, batch)
+                loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * len(rows))
+                loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from yelp_hpc.models.attention import Layout, attend, attend_varlen
+from yelp_hpc.models.dropout import use_sequence_dropout
 from yelp_hpc.models.linear import keep_mask
 from yelp_hpc.models.packed import forward_selected, pack, prepare_model
 from yelp_hpc.packing import plan_microbatches
@@ -293,6 +294,43 @@ def test_gradients_through_dropout_equal_the_plain_model():
     loss_of(plain_logits(plain, rows, last=1)).backward()
     loss_of(forward_selected(fast, pack(rows, 4))).backward()
     wanted, got = gradients(plain), gradients(fast)
+    for key in wanted:
+        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+
+
+def test_layers_that_read_the_same_input_share_a_dropout_mask():
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = tiny("llama", dropout=0.3, targets=targets).train()
+    context = use_sequence_dropout(model, seed=1)
+    batch = pack(sequences(4), 4)
+    masks = {}
+    with context.batch(0, range(len(LENGTHS)), batch):
+        for name, module in model.named_modules():
+            if hasattr(module, "lora_dropout"):
+                states = torch.ones(len(batch.input_ids), SIZES["hidden_size"])
+                layer, last = name.split("layers.")[1].split(".")[::2]
+                masks[int(layer), last] = module.lora_dropout["default"].kept(states)
+    assert len(masks) == len(targets) * SIZES["num_hidden_layers"]
+    shared = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+    for (layer, one), mask in masks.items():
+        for (other_layer, other), other_mask in masks.items():
+            together = one == other or any({one, other} <= names for names in shared)
+            expected = layer == other_layer and together
+            assert torch.equal(mask, other_mask) == expected, (layer, one, other_layer, other)
+
+
+def test_gradients_through_a_shared_mask_do_not_depend_on_fusing():
+    batch = pack(sequences(4), 4)
+    results = []
+    for fused in (False, True):
+        model = tiny("llama", dropout=0.3).train()
+        context = use_sequence_dropout(model, seed=1)
+        prepare_model(model, fused=fused)
+        with context.batch(0, range(len(LENGTHS)), batch):
+            loss_of(forward_selected(model, batch)).backward()
+        results.append(gradients(model))
+    wanted, got = results
+    assert wanted.keys() == got.keys() and wanted
     for key in wanted:
         assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
 

@@ -1,9 +1,10 @@
 """LoRA's dropout drawn per sequence, so that it depends on neither rank nor packing.
 
-The mask of a sequence is a function of (seed, step, adapter module, training row), the mask of the
-shared prefix of (seed, step, adapter module). Hence 1, 2 and 4 ranks train the same adapter with
-dropout on, gradient checkpointing draws the same mask twice, and a resumed run needs no state of a
-random number generator. Reads and writes tensors only.
+The mask of a sequence is a function of (seed, step, adapted layer, training row), the mask of the
+shared prefix of (seed, step, adapted layer). Layers that read the same input, as q, k and v do,
+count as one, which in ChatGLM3 they are: they see the same mask. Hence 1, 2 and 4 ranks train the
+same adapter with dropout on, gradient checkpointing draws the same mask twice, and a resumed run
+needs no state of a random number generator. Reads and writes tensors only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from torch import Tensor, nn
 from yelp_hpc.models.linear import keep_mask
 from yelp_hpc.models.packed import PackedBatch
 
+# Layers that read the same input. ChatGLM3 has each of these as one layer; its LoRA has one mask.
+_JOINED = {
+    "q_proj": "query_key_value",
+    "k_proj": "query_key_value",
+    "v_proj": "query_key_value",
+    "gate_proj": "dense_h_to_4h",
+    "up_proj": "dense_h_to_4h",
+}
 # Any number that no training row has.
 _PREFIX = 2**63 - 1
 
@@ -68,7 +77,7 @@ class SequenceDropout(nn.Module):
     def __init__(self, p: float, name: str, context: DropoutContext) -> None:
         super().__init__()
         self.p = p
-        self.name = name
+        self.name = name  # equal masks have equal names
         self.context = context
 
     def extra_repr(self) -> str:
@@ -119,5 +128,7 @@ def use_sequence_dropout(model: nn.Module, seed: int) -> DropoutContext:
         if isinstance(dropouts, nn.ModuleDict):
             for adapter, dropout in list(dropouts.items()):
                 if isinstance(dropout, nn.Dropout):
-                    dropouts[adapter] = SequenceDropout(dropout.p, name, context)
+                    layer, _, last = name.rpartition(".")
+                    joined = f"{layer}.{_JOINED.get(last, last)}"
+                    dropouts[adapter] = SequenceDropout(dropout.p, joined, context)
     return context

@@ -10,7 +10,7 @@ Reads and writes tensors only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,18 +61,43 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @dataclass
-class Adapter:
-    """LoRA on output columns `start` to `stop` of a projection: `scaling * (kept * x) A^T B^T`."""
+class Part:
+    """LoRA on output columns `start` to `stop` of a projection: `scaling * seen A^T B^T`."""
 
     start: int
     stop: int
     scaling: float
     """LoRA's, times that of the dropout, `1 / (1 - p)`."""
+    order: Tensor | None
+    """Where each of its columns stands in B, if they are not in B's order."""
+    a: Tensor
+    """`[rank, in]`."""
+    b: Tensor
+    """`[stop - start, rank]`."""
+
+
+@dataclass
+class Branch:
+    """LoRA of layers that see the same input: `seen` is `kept * x`, or x if nothing is dropped."""
+
     kept: Tensor | None
     """1 where kept, 0 where dropped, `[T, in]`; in int8 once the forward pass is over, a quarter
     of the size."""
-    order: Tensor | None
-    """Where each of its columns stands in B, if they are not in B's order."""
+    parts: list[Part] = field(default_factory=list)
+
+    def down(self) -> Tensor:
+        """Every A below each other, `[sum of ranks, in]`."""
+        return torch.cat([part.a.detach() for part in self.parts])
+
+    def columns(self) -> list[tuple[Part, slice, Tensor]]:
+        """Each part with its columns among all ranks, and its B in the order of the result."""
+        found, start = [], 0
+        for part in self.parts:
+            stop = start + len(part.a)
+            b = part.b.detach()
+            found.append((part, slice(start, stop), b if part.order is None else b[part.order]))
+            start = stop
+        return found
 
 
 class Projection:
@@ -143,40 +168,42 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, in]` to `[T, sum of out]`."""
         self._prepare()
-        adapters, matrices = self._adapters(x)
-        result: Tensor = _Projection.apply(x, self, adapters, *matrices)
+        branches = self._branches(x)
+        matrices = [m for branch in branches for part in branch.parts for m in (part.a, part.b)]
+        result: Tensor = _Projection.apply(x, self, branches, *matrices)
         return result
 
-    def _adapters(self, x: Tensor) -> tuple[list[Adapter], list[Tensor]]:
-        adapters: list[Adapter] = []
-        matrices: list[Tensor] = []
+    def _branches(self, x: Tensor) -> list[Branch]:
+        branches: dict[Any, Branch] = {}
         start = 0
         for module in self.modules:
             layer: Any = module
             stop = start + _base(module).out_features
             if hasattr(layer, "lora_A") and not layer.disable_adapters and not layer.merged:
+                order = None if self.order is None else self.order[start:stop] - start
                 for name in layer.active_adapters:
                     if name not in layer.lora_A:
                         continue
-                    dropout = layer.lora_dropout[name]
-                    kept, scaling = _kept(dropout, x), float(layer.scaling[name])
-                    if kept is not None:
-                        scaling /= 1 - dropout.p
-                    order = None if self.order is None else self.order[start:stop] - start
-                    adapters.append(Adapter(start, stop, scaling, kept, order))
-                    matrices += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+                    dropout, scaling = layer.lora_dropout[name], float(layer.scaling[name])
+                    key, p = None, 0.0
+                    if dropout.training and getattr(dropout, "p", 0.0):
+                        p = dropout.p
+                        key = getattr(dropout, "name", dropout), p
+                    if key not in branches:
+                        branches[key] = Branch(_kept(dropout, x) if p else None)
+                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    part = Part(start, stop, scaling / (1 - p), order, a, b)
+                    branches[key].parts.append(part)
             start = stop
-        return adapters, matrices
+        return list(branches.values())
 
 
 def _base(module: nn.Module) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
-def _kept(dropout: Any, x: Tensor) -> Tensor | None:
-    """What this dropout module keeps of `x`, drawn anew; None where it drops nothing."""
-    if not dropout.training or getattr(dropout, "p", 0.0) == 0:
-        return None
+def _kept(dropout: Any, x: Tensor) -> Tensor:
+    """What this dropout module keeps of `x`, drawn anew."""
     if hasattr(dropout, "kept"):
         kept: Tensor = dropout.kept(x)
         return kept
@@ -187,21 +214,21 @@ def _kept(dropout: Any, x: Tensor) -> Tensor | None:
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, projection: Projection, adapters: Sequence[Adapter], *matrices: Tensor
+        ctx: Any, x: Tensor, projection: Projection, branches: Sequence[Branch], *matrices: Tensor
     ) -> Tensor:
         y = matmul(x, projection.forward_weight, projection.bias)
         lows = []
-        for adapter, a, b in zip(adapters, matrices[::2], matrices[1::2], strict=True):
+        for branch in branches:
             seen = x
-            if adapter.kept is not None:
-                folded = adapter.kept.to(torch.int8)
-                seen, adapter.kept = adapter.kept.mul_(x), folded
-            low = matmul(seen, a)
-            b = b if adapter.order is None else b[adapter.order]
-            y[:, adapter.start : adapter.stop].addmm_(low, b.t(), alpha=adapter.scaling)
+            if branch.kept is not None:
+                folded = branch.kept.to(torch.int8)
+                seen, branch.kept = branch.kept.mul_(x), folded
+            low = matmul(seen, branch.down())
+            for part, columns, b in branch.columns():
+                y[:, part.start : part.stop].addmm_(low[:, columns], b.t(), alpha=part.scaling)
             lows.append(low)
-        ctx.projection, ctx.adapters = projection, adapters
-        if adapters:
+        ctx.projection, ctx.branches = projection, branches
+        if branches:
             ctx.save_for_backward(x, *lows, *matrices)
         return y
 
@@ -209,30 +236,33 @@ class _Projection(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs_dx = ctx.needs_input_grad[0]
         dx = matmul(dy, ctx.projection.backward_weight()) if needs_dx else None
-        if not ctx.adapters:
+        if not ctx.branches:
             return dx, None, None
-        x, *saved = ctx.saved_tensors
-        count = len(ctx.adapters)
-        lows, matrices = saved[:count], saved[count:]
+        # the matrices are saved as well, so that autograd notices if one was changed
+        x, *lows = ctx.saved_tensors[: 1 + len(ctx.branches)]
         gradients: list[Tensor | None] = []
-        for adapter, low, a, b in zip(
-            ctx.adapters, lows, matrices[::2], matrices[1::2], strict=True
-        ):
-            part, order = dy[:, adapter.start : adapter.stop], adapter.order
-            b = b if order is None else b[order]
-            dlow = matmul(part, b.t().contiguous()).mul_(adapter.scaling)
+        for branch, low in zip(ctx.branches, lows, strict=True):
+            dlow = torch.empty_like(low)
+            dbs = []
+            for part, columns, b in branch.columns():
+                dpart = dy[:, part.start : part.stop]
+                torch.mul(matmul(dpart, b.t().contiguous()), part.scaling, out=dlow[:, columns])
+                # the few rows first: four times faster than the other way round
+                db = (low[:, columns].t() @ dpart).mul_(part.scaling).t()
+                if part.order is not None:
+                    db = torch.empty_like(b).index_copy_(0, part.order, db)
+                dbs.append(db)
             seen = x
-            if adapter.kept is not None:
-                kept = adapter.kept.to(x.dtype)
+            if branch.kept is not None:
+                kept = branch.kept.to(x.dtype)
                 if dx is not None:
-                    dx.addcmul_(matmul(dlow, a.t().contiguous()), kept)
+                    dx.addcmul_(matmul(dlow, branch.down().t().contiguous()), kept)
                 seen = kept.mul_(x)
             elif dx is not None:
-                dx.addmm_(dlow, a)
-            gradients.append(dlow.t() @ seen)
-            # the few rows first: four times faster than the other way round
-            db = (low.t() @ part).mul_(adapter.scaling).t()
-            gradients.append(db if order is None else torch.empty_like(b).index_copy_(0, order, db))
+                dx.addmm_(dlow, branch.down())
+            das = (dlow.t() @ seen).split([len(part.a) for part in branch.parts])
+            for da, db in zip(das, dbs, strict=True):
+                gradients += [da, db]
         return dx, None, None, *gradients
 
 
