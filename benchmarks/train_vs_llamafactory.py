@@ -254,13 +254,17 @@ def stub_torchaudio() -> None:
 
 
 def peer_worker(request: dict[str, Any]) -> None:
-    """Runs under the peer's Python: its own `run_exp`, halted before every optimizer step."""
+    """Runs under the peer's Python: its own `run_exp`, halted after every optimizer step."""
     stub_torchaudio()
     from llamafactory.train.tuner import run_exp
     from transformers import Trainer, TrainerCallback
 
-    def say(**message: Any) -> None:
+    def hand_over(**message: Any) -> None:
+        """Say this and halt until it is the peer's turn again: whatever it did
+        meanwhile would run beside our step."""
         print("@" + json.dumps(message), flush=True)
+        if not sys.stdin.readline():
+            os._exit(1)  # the other side is gone
 
     index: dict[tuple[int, ...], int] = {}
     taken: list[int] = []
@@ -283,11 +287,9 @@ def peer_worker(request: dict[str, Any]) -> None:
             ]
             index.update({tuple(row["input_ids"]): i for i, row in enumerate(rows)})
             Path(request["tokens"]).write_text(json.dumps(rows))
-            say(ready=True)
+            hand_over(ready=True)
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not sys.stdin.readline():
-                os._exit(1)  # the other side is gone
             self.began, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -297,7 +299,7 @@ def peer_worker(request: dict[str, Any]) -> None:
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                say(
+                hand_over(
                     seconds=self.seconds,
                     cpu_seconds=self.cpu_seconds,
                     loss=float(logs["loss"]),
