@@ -37,14 +37,14 @@ def activation_bytes(shape: ModelShape, precision: str, cuda: bool) -> float:
 
     Elements as counted from the tensors that autograd saves (packed batches, LoRA on q, k and v):
     16 bit: 11.3 h + 2.3 k + 3 f for ChatGLM3, 15.4 h + 2.3 k + 3 f for other decoders; fp32 on a
-    CPU: 6.3 h + 2.3 k + 3 f, and 6.1 h + 2.3 k + 2 f for Llama's kin, whose dropout masks of a
-    byte are 0.8 h of it (h: hidden, k: keys or values, f: MLP). These keep the attention's
+    CPU: 6.3 h + 2.3 k + 3 f, and 5.6 h + 2.3 k + 2 f for Llama's kin, whose dropout mask of a
+    byte is 0.3 h of it (h: hidden, k: keys or values, f: MLP). These keep the attention's
     probabilities too (models/rows.py): of each head, for rows of 200 tokens, about 130.
-    SmolLM2-135M grew by 32 to 35 kB a token and layer where this says 33.
+    SmolLM2-135M grew by 28 to 30 kB a token and layer where this says 32.
     """
     chatglm = shape.model_type == "chatglm"
     if precision == "fp32" and not cuda:
-        hidden, inner, seen = (6.3, 3, 0) if chatglm else (6.1, 2, 130)
+        hidden, inner, seen = (6.3, 3, 0) if chatglm else (5.6, 2, 130)
     else:
         hidden, inner, seen = (11.3, 3, 0) if chatglm else (15.4, 3, 0)
     keys = 2.3 * shape.groups * shape.head_dim
