@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -70,21 +69,15 @@ def parse() -> argparse.Namespace:
 
 def train_ours(args: argparse.Namespace, _: Path, seed: int, work: Path) -> dict[str, Any]:
     """`run train` in a copy of the run with another seed."""
-    from yelp_hpc.config import Config
-    from yelp_hpc.files import read_json, read_jsonl, write_json
-    from yelp_hpc.manifest import load_run
-    from yelp_hpc.paths import RunPaths
+    # not at the top: the peer's Python, which runs this file too, has no yelp_hpc
+    from train_saves import copy_run
 
-    _, config = load_run(args.run)
-    values = config.model_dump(mode="json")
-    values["seed"] = seed
-    values["train"]["max_steps"] = steps_of(args, config)
-    values["train"]["evaluate_every"] = values["train"]["max_steps"]
-    Config.model_validate(values)
-    run = RunPaths(work / "run")
-    shutil.copytree(args.run / "prepare", run.prepare)
-    record = read_json(args.run / "run.json")
-    write_json(run.run_json, {**record, "config": {**record["config"], "resolved": values}})
+    from yelp_hpc.files import read_jsonl
+    from yelp_hpc.manifest import load_run
+
+    steps = steps_of(args, load_run(args.run)[1])
+    train = {"max_steps": steps, "evaluate_every": steps}
+    run = copy_run(args.run, work / "run", train, seed)
     command = [sys.executable, "-m", "yelp_hpc", "run", "train", "--run", str(run.root)]
     call(command, args, work)
     return found(args, run.adapter, [line["loss"] for line in read_jsonl(run.train_log)])

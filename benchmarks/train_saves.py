@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,16 +22,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.config import Config
 from yelp_hpc.files import read_json, read_jsonl, write_json
 from yelp_hpc.manifest import load_run
 from yelp_hpc.paths import RunPaths
 
 NEVER = 1_000_000
 SKIPPED = 5
+QUIET = {"save_every_steps": NEVER, "save_every_minutes": NEVER, "evaluate_every": NEVER}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "no saves": {"nproc": 1, "save_every_steps": NEVER},
-    "a save every step": {"nproc": 1, "save_every_steps": 1},
-    "two ranks": {"nproc": 2, "save_every_steps": NEVER},
+    "no saves": {**QUIET, "nproc": 1},
+    "a save every step": {**QUIET, "nproc": 1, "save_every_steps": 1},
+    "two ranks": {**QUIET, "nproc": 2},
 }
 
 
@@ -51,13 +52,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for number in range(args.rounds):
             for name in list(VARIANTS)[:: -1 if number % 2 else 1]:
-                run = copy(args.run, Path(work) / f"{number} {name}", args.steps, VARIANTS[name])
+                train = {**VARIANTS[name], "max_steps": args.steps}
+                run = copy_run(args.run, Path(work) / f"{number} {name}", train)
                 code = start(run).wait()
                 if code:
                     raise SystemExit(f"training ended with {code}:\n{said(run)}")
                 log = read_jsonl(run.train_log)
                 seconds[name] += sum(line["seconds"] for line in log[SKIPPED:])
-            run = copy(args.run, Path(work) / f"{number} request", NEVER, VARIANTS["two ranks"])
+            run = copy_run(args.run, Path(work) / f"{number} request", VARIANTS["two ranks"])
             requests += [request(run) for _ in range(2)]
     steps = args.rounds * (args.steps - SKIPPED)
     step, saving, ranks = (seconds[name] / steps for name in VARIANTS)
@@ -73,13 +75,16 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def copy(prepared: Path, folder: Path, steps: int, train: dict[str, Any]) -> RunPaths:
-    """A run directory with the same rows, other settings of `train` and at most `steps` steps."""
+def copy_run(
+    prepared: Path, folder: Path, train: dict[str, Any], seed: int | None = None
+) -> RunPaths:
+    """A run directory with the same rows, other settings of `train`, and another seed if given."""
     _, config = load_run(prepared)
     values = config.model_dump(mode="json")
-    values["train"].update(train, save_every_minutes=NEVER, evaluate_every=NEVER)
-    if steps < NEVER:
-        values["train"]["max_steps"] = steps
+    values["train"].update(train)
+    if seed is not None:
+        values["seed"] = seed
+    Config.model_validate(values)
     run = RunPaths(folder)
     shutil.copytree(prepared / "prepare", run.prepare)
     record = read_json(prepared / "run.json")
@@ -89,10 +94,8 @@ def copy(prepared: Path, folder: Path, steps: int, train: dict[str, Any]) -> Run
 
 def start(run: RunPaths) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "yelp_hpc", "run", "train", "--run", str(run.root)]
-    here = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": here}
     with (run.root / "output").open("ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        return subprocess.Popen(command, stdout=output, stderr=output)
 
 
 def said(run: RunPaths) -> str:

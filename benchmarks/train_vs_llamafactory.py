@@ -351,9 +351,9 @@ class Ours:
             target_modules=["q_proj", "k_proj", "v_proj"],
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, lora)
-        self.dropout = use_sequence_dropout(model, seed=42)
-        self.model = prepare_model(model).train()
+        adapted = get_peft_model(model, lora)
+        self.dropout = use_sequence_dropout(adapted, seed=42)
+        self.model = prepare_model(adapted).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
         total = args.steps + 1
