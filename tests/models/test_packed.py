@@ -85,6 +85,12 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_equal_gradients(got, wanted):
+    assert wanted.keys() == got.keys() and wanted
+    for key in wanted:
+        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+
+
 def loss_of(logits):
     targets = torch.arange(logits.shape[0]) % VOCAB
     return torch.nn.functional.cross_entropy(logits, targets)
@@ -121,10 +127,7 @@ def test_lora_on_every_linear_layer(name, fused):
     fast = prepare_model(copy.deepcopy(plain), fused=fused)
     loss_of(plain_logits(plain, rows, last=1)).backward()
     loss_of(forward_selected(fast, pack(rows, 4))).backward()
-    wanted, got = gradients(plain), gradients(fast)
-    assert wanted.keys() == got.keys()
-    for key in wanted:
-        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+    assert_equal_gradients(gradients(fast), gradients(plain))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -293,9 +296,7 @@ def test_gradients_through_dropout_equal_the_plain_model():
     fast = prepare_model(copy.deepcopy(plain))
     loss_of(plain_logits(plain, rows, last=1)).backward()
     loss_of(forward_selected(fast, pack(rows, 4))).backward()
-    wanted, got = gradients(plain), gradients(fast)
-    for key in wanted:
-        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+    assert_equal_gradients(gradients(fast), gradients(plain))
 
 
 def test_layers_that_read_the_same_input_share_a_dropout_mask():
@@ -329,10 +330,8 @@ def test_gradients_through_a_shared_mask_do_not_depend_on_fusing():
         with context.batch(0, range(len(LENGTHS)), batch):
             loss_of(forward_selected(model, batch)).backward()
         results.append(gradients(model))
-    wanted, got = results
-    assert wanted.keys() == got.keys() and wanted
-    for key in wanted:
-        assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
+    plain, fast = results
+    assert_equal_gradients(fast, plain)
 
 
 def test_keep_mask_keeps_the_share_it_should_and_is_reproducible():
