@@ -147,13 +147,10 @@ class Projection:
             self._backward_weight: Tensor | None = None
             self.bias: Tensor | None = None
             if any(base.bias is not None for base in bases):
-                self.bias = torch.cat(
-                    [
-                        b.weight.new_zeros(b.out_features) if b.bias is None else b.bias
-                        for b in bases
-                    ]
-                )
-                self.bias = self.ordered(self.bias)
+                biases = [
+                    b.weight.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases
+                ]
+                self.bias = self.ordered(torch.cat(biases))
         self._key = key
 
     def backward_weight(self) -> Tensor:
