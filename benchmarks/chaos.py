@@ -28,7 +28,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs import slurm as client
 from tests.cluster.conftest import (
     Cluster,
     copy_run,
@@ -40,8 +39,9 @@ from tests.cluster.conftest import (
 )
 from tests.cluster.test_interruptions import write_config
 from yelp_hpc.errors import YelpHpcError
-from yelp_hpc.files import read_jsonl, sha256_file
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs import slurm as client
+from yelp_hpc.rundir.files import read_jsonl, sha256_file
+from yelp_hpc.rundir.paths import RunPaths
 
 FAULTS = ("requeue", "USR2", "TERM", "node", "preempt", "shard-requeue", "shard-USR2")
 SHARDS = 4

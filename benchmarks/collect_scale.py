@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
-from yelp_hpc.paths import MODELS, RunPaths
-from yelp_hpc.shard_files import SCHEMA
+from yelp_hpc.inference.shard_files import SCHEMA
+from yelp_hpc.rundir.paths import MODELS, RunPaths
 
 SIZES = {"small": (50_000, 8), "large": (10_000_000, 10_000)}
 _GROUP = 100_000

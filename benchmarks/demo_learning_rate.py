@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from yelp_hpc.files import read_jsonl
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.files import read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs.cluster import Container
-from jobs.container import inside
+from yelp_hpc.jobs.cluster import Container
+from yelp_hpc.jobs.container import inside
 
 WORK = {
     "command line": ["-m", "yelp_hpc", "run", "train", "--help"],

@@ -30,17 +30,22 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import f1_score
 
-from yelp_hpc.answers import is_decided, parse_label
 from yelp_hpc.config import Config
-from yelp_hpc.files import read_json
-from yelp_hpc.generation import GreedyDecoder
-from yelp_hpc.manifest import load_run
+from yelp_hpc.data.sources import read_file
+from yelp_hpc.inference.answers import is_decided, parse_label
+from yelp_hpc.inference.generation import GreedyDecoder
+from yelp_hpc.inference.predictor import (
+    Predictor,
+    generate_predictor,
+    score_predictor,
+    with_adapter,
+)
 from yelp_hpc.models.load import load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
-from yelp_hpc.models.packed import prepare_model
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.predictor import Predictor, generate_predictor, score_predictor, with_adapter
-from yelp_hpc.sources import read_file
+from yelp_hpc.models.packed.batch import prepare_model
+from yelp_hpc.rundir.files import read_json
+from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.prepare import bind_prompt
 
 CPU = torch.device("cpu")

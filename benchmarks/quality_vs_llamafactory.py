@@ -72,8 +72,8 @@ def train_ours(args: argparse.Namespace, _: Path, seed: int, work: Path) -> dict
     # not at the top: the peer's Python, which runs this file too, has no yelp_hpc
     from train_saves import copy_run
 
-    from yelp_hpc.files import read_jsonl
-    from yelp_hpc.manifest import load_run
+    from yelp_hpc.rundir.files import read_jsonl
+    from yelp_hpc.rundir.manifest import load_run
 
     steps = steps_of(args, load_run(args.run)[1])
     train = {"max_steps": steps, "evaluate_every": steps}
@@ -85,8 +85,8 @@ def train_ours(args: argparse.Namespace, _: Path, seed: int, work: Path) -> dict
 
 def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) -> dict[str, Any]:
     """LLaMA-Factory on the same tokens, same LoRA and schedule."""
-    from yelp_hpc.manifest import load_run
     from yelp_hpc.models.local import model_folder
+    from yelp_hpc.rundir.manifest import load_run
 
     _, config = load_run(args.run)
     flags = {
@@ -160,13 +160,13 @@ def found(args: argparse.Namespace, adapter: Path, losses: list[float]) -> dict[
     import torch
     from sklearn.metrics import accuracy_score, f1_score
 
-    from yelp_hpc.files import read_json
-    from yelp_hpc.manifest import load_run
+    from yelp_hpc.data.packing import plan_microbatches
+    from yelp_hpc.inference.predictor import with_adapter
     from yelp_hpc.models.load import load_model
     from yelp_hpc.models.local import model_folder
-    from yelp_hpc.models.packed import forward_selected, pack, prepare_model
-    from yelp_hpc.packing import plan_microbatches
-    from yelp_hpc.predictor import with_adapter
+    from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
+    from yelp_hpc.rundir.files import read_json
+    from yelp_hpc.rundir.manifest import load_run
 
     run, config = load_run(args.run)
     torch.set_num_threads(args.threads)

@@ -41,16 +41,16 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from yelp_hpc.models.dropout import DropoutContext, use_sequence_dropout
-from yelp_hpc.models.linear import matmul, pack_weight
-from yelp_hpc.models.packed import (
+from yelp_hpc.data.packing import plan_microbatches
+from yelp_hpc.models.packed.batch import (
     PackedBatch,
     forward_selected,
     pack,
     prepare_model,
 )
-from yelp_hpc.packing import plan_microbatches
-from yelp_hpc.throughput import flops_per_token
+from yelp_hpc.models.packed.dropout import DropoutContext, use_sequence_dropout
+from yelp_hpc.models.packed.linear import matmul, pack_weight
+from yelp_hpc.training.throughput import flops_per_token
 
 INSTRUCTION = (
     "Instruction: The following is a user's review of a merchant. Please judge and output the "

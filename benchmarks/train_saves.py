@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.files import read_json, read_jsonl, write_json
-from yelp_hpc.manifest import load_run
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.files import read_json, read_jsonl, write_json
+from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.paths import RunPaths
 
 NEVER = 1_000_000
 SKIPPED = 5

@@ -321,8 +321,8 @@ class Ours:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        from yelp_hpc.models.dropout import use_sequence_dropout
-        from yelp_hpc.models.packed import prepare_model
+        from yelp_hpc.models.packed.batch import prepare_model
+        from yelp_hpc.models.packed.dropout import use_sequence_dropout
 
         torch.set_num_threads(args.threads)
         torch.manual_seed(42)
@@ -371,8 +371,8 @@ class Ours:
         import torch
         from torch.nn import functional as F
 
-        from yelp_hpc.models.packed import forward_selected, pack
-        from yelp_hpc.packing import plan_microbatches
+        from yelp_hpc.data.packing import plan_microbatches
+        from yelp_hpc.models.packed.batch import forward_selected, pack
 
         lengths = [len(self.sequences[row]) - self.prefix for row in rows]
         total = 0.0

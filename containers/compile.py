@@ -1,4 +1,4 @@
-"""Compile an image's modules, a part of them: ``python compile.py SITE_PACKAGES PART OF``.
+"""Compile an image's modules, a part of them: `python compile.py SITE_PACKAGES PART OF`.
 
 The same files fall into the same part, and a fresh process compiles each, so that two builds are
 equal to the byte. Packages carry files in a newer Python's syntax; those are named and left. Ends
@@ -9,7 +9,7 @@ import py_compile
 import sys
 from pathlib import Path
 
-OWN = ("yelp_hpc", "jobs")
+OWN = "yelp_hpc"
 
 
 def main(site: Path, part: int, of: int) -> int:
@@ -20,7 +20,7 @@ def main(site: Path, part: int, of: int) -> int:
             py_compile.compile(str(path), doraise=True, invalidation_mode=mode)
         except py_compile.PyCompileError as error:
             newer = isinstance(error.exc_value, SyntaxError)
-            if newer and path.relative_to(site).parts[0] not in OWN:
+            if newer and path.relative_to(site).parts[0] != OWN:
                 print(f"left as it is, not this Python's syntax: {path}")
             else:
                 problems += 1

@@ -22,9 +22,9 @@ from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jobs.cluster import ClusterConfig
-from yelp_hpc.cli import cli
+from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
+from yelp_hpc.jobs.cluster import ClusterConfig
 
 SETTINGS = {"Config": Config, "ClusterConfig": ClusterConfig}
 

@@ -15,25 +15,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jobs import attempts, slurm
-from jobs.cluster import ClusterConfig
-from jobs.container import with_inputs
-from jobs.job import Job
-from jobs.local import local_alive, run_chain
-from jobs.progress import stage_done
-from jobs.submission import Submission, new_submission, record, records
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import read_json, write_failure
-from yelp_hpc.manifest import update_run
-from yelp_hpc.paths import STAGES, RunPaths
+from yelp_hpc.jobs import slurm
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import with_inputs
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.local import local_alive, run_chain
+from yelp_hpc.jobs.progress import stage_done
+from yelp_hpc.jobs.submission import Submission, new_submission, record, records
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.files import read_json, write_failure
+from yelp_hpc.rundir.manifest import update_run
+from yelp_hpc.rundir.paths import STAGES, RunPaths
 
 WAIT_SECONDS = 3.0
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
-    """The jobs that are still to be done for ``stage`` or ``all``, in the order of the chain."""
-    from jobs import collect, infer, prepare, publish, train
+    """The jobs that are still to be done for `stage` or `all`, in the order of the chain."""
+    from yelp_hpc.jobs import collect, infer, prepare, publish, train
 
     launchers = {
         "prepare": prepare.jobs,
@@ -69,15 +70,15 @@ def submit(
     wait: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> list[Submission]:
-    """Submit what is still to be done of ``stage`` (or ``all``); [] when there is nothing.
+    """Submit what is still to be done of `stage` (or `all`); [] when there is nothing.
 
-    On Slurm this returns at once, unless ``wait``. Locally there is no queue to hand the chain to:
+    On Slurm this returns at once, unless `wait`. Locally there is no queue to hand the chain to:
     it runs here, one supervisor after the other, to its end. Either every job is submitted or none.
 
     Raises:
         RequestError: the run's name cannot be used, a stage is running already, an earlier stage
             is missing, Slurm refuses the request.
-        StageError: the controller does not answer; locally or with ``wait``: a stage failed.
+        StageError: the controller does not answer; locally or with `wait`: a stage failed.
         SavedForRequeue: locally: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
@@ -120,7 +121,7 @@ def checked_run(run_dir: str | Path) -> Path:
     """The absolute run directory, if its name can be used in job names and Slurm's patterns.
 
     Raises:
-        RequestError: it holds ``%`` (Slurm fills it in), a control character, or ``:`` or ``,``
+        RequestError: it holds `%` (Slurm fills it in), a control character, or `:` or `,`
             (which separate container binds).
     """
     run = Path(run_dir).expanduser().absolute()
@@ -138,7 +139,7 @@ def _submit_slurm(
     live: dict[str, str],
     say: Callable[[str], None],
 ) -> list[Submission]:
-    from jobs.executor import parameters, submit_slurm
+    from yelp_hpc.jobs.executor import parameters, submit_slurm
 
     frozen, code = _freeze(paths, cluster)
     ids = {name: job for name, job in live.items() if not job.startswith("local-")}
@@ -162,7 +163,7 @@ def _submit_slurm(
 def _dry(
     planned: Sequence[Job], paths: RunPaths, cluster: ClusterConfig, executor: str
 ) -> Iterator[Submission]:
-    from jobs.executor import parameters, sbatch_text
+    from yelp_hpc.jobs.executor import parameters, sbatch_text
 
     ids = {job.name: f"JOB_ID_OF_{job.name}" for job in planned}
     for job in planned:
@@ -176,8 +177,8 @@ def _dry(
 
 def _freeze(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
     """Freeze settings and code, and say in run.json which code and image the jobs run."""
-    from jobs.executor import freeze_cluster
-    from jobs.snapshot import freeze
+    from yelp_hpc.jobs.executor import freeze_cluster
+    from yelp_hpc.jobs.snapshot import freeze
 
     frozen, code = freeze_cluster(paths, cluster), freeze(paths)
     if paths.run_json.exists():

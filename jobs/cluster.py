@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from jobs.slurm import TOKENS
-from yelp_hpc.demo import cache_folder
-from yelp_hpc.paths import STAGES
+from yelp_hpc.cache import cache_folder
+from yelp_hpc.jobs.slurm import TOKENS
+from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.settings import Frozen, read_settings
 
 
@@ -56,7 +56,7 @@ _RESERVED = frozenset(
 
 
 def minutes(text: str) -> int:
-    """Minutes of a Slurm time: ``M``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``."""
+    """Minutes of a Slurm time: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`."""
     match = _TIME.match(text)
     if not match:
         raise ValueError("write it as minutes, H:M:S or D-H:M:S")
@@ -166,7 +166,7 @@ class ClusterConfig(Frozen):
         return self
 
     def resources(self, stage: str) -> Resources:
-        """The resources of ``stage``: its own values over the defaults."""
+        """The resources of `stage`: its own values over the defaults."""
         own: Resources = getattr(self, stage)
         merged = self.defaults.model_dump(exclude_none=True) | own.model_dump(exclude_none=True)
         merged["sbatch"] = {**self.defaults.sbatch, **own.sbatch}

@@ -1,16 +1,16 @@
-"""Launcher of ``collect``: one job after every prediction, whatever became of it.
+"""Launcher of `collect`: one job after every prediction, whatever became of it.
 
-``afterany``, because ``afterok`` on an array of which one task failed waits for ever; the stage
+`afterany`, because `afterok` on an array of which one task failed waits for ever; the stage
 itself refuses to compute anything before every row is there, and names what is missing.
 """
 
 from __future__ import annotations
 
-from jobs.cluster import ClusterConfig
-from jobs.job import Job
-from jobs.progress import fingerprint, newest, shards_done
 from yelp_hpc.config import Config
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.progress import fingerprint, newest, shards_done
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

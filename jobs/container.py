@@ -1,7 +1,7 @@
 """The command that runs a stage: on the host's Python, or inside an Apptainer image.
 
 Pure but for looking at which paths exist: argv and environment come out, the supervisor runs them.
-The same argv is what ``--dry-run`` prints and what a person types to run a stage by hand.
+The same argv is what `--dry-run` prints and what a person types to run a stage by hand.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from jobs.cluster import ClusterConfig, Container
-from jobs.slurm import without_tokens
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
-from yelp_hpc.manifest import absolute_paths
+from yelp_hpc.jobs.cluster import ClusterConfig, Container
+from yelp_hpc.jobs.slurm import without_tokens
+from yelp_hpc.rundir.manifest import absolute_paths
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
 _HANDED_IN = (
@@ -45,7 +45,7 @@ _INTO_IMAGE = ("APPTAINERENV_", "SINGULARITYENV_")
 
 
 def stage_argv(stage: str, run: Path, model: str = "", shard: str = "") -> list[str]:
-    """The arguments of ``python -m yelp_hpc run``."""
+    """The arguments of `python -m yelp_hpc run`."""
     argv = [stage, "--run", str(run)]
     argv += ["--model", model] if model else []
     return argv + (["--shard", shard] if shard else [])
@@ -57,7 +57,7 @@ def command(
     """The whole argv that starts a stage.
 
     Args:
-        arguments: of ``python -m yelp_hpc run``, see ``stage_argv``.
+        arguments: of `python -m yelp_hpc run`, see `stage_argv`.
         env: the supervisor's environment; only allow-listed names are handed into an image.
     """
     if cluster.container is None:
@@ -67,7 +67,7 @@ def command(
 
 
 def inside(container: Container, run: Path, argv: list[str], env: Mapping[str, str]) -> list[str]:
-    """The whole argv that runs ``argv`` in the image as a stage is run in it."""
+    """The whole argv that runs `argv` in the image as a stage is run in it."""
     return [*_apptainer(container, run, env), container.image, *argv]
 
 
@@ -91,10 +91,10 @@ def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[
 def stage_environment(
     cluster: ClusterConfig, stage: str, env: Mapping[str, str], token: str | None
 ) -> dict[str, str]:
-    """The environment of the stage's process; only ``publish`` gets the Hub's token.
+    """The environment of the stage's process; only `publish` gets the Hub's token.
 
-    Into an image the token and the values of ``container.env`` go as APPTAINERENV_NAME: an
-    ``--env`` would stand in the process list and in the log.
+    Into an image the token and the values of `container.env` go as APPTAINERENV_NAME: an
+    `--env` would stand in the process list and in the log.
     """
     result = without_tokens(env)
     if cluster.container is None:
@@ -119,7 +119,7 @@ def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterCon
     What lies in the run directory or in a folder that is bound anyway needs no bind of its own.
 
     Raises:
-        RequestError: a path holds ``:`` or ``,``, which separate binds.
+        RequestError: a path holds `:` or `,`, which separate binds.
     """
     if cluster.container is None:
         return cluster

@@ -20,14 +20,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import ClusterConfig, minutes
-from jobs.job import Job, job_name
-from jobs.slurm import clean_environment
-from jobs.supervisor import supervise
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import write_json
-from yelp_hpc.image_file import image_sha256
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.image.file import image_sha256
+from yelp_hpc.jobs.cluster import ClusterConfig, minutes
+from yelp_hpc.jobs.job import Job, job_name
+from yelp_hpc.jobs.slurm import clean_environment
+from yelp_hpc.jobs.supervisor import supervise
+from yelp_hpc.rundir.files import write_json
+from yelp_hpc.rundir.paths import RunPaths
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
@@ -148,7 +148,7 @@ def parameters(
 def sbatch_text(
     job: Job, params: Mapping[str, Any], paths: RunPaths, cluster: ClusterConfig
 ) -> str:
-    """The sbatch script that ``submit`` hands in, without submitting it."""
+    """The sbatch script that `submit` hands in, without submitting it."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = paths.logs / "slurm"

@@ -10,17 +10,17 @@ import os
 import shutil
 from pathlib import Path
 
-from jobs.cluster import Container
 from yelp_hpc.errors import StageError, all_problems
-from yelp_hpc.files import atomic_path, sha256_file
-from yelp_hpc.image_file import image_sha256
+from yelp_hpc.image.file import image_sha256
+from yelp_hpc.jobs.cluster import Container
+from yelp_hpc.rundir.files import atomic_path, sha256_file
 
 
 def ready_image(container: Container, expected: str | None) -> Container:
     """The container as it is started on this node: checked, its image copied if that was asked for.
 
     Raises:
-        StageError: see ``check_image``.
+        StageError: see `check_image`.
     """
     check_image(container, expected)
     if container.node_disk is None or not expected:
@@ -37,7 +37,7 @@ def ready_image(container: Container, expected: str | None) -> Container:
 def check_image(container: Container, expected: str | None) -> None:
     """Refuse to start in an image that is missing or not the one that was submitted.
 
-    Also makes ``container.cache``, if it is not there.
+    Also makes `container.cache`, if it is not there.
 
     Raises:
         StageError: apptainer or the image is missing, a bind's source is, the cache cannot be made,

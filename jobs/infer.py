@@ -1,16 +1,16 @@
-"""Launcher of ``infer``: a job array for each model, a task for each missing shard.
+"""Launcher of `infer`: a job array for each model, a task for each missing shard.
 
 More missing shards than the site's MaxArraySize are packed, neighbours into one task.
 """
 
 from __future__ import annotations
 
-from jobs.cluster import ClusterConfig
-from jobs.job import Job, pack
-from jobs.progress import shards_done
 from yelp_hpc.config import Config
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.shards import missing_shards
+from yelp_hpc.inference.shards import missing_shards
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job, pack
+from yelp_hpc.jobs.progress import shards_done
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

@@ -22,17 +22,17 @@ class Job:
         return f"{self.stage}-{self.model}" if self.model else self.stage
 
     def only_after(self, names: set[str]) -> Job:
-        """The same job without dependencies on jobs that are not in ``names``."""
+        """The same job without dependencies on jobs that are not in `names`."""
         return replace(self, after=tuple(item for item in self.after if item[1] in names))
 
 
 def job_name(job: Job, run: Path) -> str:
-    """The name that squeue shows: ``yelp-train:RUN``."""
+    """The name that squeue shows: `yelp-train:RUN`."""
     return f"yelp-{job.name}:{run.name}"
 
 
 def pack(shards: list[int], limit: int) -> tuple[str, ...]:
-    """Deal shards to at most ``limit`` array tasks, as evenly as can be, neighbours together.
+    """Deal shards to at most `limit` array tasks, as evenly as can be, neighbours together.
 
     >>> pack([0, 1, 2, 5, 6], 2)
     ('0,1,2', '5,6')

@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs import attempts
-from jobs.cluster import ClusterConfig
-from jobs.job import Job
-from jobs.submission import Submission, new_submission, record
 from yelp_hpc.errors import SavedForRequeue, StageError
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.submission import Submission, new_submission, record
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.paths import RunPaths
 
 FOLLOW_SECONDS = 0.3
 
@@ -80,8 +80,8 @@ def _run_task(
     code: Path,
     say: Callable[[str], None],
 ) -> tuple[Submission, attempts.Attempt | None]:
-    from jobs.executor import start_local
-    from jobs.supervisor import log_name
+    from yelp_hpc.jobs.executor import start_local
+    from yelp_hpc.jobs.supervisor import log_name
 
     log = paths.stage_log(log_name(job.name, task))
     offset = log.stat().st_size if log.exists() else 0

@@ -1,12 +1,12 @@
-"""Launcher of ``prepare``: one job, the first of the chain."""
+"""Launcher of `prepare`: one job, the first of the chain."""
 
 from __future__ import annotations
 
-from jobs.cluster import ClusterConfig
-from jobs.job import Job
-from jobs.progress import prepared
 from yelp_hpc.config import Config
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.progress import prepared
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import YelpHpcError
-from yelp_hpc.files import is_complete, read_json, read_marker
-from yelp_hpc.paths import RunPaths, shard_of
+from yelp_hpc.rundir.files import is_complete, read_json, read_marker
+from yelp_hpc.rundir.paths import RunPaths, shard_of
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 _NO_PROGRESS = (".jsonl", ".log", ".png", ".tmp")
@@ -33,7 +33,7 @@ def _marked(folder: Path, careful: bool) -> bool:
 
 
 def shards_done(paths: RunPaths, model: str, shards: int) -> list[int]:
-    """The finished shards of ``model``; a shard's file is whole or absent."""
+    """The finished shards of `model`; a shard's file is whole or absent."""
     try:
         found = [shard_of(path) for path in paths.predictions(model).iterdir()]
     except OSError:
@@ -42,8 +42,8 @@ def shards_done(paths: RunPaths, model: str, shards: int) -> list[int]:
 
 
 def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[str, Any]]:
-    """What each shard that ever began says of itself: ``state``, ``rows``, ``done``,
-    ``rows_per_second``, ``updated`` (seconds since the epoch); by shard."""
+    """What each shard that ever began says of itself: `state`, `rows`, `done`,
+    `rows_per_second`, `updated` (seconds since the epoch); by shard."""
     found = {}
     for shard in range(shards):
         with suppress(OSError, ValueError, YelpHpcError):

@@ -1,11 +1,11 @@
-"""Launcher of ``publish``: one job after ``collect``, when a repository is named."""
+"""Launcher of `publish`: one job after `collect`, when a repository is named."""
 
 from __future__ import annotations
 
-from jobs.cluster import ClusterConfig
-from jobs.job import Job
 from yelp_hpc.config import Config
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

@@ -30,7 +30,7 @@ class Row:
     """A job or array task as squeue or sacct sees it. Times are Slurm's own text."""
 
     job: str
-    """``123`` or ``123_4``."""
+    """`123` or `123_4`."""
     state: str
     reason: str = ""
     node: str = ""
@@ -76,7 +76,7 @@ def client(argv: Sequence[str], timeout: float = 60, epoch: bool = False) -> str
 
 
 def queue(job_ids: Sequence[str]) -> list[Row]:
-    """The array tasks and jobs of ``job_ids`` that Slurm still holds, finished ones left out."""
+    """The array tasks and jobs of `job_ids` that Slurm still holds, finished ones left out."""
     if not job_ids:
         return []
     form = ",".join(f"{field}:|" for field in _FIELDS)
@@ -91,7 +91,7 @@ def queue(job_ids: Sequence[str]) -> list[Row]:
 
 
 def parse_queue(text: str) -> list[Row]:
-    """Rows of ``squeue --Format``; see ``queue``."""
+    """Rows of `squeue --Format`; see `queue`."""
     rows = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
@@ -123,7 +123,7 @@ def accounting(job_ids: Sequence[str]) -> list[Row]:
 
 
 def parse_accounting(text: str) -> list[Row]:
-    """Rows of ``sacct --parsable2``; ``CANCELLED by 0`` becomes ``CANCELLED``."""
+    """Rows of `sacct --parsable2`; `CANCELLED by 0` becomes `CANCELLED`."""
     rows = {}
     for line in text.splitlines():
         job, state, node, elapsed, limit = (line.split("|") + [""] * 5)[:5]
@@ -134,7 +134,7 @@ def parse_accounting(text: str) -> list[Row]:
 
 
 def state_of(job: str) -> str:
-    """The state of one job or array task now, ``GONE`` when Slurm does not know it.
+    """The state of one job or array task now, `GONE` when Slurm does not know it.
 
     A job that is being cancelled, preempted or requeued is COMPLETING or PENDING, never RUNNING.
     """
@@ -167,7 +167,7 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 
 def first_host(node_list: str) -> str:
-    """The first host name of Slurm's ``g[1-2],h7`` notation."""
+    """The first host name of Slurm's `g[1-2],h7` notation."""
     return client(["scontrol", "show", "hostnames", node_list]).split()[0]
 
 
@@ -195,7 +195,7 @@ def clean_environment() -> Iterator[None]:
 
 
 def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
-    """``env`` without the Hub's tokens."""
+    """`env` without the Hub's tokens."""
     return {name: value for name, value in env.items() if name not in TOKENS}
 
 

@@ -1,6 +1,6 @@
 """Freeze the code of a submission: a requeue a day later runs what was submitted.
 
-Copies the two packages into RUN/code/DIGEST; jobs put that folder first on PYTHONPATH. Stages in an
+Copies the package into RUN/code/DIGEST; jobs put that folder first on PYTHONPATH. Stages in an
 image use the image's own wheel, whose hash is recorded instead.
 """
 
@@ -11,25 +11,17 @@ import os
 import shutil
 from pathlib import Path
 
-import yelp_hpc
 from yelp_hpc.errors import StageError
-from yelp_hpc.files import write_failure
-from yelp_hpc.paths import RunPaths
-
-_SUFFIXES = (".py", ".html", ".txt", ".json")
+from yelp_hpc.own_files import IMPORT_ROOT, package_files
+from yelp_hpc.rundir.files import write_failure
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def freeze(paths: RunPaths) -> Path:
     """Copy the running code, if this version is not there yet, and return its folder."""
-    top = Path(yelp_hpc.__file__).resolve().parent.parent
-    files = sorted(
-        path.relative_to(top)
-        for package in ("jobs", "yelp_hpc")
-        for path in (top / package).rglob("*")
-        if path.suffix in _SUFFIXES and path.is_file()
-    )
+    files = package_files()
     digest = hashlib.sha256()
-    contents = [(top / name).read_bytes() for name in files]
+    contents = [(IMPORT_ROOT / name).read_bytes() for name in files]
     for name, content in zip(files, contents, strict=True):
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     folder = paths.code / digest.hexdigest()[:12]

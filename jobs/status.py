@@ -1,7 +1,7 @@
 """The state of a run: from the markers first, then squeue, then sacct where it answers.
 
-``gather`` reads the run directory and asks Slurm once; ``summarise`` is pure; ``show_status`` and
-``show_logs`` print. A controller that is down or an sacct that is absent only takes columns away.
+`gather` reads the run directory and asks Slurm once; `summarise` is pure; `show_status` and
+`show_logs` print. A controller that is down or an sacct that is absent only takes columns away.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import attempts, slurm
-from jobs.attempts import Attempt
-from jobs.local import local_alive
-from jobs.progress import shards_done, shards_progress, stage_done
-from jobs.slurm import Row
-from jobs.submission import records
-from jobs.supervisor import log_name
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, YelpHpcError
-from yelp_hpc.files import read_jsonl
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs import slurm
+from yelp_hpc.jobs.local import local_alive
+from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
+from yelp_hpc.jobs.slurm import Row
+from yelp_hpc.jobs.submission import records
+from yelp_hpc.jobs.supervisor import log_name
 from yelp_hpc.progress import clock
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.attempts import Attempt
+from yelp_hpc.rundir.files import read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
 
 WATCH_SECONDS = 5.0
 
@@ -74,7 +75,7 @@ class JobStatus:
 
 
 def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
-    """Everything that ``summarise`` needs, and why Slurm did not answer, if it did not."""
+    """Everything that `summarise` needs, and why Slurm did not answer, if it did not."""
     paths = RunPaths(Path(run_dir).absolute())
     newest = {record["name"]: record for record in records(paths)}
     ids = [record["job"] for record in newest.values() if record.get("executor") == "slurm"]
@@ -299,8 +300,8 @@ def collect_status(run_dir: str | Path, config: Config) -> tuple[list[JobStatus]
 
 
 def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False) -> None:
-    """Print the state; with ``watch`` again and again until nothing runs or waits."""
-    from yelp_hpc.manifest import load_run
+    """Print the state; with `watch` again and again until nothing runs or waits."""
+    from yelp_hpc.rundir.manifest import load_run
 
     paths, config = load_run(run_dir)
     while True:

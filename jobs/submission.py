@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import ClusterConfig
-from jobs.container import command, stage_argv
-from jobs.job import Job
-from yelp_hpc.files import append_jsonl, read_jsonl
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import command, stage_argv
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.rundir.files import append_jsonl, read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that was submitted, or with ``dry_run`` would be."""
+    """A job that was submitted, or with `dry_run` would be."""
 
     name: str
     stage: str
     job: str
-    """Slurm's job id, ``local-PID``, or "" for a dry run."""
+    """Slurm's job id, `local-PID`, or "" for a dry run."""
     tasks: tuple[str, ...]
     command: str
     """What the first task runs, as a person would type it."""

@@ -20,22 +20,23 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from jobs import attempts, slurm
-from jobs.attempts import Attempt
-from jobs.cluster import ClusterConfig
-from jobs.container import command, stage_argv, stage_environment
-from jobs.image import ready_image
-from jobs.job import Job
-from jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
-from jobs.train import rendezvous
-from jobs.verdict import Verdict, judge
-from yelp_hpc.child import die_with_parent
 from yelp_hpc.errors import SavedForRequeue, StageError, YelpHpcError
-from yelp_hpc.files import read_json
-from yelp_hpc.hub_token import find_token, login_file
-from yelp_hpc.manifest import load_run
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.rank import deadline
+from yelp_hpc.jobs import slurm
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import command, stage_argv, stage_environment
+from yelp_hpc.jobs.image import ready_image
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
+from yelp_hpc.jobs.train import rendezvous
+from yelp_hpc.jobs.verdict import Verdict, judge
+from yelp_hpc.publishing.token import find_token, login_file
+from yelp_hpc.ranks.child import die_with_parent
+from yelp_hpc.ranks.rank import deadline
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.attempts import Attempt
+from yelp_hpc.rundir.files import read_json
+from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.paths import RunPaths
 
 HEARTBEAT = 10.0
 POLL = 0.2
@@ -313,7 +314,7 @@ def on_slurm() -> bool:
 
 
 def this_job() -> str:
-    """``123``, ``123_4`` or ``local-PID``."""
+    """`123`, `123_4` or `local-PID`."""
     env = os.environ
     if not on_slurm():
         return f"local-{env.get('SUBMITIT_LOCAL_JOB_ID', os.getpid())}"
@@ -323,7 +324,7 @@ def this_job() -> str:
 
 
 def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | None:
-    """The Hub's token: from the environment, ``publish.token_file`` or ``hf auth login``.
+    """The Hub's token: from the environment, `publish.token_file` or `hf auth login`.
 
     Read here, on the host: neither file need be visible inside the image.
 

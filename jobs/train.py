@@ -1,4 +1,4 @@
-"""Launcher of ``train``: one job of one or more nodes, a supervisor on each.
+"""Launcher of `train`: one job of one or more nodes, a supervisor on each.
 
 The stage itself starts a rank for each GPU of its node (train.nproc). With several nodes each
 supervisor hands the rendezvous on as YELP_HPC_NNODES, YELP_HPC_NODE_RANK, MASTER_ADDR, MASTER_PORT.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jobs.cluster import ClusterConfig
-from jobs.job import Job
-from jobs.progress import trained
 from yelp_hpc.config import Config
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.progress import trained
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

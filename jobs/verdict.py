@@ -12,8 +12,8 @@ _STOPS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Verdict:
-    """``done``, ``requeued``, ``again`` (here, at once), ``stopped`` (saved, not run again) or
-    ``failed``; ``ask`` when the supervisor has to ask Slurm for the requeue."""
+    """`done`, `requeued`, `again` (here, at once), `stopped` (saved, not run again) or
+    `failed`; `ask` when the supervisor has to ask Slurm for the requeue."""
 
     action: str
     reason: str
@@ -28,7 +28,7 @@ def judge(
     Args:
         code: exit code, negative for a signal as subprocess reports it.
         received: the signal that the supervisor got, if any.
-        state: Slurm's state of the job now, ``LOCAL`` without Slurm.
+        state: Slurm's state of the job now, `LOCAL` without Slurm.
         stalled: attempts in a row that began without new progress, this one included.
         progressed: whether this attempt changed anything.
         log: the end of the log, for the reason of a failure.

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.shard_files import SCHEMA
-from yelp_hpc.shards import plan_shards
+from yelp_hpc.inference.shard_files import SCHEMA
+from yelp_hpc.inference.shards import plan_shards
+from yelp_hpc.rundir.paths import RunPaths
 
 
 def config_of(**infer: object) -> Config:
@@ -81,7 +81,7 @@ def write_shards(
 
 
 def logits(labels: Sequence[int], seed: int, strength: float) -> np.ndarray:
-    """``[n, 5]`` random logits that favour the true label by ``strength``."""
+    """`[n, 5]` random logits that favour the true label by `strength`."""
     noise = np.random.default_rng(seed).normal(size=(len(labels), 5))
     noise[np.arange(len(labels)), list(labels)] += strength
     return noise.astype(np.float32)

@@ -26,10 +26,10 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from jobs.cluster import ClusterConfig
 from tiny import make_model, reviews
-from yelp_hpc.cli import cli
+from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
+from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.settings import dotted_keys
 
 ROOT = Path(__file__).parent.parent

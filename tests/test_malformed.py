@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from yelp_hpc.cli import main
+from yelp_hpc.cli.main import main
 from yelp_hpc.config import load_config
-from yelp_hpc.files import write_json, write_marker
-from yelp_hpc.manifest import record_run
+from yelp_hpc.rundir.files import write_json, write_marker
+from yelp_hpc.rundir.manifest import record_run
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "file", "train": "r.csv", "test_rows": 2}}
 ROWS = "label,text\n" + "".join(f"{i % 5},review number {i}\n" for i in range(20))

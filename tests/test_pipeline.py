@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tiny import make_model, reviews
-from yelp_hpc.files import read_json
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.files import read_json
+from yelp_hpc.rundir.paths import RunPaths
 
 GOLDEN = Path(__file__).parent / "models" / "golden"
 
@@ -22,7 +22,7 @@ def tiny_chatglm3(folder: Path) -> Path:
     """A random ChatGLM3 under the published names, with a sentencepiece tokenizer."""
     import torch
 
-    from yelp_hpc.models.chatglm3 import ChatGLMConfig, ChatGLMForCausalLM
+    from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 
     folder.mkdir(parents=True)
     shutil.copy(GOLDEN / "tokenizer" / "tokenizer.model", folder)

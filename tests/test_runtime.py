@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.config import load_config
-from yelp_hpc.manifest import record_run
+from yelp_hpc.rundir.manifest import record_run
 from yelp_hpc.runtime import DEFAULTS
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -20,7 +20,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # `run` itself, of a stage that finds nothing to do and needs no torch; then torch
 CODE = """
 import os
-from yelp_hpc.cli import main
+from yelp_hpc.cli.main import main
 try:
     main()
 except SystemExit:

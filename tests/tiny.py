@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.files import write_json
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.files import write_json
+from yelp_hpc.rundir.paths import RunPaths
 
 WORDS = {
     0: ["awful", "rude", "dirty", "never", "cold", "broken", "refund", "worst"],

@@ -1,6 +1,12 @@
-"""``python -m yelp_hpc``."""
+"""`python -m yelp_hpc`, in which no file of the working directory shadows ours or a library's."""
 
-from yelp_hpc.cli import main
+import sys
+from pathlib import Path
+
+if not sys.flags.safe_path and sys.path[0] in ("", str(Path.cwd())):
+    del sys.path[0]  # the package is found already, and all of ours lies inside it
+
+from yelp_hpc.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The configuration of a run: YAML in, one frozen object out, every problem reported at once.
 
-Reads a YAML file and ``--set a.b=c`` overrides. The types below are the documentation of the keys;
-``load_config`` also remembers where each value came from, for ``config show``.
+Reads a YAML file and `--set a.b=c` overrides. The types below are the documentation of the keys;
+`load_config` also remembers where each value came from, for `config show`.
 """
 
 from __future__ import annotations
@@ -213,11 +213,11 @@ class LoadedConfig:
     given: dict[str, Any]
     """The file and the overrides, merged, before defaults."""
     origin: dict[str, str]
-    """Dotted key → ``FILE:LINE`` or ``--set``; a key that is not in it has its default."""
+    """Dotted key → `FILE:LINE` or `--set`; a key that is not in it has its default."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read a YAML file, apply ``a.b=value`` overrides in order and check the result.
+    """Read a YAML file, apply `a.b=value` overrides in order and check the result.
 
     Raises:
         RequestError: the file is missing or not YAML, a key is unknown (the nearest valid one is
@@ -228,5 +228,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
-    """The configuration that ``run.json`` holds, checked again."""
+    """The configuration that `run.json` holds, checked again."""
     return Config.model_validate(values)

@@ -18,13 +18,13 @@ def say(text: str) -> None:
 
 
 def clock(seconds: float) -> str:
-    """``H:MM:SS``, fractions of a second cut off."""
+    """`H:MM:SS`, fractions of a second cut off."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def track(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Yield ``items`` and show how many of ``total`` are done.
+    """Yield `items` and show how many of `total` are done.
 
     A terminal gets a bar with the time left; anything else a line every few seconds, none when
     the work ends before that.

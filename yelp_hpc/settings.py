@@ -1,6 +1,6 @@
 """YAML settings → a frozen, typed object, with every problem named at once.
 
-The machinery under ``yelp_hpc.config`` and ``jobs.cluster``: no key of either is known here.
+The machinery under `yelp_hpc.config` and `jobs/cluster.py`: no key of either is known here.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ for _digit in "0123456789":
 def read_settings(
     model: type[Settings], path: Path, overrides: Sequence[str] = ()
 ) -> tuple[Settings, dict[str, Any], dict[str, str]]:
-    """Read ``path``, apply ``a.b=value`` overrides in order and validate.
+    """Read `path`, apply `a.b=value` overrides in order and validate.
 
     Returns:
-        The settings, the merged values as given, and dotted key → ``FILE:LINE`` or ``--set``.
+        The settings, the merged values as given, and dotted key → `FILE:LINE` or `--set`.
 
     Raises:
         RequestError: with all problems in one message.
@@ -113,7 +113,7 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def _walk(node: yaml.MappingNode, prefix: str, path: Path, origin: dict[str, str]) -> Iterator[str]:
-    """Record each key's line in ``origin``; yield a problem for each key written twice."""
+    """Record each key's line in `origin`; yield a problem for each key written twice."""
     for key, value in node.value:
         dotted = f"{prefix}{key.value}"
         where = f"{path}:{key.start_mark.line + 1}"

@@ -23,9 +23,10 @@ from typing import Any
 
 import pytest
 
-from jobs import slurm as client
 from tests.jobs.fake_run import FakeRun
-from yelp_hpc.image_build import TREE, build
+from yelp_hpc.image.build import build
+from yelp_hpc.jobs import slurm as client
+from yelp_hpc.own_files import SHARE
 
 HERE = Path(__file__).parent
 RUN = Path("/run/yelp-hpc-cluster")
@@ -83,7 +84,7 @@ def processes() -> Iterator[tuple[int, str]]:
 
 
 def descendants(roots: list[int]) -> list[int]:
-    """``roots`` and all processes below them."""
+    """`roots` and all processes below them."""
     children: dict[int, list[int]] = {}
     for pid, _ in processes():
         with suppress(OSError, IndexError, ValueError):
@@ -98,7 +99,7 @@ def descendants(roots: list[int]) -> list[int]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Poll until ``condition`` is true and return its value."""
+    """Poll until `condition` is true and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
@@ -107,7 +108,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def wait_ended(jobs: list[str], seconds: float) -> None:
-    """Until Slurm holds none of ``jobs`` any more."""
+    """Until Slurm holds none of `jobs` any more."""
 
     def ended() -> bool:
         try:
@@ -162,7 +163,7 @@ def image_sif(apptainer: None, open_folder: Path) -> Path:
     """The image that jobs run in, built once a session from the set that is installed here."""
     lock = "cpu.lock" if importlib.metadata.version("torch").endswith("+cpu") else "cuda.lock"
     image = open_folder / "yelp_hpc.sif"
-    build(image, TREE / "containers" / lock, base="debootstrap")
+    build(image, SHARE / "containers" / lock, base="debootstrap")
     return image
 
 

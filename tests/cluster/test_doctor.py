@@ -1,4 +1,4 @@
-"""``init`` and ``doctor`` on the real Slurm: content with what is sound, exact about the rest."""
+"""`init` and `doctor` on the real Slurm: content with what is sound, exact about the rest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.cluster import load_cluster
 from tests.cluster.conftest import Cluster, wait_for, yelp_hpc
 from tests.tiny import make_model
+from yelp_hpc.jobs.cluster import load_cluster
 
 
 @pytest.fixture

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import ClusterConfig, Container
-from jobs.container import command, inside, stage_environment
-from jobs.image import check_image, ready_image
 from tests.cluster.conftest import wait_for, yelp_hpc
-from yelp_hpc.demo import cache_folder
+from yelp_hpc.cache import cache_folder
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.image import check, info
-from yelp_hpc.image_build import TREE, build
-from yelp_hpc.paths import STAGES
+from yelp_hpc.image.build import build
+from yelp_hpc.image.check import check, info
+from yelp_hpc.jobs.cluster import ClusterConfig, Container
+from yelp_hpc.jobs.container import command, inside, stage_environment
+from yelp_hpc.jobs.image import check_image, ready_image
+from yelp_hpc.own_files import IMPORT_ROOT, SHARE
+from yelp_hpc.rundir.paths import STAGES
 
 LIGHT = (
     *("annotated-types", "click", "cloudpickle", "markdown-it-py", "mdurl", "pydantic"),
@@ -38,8 +39,8 @@ AS_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 def light_lock(path: Path, more: str = "") -> Path:
-    """The host's packages of cpu.lock, and ``more`` at the end."""
-    blocks = re.split(r"(?m)^(?=\S)", (TREE / "containers" / "cpu.lock").read_text())
+    """The host's packages of cpu.lock, and `more` at the end."""
+    blocks = re.split(r"(?m)^(?=\S)", (SHARE / "containers" / "cpu.lock").read_text())
     chosen = [block for block in blocks if block.split("==")[0] in LIGHT]
     assert len(chosen) == len(LIGHT)
     path.write_text("".join(chosen) + more)
@@ -248,7 +249,9 @@ def test_a_killed_build_keeps_the_old_image_and_ends_what_it_started(
     (tmp_path / "out").mkdir()
     lock, image = light_lock(tmp_path / "light.lock"), tmp_path / "out" / "old.sif"
     image.write_bytes(b"the old one")
-    builder = subprocess.Popen([sys.executable, "-c", BUILD, str(image), str(lock)], cwd=TREE)
+    builder = subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(image), str(lock)], cwd=IMPORT_ROOT
+    )
 
     def pids(*how: str) -> list[str]:
         return subprocess.run(["pgrep", *how], capture_output=True, text=True).stdout.split()

@@ -18,17 +18,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import attempts
-from jobs.cluster import ClusterConfig
-from jobs.container import with_inputs
-from jobs.executor import freeze_cluster
 from tests.cluster.conftest import Cluster, copy_run, read, wait_ended, wait_for, yelp_hpc
 from tests.cluster.test_interruptions import write_config
 from tests.hub.server import serving
 from tests.hub.state import Hub
-from yelp_hpc.files import read_jsonl, sha256_file
-from yelp_hpc.manifest import load_run
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import with_inputs
+from yelp_hpc.jobs.executor import freeze_cluster
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.files import read_jsonl, sha256_file
+from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.paths import RunPaths
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -146,11 +146,11 @@ def test_interrupted_training_in_the_image_ends_with_the_same_adapter(
 # Everything is imported while the process is still root: a user may not read root's Python.
 AS_USER = """
 import os, sys
-import jobs.supervisor
+import yelp_hpc.jobs.supervisor
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 os.environ.update(HOME="/", OMP_NUM_THREADS="1")
 os.chdir("/")
-jobs.supervisor.supervise("train", sys.argv[1], sys.argv[2])
+yelp_hpc.jobs.supervisor.supervise("train", sys.argv[1], sys.argv[2])
 """
 
 

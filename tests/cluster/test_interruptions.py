@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import attempts
-from jobs.attempts import Attempt, last_seen
 from tests.cluster.conftest import (
     GPU,
     Cluster,
@@ -33,8 +31,10 @@ from tests.cluster.conftest import (
 from tests.hub.server import serving
 from tests.hub.state import Hub
 from tests.tiny import HEAD, TAIL, make_model, reviews
-from yelp_hpc.files import read_jsonl, sha256_file
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.attempts import Attempt, last_seen
+from yelp_hpc.rundir.files import read_jsonl, sha256_file
+from yelp_hpc.rundir.paths import RunPaths
 
 pytestmark = pytest.mark.timeout(900)
 TOKEN = f"hf_sentinel{secrets.token_hex(16)}"  # a cluster may keep earlier sessions' files
@@ -97,7 +97,7 @@ def watching() -> Iterator[list[str]]:
 
 
 def interrupted_runs(slurm: Cluster, top: Path, env: dict[str, str]) -> Outcome:
-    """Submit with ``env``, strike, wait until nothing is queued any more."""
+    """Submit with `env`, strike, wait until nothing is queued any more."""
     config = write_config(top)
     reference = RunPaths(top / "reference")
     common = ["--config", str(config)]

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs import attempts
-from jobs import slurm as client
-from jobs.chain import cancel, submit
-from jobs.status import collect_status
 from tests.cluster.conftest import Cluster, descendants, processes, wait_ended, wait_for
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import read_jsonl
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs import slurm as client
+from yelp_hpc.jobs.chain import cancel, submit
+from yelp_hpc.jobs.status import collect_status
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.files import read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
 
 MakeRun = Callable[..., FakeRun]
 
@@ -194,7 +194,7 @@ def test_jobs_run_the_code_that_was_submitted_not_the_checkout(
     slurm: Cluster, slurm_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    shown = "import yelp_hpc, jobs; print('code:', yelp_hpc.__file__, jobs.__file__)"
+    shown = "import yelp_hpc as y, yelp_hpc.jobs as j; print('code:', y.__file__, j.__file__)"
     run = slurm_run(cluster={"command": [sys.executable, "-c", shown]})
     wait_ended(list(go(run, "prepare").values()), 60)
     log = (run.root / "logs" / "prepare.log").read_text()
@@ -239,7 +239,7 @@ def test_submitting_from_inside_a_job_does_not_inherit_it(
     run = slurm_run(shards=1)
     script = tmp_path / "inner.py"
     script.write_text(
-        "from jobs.chain import submit\nfrom jobs.cluster import ClusterConfig\n"
+        "from yelp_hpc.jobs.chain import submit\nfrom yelp_hpc.jobs.cluster import ClusterConfig\n"
         "from yelp_hpc.config import Config\n"
         f"submit('all', {str(run.root)!r}, Config.model_validate({run.config.model_dump()!r}),"
         f" ClusterConfig.model_validate({run.cluster.model_dump()!r}))\n"

@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.tiny import make_model, prepare_run, tiny_config
 from yelp_hpc.config import Config
-from yelp_hpc.files import write_json, write_marker
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.files import write_json, write_marker
+from yelp_hpc.rundir.paths import RunPaths
 
 BASE = "me/tiny-base"
 REPO = "me/stars"
@@ -24,15 +24,15 @@ def settings(model: Path, **publish: Any) -> Config:
 
 
 def finish_run(root: Path, model: Path) -> RunPaths:
-    """Prepare, a random adapter, real predictions, their metrics and run.json under ``root``."""
+    """Prepare, a random adapter, real predictions, their metrics and run.json under `root`."""
     import torch
     from peft import get_peft_model_state_dict
 
-    from yelp_hpc.adapter import adapter_config, add_lora
     from yelp_hpc.models.load import load_model
     from yelp_hpc.models.local import folder_fingerprint
     from yelp_hpc.stages import collect, infer
     from yelp_hpc.stages.train import training_fingerprint
+    from yelp_hpc.training.adapter import adapter_config, add_lora
 
     make_model(model)
     run = prepare_run(root, model)
@@ -72,7 +72,7 @@ def finish_run(root: Path, model: Path) -> RunPaths:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    from yelp_hpc.checkpoint import write_adapter
+    from yelp_hpc.training.checkpoint import write_adapter
 
     write_adapter(
         run.adapter,

@@ -382,7 +382,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve ``hub`` on a free port of 127.0.0.1."""
+    """Serve `hub` on a free port of 127.0.0.1."""
     handler = type("HubHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True

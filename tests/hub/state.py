@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """What goes wrong with the next ``times`` requests whose ``METHOD /path`` matches."""
+    """What goes wrong with the next `times` requests whose `METHOD /path` matches."""
 
     match: str
     status: int = 0
@@ -28,7 +28,7 @@ class Fault:
     after: bool = False
     """Do the work first, then lose the answer (reset the connection)."""
     stall: float = 0.0
-    """Seconds to stand still after reading ``cut`` bytes."""
+    """Seconds to stand still after reading `cut` bytes."""
 
 
 class Hub:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import ClusterConfig
 from yelp_hpc.config import Config
+from yelp_hpc.jobs.cluster import ClusterConfig
 
 FAKE = Path(__file__).with_name("fake_stage.py")
 

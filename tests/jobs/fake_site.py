@@ -1,6 +1,6 @@
 """A site in a folder: its Slurm, Apptainer and driver are small scripts, all else is real.
 
-The scripts answer from text files under ``state``, which a test changes to break things; a job is
+The scripts answer from text files under `state`, which a test changes to break things; a job is
 a real process that runs the real script.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from jobs.cluster import ClusterConfig, load_cluster
-from jobs.doctor import diagnose
-from jobs.findings import Finding
 from yelp_hpc import __version__
 from yelp_hpc.config import Config, load_config
-from yelp_hpc.manifest import lock_hashes, record_run
+from yelp_hpc.jobs.cluster import ClusterConfig, load_cluster
+from yelp_hpc.jobs.doctor.diagnose import diagnose
+from yelp_hpc.jobs.doctor.findings import Finding
+from yelp_hpc.rundir.manifest import lock_hashes, record_run
 from yelp_hpc.settings import parse_value
 
 TOP = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ case "$*" in
   --version) cat $S/apptainer;;
   buildcfg) echo "LIBEXECDIR=$S";;
   *inspect*) cat $S/labels;;
-  *yelp_hpc.allreduce*) cat $S/allreduce;;
+  *yelp_hpc.ranks.allreduce*) cat $S/allreduce;;
   exec*) [ ! -e $S/image-broken ] || { echo 'FATAL: could not open image' >&2; exit 255; }
     while [ "$1" != python ]; do shift; done; shift
     export APPTAINER_CONTAINER=1; exec $PYTHON "$@";;

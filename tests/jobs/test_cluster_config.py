@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import load_cluster, minutes
 from yelp_hpc.errors import RequestError
+from yelp_hpc.jobs.cluster import load_cluster, minutes
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
 

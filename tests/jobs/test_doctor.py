@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import ClusterConfig
-from jobs.doctor_facts import Folder, Machine, NodeReport, NodeVisit
-from jobs.doctor_machine import check_machine
-from jobs.doctor_probes import folder, model_problem, quotas, seen
-from jobs.doctor_request import DataFile, Inputs, Request
-from jobs.doctor_run import binds_line, check_inputs, check_visit
-from jobs.findings import Finding, command, lines, nearest, ok
 from tests.hub.server import serving
 from tests.hub.state import Hub
 from tests.jobs.fake_site import DISK, Site, complaints, partition
 from yelp_hpc.config import Config
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
+from yelp_hpc.jobs.doctor.findings import Finding, command, lines, nearest, ok
+from yelp_hpc.jobs.doctor.machine import check_machine
+from yelp_hpc.jobs.doctor.probes import folder, model_problem, quotas, seen
+from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request
+from yelp_hpc.jobs.doctor.run import binds_line, check_inputs, check_visit
 
 Change = Callable[[Site], None]
 
@@ -74,7 +74,7 @@ def edit(name: str, old: str, new: str) -> Change:
 
 
 def put(**values: object) -> Change:
-    """Set dotted keys (``__`` for the dot) of the cluster file or the config."""
+    """Set dotted keys (`__` for the dot) of the cluster file or the config."""
 
     def change(site: Site) -> None:
         for key, value in values.items():
@@ -150,7 +150,7 @@ def _break_python(site: Site) -> None:
 
 
 def _grow_quota(site: Site) -> None:
-    from jobs.doctor_probes import mount
+    from yelp_hpc.jobs.doctor.probes import mount
 
     _, source = mount(site.root)
     site.say("quota", f"Filesystem blocks quota limit\n{source} 990* 1000 1100 0 10 0 0 0")
@@ -506,7 +506,7 @@ def test_packages_that_are_not_those_of_the_lock() -> None:
 
 @pytest.mark.parametrize("no_colour", ["", "1"])
 def test_colours_on_a_terminal_unless_told_not_to(no_colour: str) -> None:
-    code = "from jobs.findings import *; print_findings([ok('a', 'b')])"
+    code = "from yelp_hpc.jobs.doctor.findings import *; print_findings([ok('a', 'b')])"
     leader, follower = os.openpty()
     env = {**os.environ, "NO_COLOR": no_colour, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], stdout=follower, env=env, check=True)

@@ -1,4 +1,4 @@
-"""``init`` on sites of several kinds: what it writes loads, and the doctor is content with it."""
+"""`init` on sites of several kinds: what it writes loads, and the doctor is content with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.cluster import load_cluster
-from jobs.doctor import diagnose
-from jobs.init import choose, cluster_text, config_text, init
-from jobs.slurm_facts import (
+from tests.jobs.fake_site import Site, complaints, node, partition
+from yelp_hpc.config import load_config
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.jobs.cluster import load_cluster
+from yelp_hpc.jobs.doctor.diagnose import diagnose
+from yelp_hpc.jobs.site.init import choose, cluster_text, config_text, init
+from yelp_hpc.jobs.site.slurm_facts import (
     SlurmFacts,
     parse_associations,
     parse_gres,
@@ -24,9 +27,6 @@ from jobs.slurm_facts import (
     time_limit,
     usable,
 )
-from tests.jobs.fake_site import Site, complaints, node, partition
-from yelp_hpc.config import load_config
-from yelp_hpc.errors import RequestError, StageError
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import yelp_hpc
-from jobs import attempts
-from jobs.chain import cancel, submit
-from jobs.snapshot import freeze
-from jobs.status import collect_status, find_logs
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.chain import cancel, submit
+from yelp_hpc.jobs.snapshot import freeze
+from yelp_hpc.jobs.status import collect_status, find_logs
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.paths import RunPaths
 
 MakeRun = Callable[..., FakeRun]
 
@@ -29,7 +29,7 @@ def go(run: FakeRun, stage: str = "all") -> int:
 
 
 def once_started(run: FakeRun, name: str, act: Callable[[int], None]) -> threading.Thread:
-    """Call ``act`` with the supervisor's pid a moment after the stage ``name`` began."""
+    """Call `act` with the supervisor's pid a moment after the stage `name` began."""
 
     def wait() -> None:
         while not any(line["name"] == name for line in run.trace()):
@@ -177,7 +177,7 @@ def test_jobs_run_the_code_that_was_submitted_not_the_checkout(
     fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    shown = "import yelp_hpc, jobs; print('code:', yelp_hpc.__file__, jobs.__file__)"
+    shown = "import yelp_hpc as y, yelp_hpc.jobs as j; print('code:', y.__file__, j.__file__)"
     run = fake_run(cluster={"command": [sys.executable, "-c", shown]})
     go(run, "prepare")
     log = (run.root / "logs" / "prepare.log").read_text()

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from jobs.chain import plan, submit
-from jobs.cluster import ClusterConfig
-from jobs.container import command, stage_argv, stage_environment, with_inputs
-from jobs.executor import refusal
-from jobs.job import Job, pack
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.config import Config, ModelConfig
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.jobs.chain import plan, submit
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import command, stage_argv, stage_environment, with_inputs
+from yelp_hpc.jobs.executor import refusal
+from yelp_hpc.jobs.job import Job, pack
+from yelp_hpc.rundir.paths import RunPaths
 
 MakeRun = Callable[..., FakeRun]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.attempts import Attempt, gpu_hours
-from jobs.slurm import Row, parse_accounting, parse_queue, reason_in_words
-from jobs.status import Facts, render, summarise, total_steps
 from yelp_hpc.config import Config
+from yelp_hpc.jobs.slurm import Row, parse_accounting, parse_queue, reason_in_words
+from yelp_hpc.jobs.status import Facts, render, summarise, total_steps
+from yelp_hpc.rundir.attempts import Attempt, gpu_hours
 
 SUBMITTED = {"job": "7", "executor": "slurm"}
 

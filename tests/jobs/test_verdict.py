@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from jobs.verdict import judge
+from yelp_hpc.jobs.verdict import judge
 
 USR2, TERM, INT = signal.SIGUSR2, signal.SIGTERM, signal.SIGINT
 

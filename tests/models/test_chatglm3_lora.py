@@ -53,7 +53,7 @@ def test_merged_adapter_gives_the_published_logits():
 def test_trainable_parameters_at_6b_are_those_of_the_report():
     from peft import LoraConfig, get_peft_model
 
-    from yelp_hpc.models.chatglm3 import ChatGLMConfig, ChatGLMForCausalLM
+    from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 
     with torch.device("meta"):
         model = ChatGLMForCausalLM(ChatGLMConfig())

@@ -11,7 +11,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from yelp_hpc.errors import RequestError
-from yelp_hpc.models.chatglm3_tokenizer import ChatGLMTokenizer
+from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
 from yelp_hpc.models.load import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"

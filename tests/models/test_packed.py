@@ -16,11 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from yelp_hpc.models.attention import Layout, attend, attend_varlen
-from yelp_hpc.models.dropout import use_sequence_dropout
-from yelp_hpc.models.linear import keep_mask
-from yelp_hpc.models.packed import forward_selected, pack, prepare_model
-from yelp_hpc.packing import plan_microbatches
+from yelp_hpc.data.packing import plan_microbatches
+from yelp_hpc.models.packed.attention import Layout, attend, attend_varlen
+from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
+from yelp_hpc.models.packed.dropout import use_sequence_dropout
+from yelp_hpc.models.packed.linear import keep_mask
 
 VOCAB = 97
 SIZES = {

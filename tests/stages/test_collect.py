@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.errors import StageError
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect, measure
 
 LABELS = [0, 1, 2, 3, 4]
@@ -154,7 +154,7 @@ def test_collecting_imports_neither_torch_nor_pandas(tmp_path):
     run, _ = make_run(tmp_path / "run")
     code = (
         "import sys\n"
-        "from yelp_hpc.manifest import load_run\n"
+        "from yelp_hpc.rundir.manifest import load_run\n"
         "from yelp_hpc.stages.collect import collect\n"
         f"collect(*load_run({str(run.root)!r}))\n"
         "print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'submitit') "

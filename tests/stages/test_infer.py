@@ -27,16 +27,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from yelp_hpc.answers import parse_label
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
-from yelp_hpc.files import write_json, write_marker
-from yelp_hpc.generation import GreedyDecoder, plan_batches
-from yelp_hpc.models.chatglm3 import ChatGLMConfig, ChatGLMForCausalLM
+from yelp_hpc.inference.answers import parse_label
+from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
+from yelp_hpc.inference.shard_files import parts_of, provenance_of, read_windows
+from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 from yelp_hpc.models.load import load_model, load_tokenizer
-from yelp_hpc.models.packed import prepare_model
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.shard_files import parts_of, provenance_of, read_windows
+from yelp_hpc.models.packed.batch import prepare_model
+from yelp_hpc.rundir.files import write_json, write_marker
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import infer
 
 ROWS = 120
@@ -407,7 +407,7 @@ def test_a_damaged_shard_is_said_and_made_again(
 
 def test_a_flipped_byte_is_found_or_harmless(run: RunPaths, model_folder: Path) -> None:
     """Anywhere in the file: either the check refuses it, or every value still reads the same."""
-    from yelp_hpc.shard_files import damage_of_shard
+    from yelp_hpc.inference.shard_files import damage_of_shard
 
     infer.run(run, configured(model_folder), "base")
     path = run.shard("base", 0, 1)
@@ -468,10 +468,10 @@ import torch
 torch.set_num_threads(1)
 from yelp_hpc.config import config_from_dict
 from yelp_hpc.errors import SavedForRequeue
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import infer
 import json, time
-from yelp_hpc import predictor
+from yelp_hpc.inference import predictor
 
 real = predictor.label_scores
 def slow(*args):  # long enough that a signal comes in the middle

@@ -12,9 +12,9 @@ import pytest
 from tiny import make_model, reviews
 from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
-from yelp_hpc.files import is_complete, read_json
-from yelp_hpc.manifest import load_run, record_run
-from yelp_hpc.paths import SPLITS, RunPaths
+from yelp_hpc.rundir.files import is_complete, read_json
+from yelp_hpc.rundir.manifest import load_run, record_run
+from yelp_hpc.rundir.paths import SPLITS, RunPaths
 from yelp_hpc.stages import prepare
 
 

@@ -20,10 +20,10 @@ from tests.hub.server import serving
 from tests.hub.state import Fault, Hub
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.files import write_json
-from yelp_hpc.hub import Backoff
-from yelp_hpc.hub_token import Token, find_token, redact
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.publishing.hub import Backoff
+from yelp_hpc.publishing.token import Token, find_token, redact
+from yelp_hpc.rundir.files import write_json
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import publish
 
 ROOT = Path(__file__).resolve().parents[2]

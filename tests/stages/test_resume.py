@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from tiny import make_model, prepare_run, tiny_config
-from yelp_hpc.files import damaged_files, read_jsonl
-from yelp_hpc.paths import RunPaths, step_of
+from yelp_hpc.rundir.files import damaged_files, read_jsonl
+from yelp_hpc.rundir.paths import RunPaths, step_of
 
 LAUNCHER = """
 import json, sys
 from yelp_hpc.config import config_from_dict
 from yelp_hpc.errors import YelpHpcError
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.train import run
 try:
     run(RunPaths(sys.argv[1]), config_from_dict(json.loads(sys.argv[2])))

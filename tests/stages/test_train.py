@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny import make_model, prepare_run, tiny_config
-from yelp_hpc.checkpoint import read_checkpoint
-from yelp_hpc.distributed import first_host, rendezvous
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
-from yelp_hpc.export import export_merged
-from yelp_hpc.files import is_complete, read_json, read_jsonl
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.rank import StopRequest, deadline
+from yelp_hpc.publishing.export import export_merged
+from yelp_hpc.ranks.launch import first_host, rendezvous
+from yelp_hpc.ranks.rank import StopRequest, deadline
+from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import train
-from yelp_hpc.training_data import f1_macro, read_rows
-from yelp_hpc.training_log import truncate_log
+from yelp_hpc.training.checkpoint import read_checkpoint
+from yelp_hpc.training.data import f1_macro, read_rows
+from yelp_hpc.training.log import truncate_log
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_fp16_skips_a_step_that_overflows(model, tmp_path):
     folder = run.checkpoint(1)
     assert read_jsonl(run.train_log)[0]["skipped"] == 0
     config = tiny_config(model, train={"precision": "fp16", "max_steps": 4, "evaluate_every": 99})
-    from yelp_hpc.checkpoint import CheckpointStore
+    from yelp_hpc.training.checkpoint import CheckpointStore
 
     snapshot = read_checkpoint(folder)
     snapshot.state["scaler"]["scale"] = 2.0**40

@@ -27,8 +27,8 @@ from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.models.chatglm3 import ChatGLMConfig
-from yelp_hpc.models.chatglm3_tokenizer import ChatGLMTokenizer
+from yelp_hpc.models.chatglm3.model import ChatGLMConfig
+from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
 from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from yelp_hpc import demo
+from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import ModelConfig
+from yelp_hpc.data import demo
 from yelp_hpc.errors import RequestError
 
 
@@ -26,7 +27,7 @@ def model_folder(model: ModelConfig) -> Path:
         return local
     from yelp_hpc.models.load import fetch_model
 
-    return fetch_model(model.path, model.revision, demo.cache_folder() / "hub")
+    return fetch_model(model.path, model.revision, cache_folder() / "hub")
 
 
 def cached_folders(path: str, revision: str | None = None) -> list[Path]:
@@ -36,7 +37,7 @@ def cached_folders(path: str, revision: str | None = None) -> list[Path]:
     """
     if path.startswith("demo:"):
         return [demo.model_place()] if path == demo.MODEL else []
-    hub = demo.cache_folder() / "hub" / f"models--{path.replace('/', '--')}" / "snapshots"
+    hub = cache_folder() / "hub" / f"models--{path.replace('/', '--')}" / "snapshots"
     return sorted(hub.glob(f"{revision or '*'}*"), key=lambda p: p.stat().st_mtime, reverse=True)
 
 

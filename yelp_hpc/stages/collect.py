@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
-from yelp_hpc.coverage import (
+from yelp_hpc.evaluation.coverage import (
     OUTSIDE,
     Answers,
     Coverage,
@@ -24,8 +24,7 @@ from yelp_hpc.coverage import (
     read_test_set,
     refuse_unless_complete,
 )
-from yelp_hpc.files import write_bytes, write_json
-from yelp_hpc.metrics import (
+from yelp_hpc.evaluation.metrics import (
     AVERAGES,
     CLASSES,
     UNPARSED,
@@ -35,10 +34,8 @@ from yelp_hpc.metrics import (
     per_class,
     softmax,
 )
-from yelp_hpc.outcome import print_outcome
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.progress import say
-from yelp_hpc.significance import (
+from yelp_hpc.evaluation.outcome import print_outcome
+from yelp_hpc.evaluation.significance import (
     bootstrap_intervals,
     discordant,
     headline,
@@ -46,6 +43,9 @@ from yelp_hpc.significance import (
     mcnemar,
     paired_statistics,
 )
+from yelp_hpc.progress import say
+from yelp_hpc.rundir.files import write_bytes, write_json
+from yelp_hpc.rundir.paths import RunPaths
 
 REPORT = {
     "base": {"f1": {"micro": 0.406, "macro": 0.183, "weighted": 0.403}},
@@ -156,7 +156,7 @@ def collect(run: RunPaths, config: Config) -> dict[str, Any]:
         StageError: a test row is missing or doubled, a shard is torn or of another test set; the
             message names them and the commands that mend it. Nothing is written then.
     """
-    from yelp_hpc.report import report_page
+    from yelp_hpc.evaluation.report import report_page
 
     metrics, counted = measure(run, config)
     examples = {name: examples_of(run, counting) for name, counting in counted.items()}

@@ -23,11 +23,8 @@ import torch
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
-from yelp_hpc.files import MARKER, damaged_files, read_json, read_marker, sha256_file, write_json
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.predictor import Predictor, load_predictor
-from yelp_hpc.progress import say, track
-from yelp_hpc.shard_files import (
+from yelp_hpc.inference.predictor import Predictor, load_predictor
+from yelp_hpc.inference.shard_files import (
     Provenance,
     damage_of_part,
     damage_of_shard,
@@ -40,7 +37,17 @@ from yelp_hpc.shard_files import (
     write_part,
     write_shard,
 )
-from yelp_hpc.shards import plan_shards, plan_windows
+from yelp_hpc.inference.shards import plan_shards, plan_windows
+from yelp_hpc.progress import say, track
+from yelp_hpc.rundir.files import (
+    MARKER,
+    damaged_files,
+    read_json,
+    read_marker,
+    sha256_file,
+    write_json,
+)
+from yelp_hpc.rundir.paths import RunPaths
 
 ModelName = Literal["base", "tuned"]
 

@@ -1,9 +1,9 @@
 """prepare: reviews → tokenised train, validation and test sets.
 
-Reads the configured source and the model's tokenizer. Writes into ``prepare/``: one parquet file a
-set (``row`` int64, ``label`` int8, ``text``, ``input_ids`` list<int32> up to the answer, ``length``
-int32), ``tokens.json`` (the ids that later stages share), and what LLaMA-Factory reads
-(``dataset_info.json`` and alpaca records). The marker ``complete.json`` comes last.
+Reads the configured source and the model's tokenizer. Writes into `prepare/`: one parquet file a
+set (`row` int64, `label` int8, `text`, `input_ids` list<int32> up to the answer, `length`
+int32), `tokens.json` (the ids that later stages share), and what LLaMA-Factory reads
+(`dataset_info.json` and alpaca records). The marker `complete.json` comes last.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import hashlib
 from typing import Any
 
 from yelp_hpc.config import LABELS, Config
-from yelp_hpc.files import damaged_files, read_marker, write_json, write_marker
-from yelp_hpc.manifest import update_run
-from yelp_hpc.paths import SPLITS, RunPaths
+from yelp_hpc.data.prompt import Prompt, common_prefix
+from yelp_hpc.data.sampling import duplicates, split_rows
+from yelp_hpc.data.sources import Row, read_source
 from yelp_hpc.progress import say, track
-from yelp_hpc.prompt import Prompt, common_prefix
-from yelp_hpc.sampling import duplicates, split_rows
-from yelp_hpc.sources import Row, read_source
+from yelp_hpc.rundir.files import damaged_files, read_marker, write_json, write_marker
+from yelp_hpc.rundir.manifest import update_run
+from yelp_hpc.rundir.paths import SPLITS, RunPaths
 
 CHUNK = 500  # reviews a call of the tokenizer
 
@@ -111,7 +111,7 @@ def run(run: RunPaths, config: Config) -> None:
 
 
 def bind_prompt(config: Config, tokenizer: Any) -> Prompt:
-    """The configured prompt, tokenised by ``tokenizer``. Raises as ``Prompt`` does."""
+    """The configured prompt, tokenised by `tokenizer`. Raises as `Prompt` does."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         ids = tokenizer(texts)["input_ids"]
@@ -156,7 +156,7 @@ def _write(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from yelp_hpc.files import atomic_path
+    from yelp_hpc.rundir.files import atomic_path
 
     schema = pa.schema(
         [

@@ -1,7 +1,7 @@
 """Stage publish: the adapter (or merged model), its card and its record in one commit to the Hub.
 
-Reads ``train/adapter/``, ``metrics.json``, ``run.json``, the pictures and the base model's
-tokenizer files; writes ``published.json``. The token never leaves this process's memory.
+Reads `train/adapter/`, `metrics.json`, `run.json`, the pictures and the base model's
+tokenizer files; writes `published.json`. The token never leaves this process's memory.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.card import GpuHours, base_model_id, model_card
 from yelp_hpc.config import Config
-from yelp_hpc.confusion_plot import draw_confusion
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.files import MARKER, damaged_files, read_json, read_marker, write_json
-from yelp_hpc.hub import Backoff, HubFile, Published, Target, publish_files
-from yelp_hpc.hub_token import Token, find_token, redact
-from yelp_hpc.paths import RunPaths
+from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.progress import say
+from yelp_hpc.publishing.card import GpuHours, base_model_id, model_card
+from yelp_hpc.publishing.hub import Backoff, HubFile, Published, Target, publish_files
+from yelp_hpc.publishing.token import Token, find_token, redact
+from yelp_hpc.rundir.files import MARKER, damaged_files, read_json, read_marker, write_json
+from yelp_hpc.rundir.paths import RunPaths
 
 TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
@@ -103,12 +103,12 @@ def check_finished(run: RunPaths) -> None:
 
 
 def collect_files(run: RunPaths, config: Config, stack: ExitStack) -> list[HubFile]:
-    """Everything that is uploaded, by name; ``stack`` holds temporary folders open."""
+    """Everything that is uploaded, by name; `stack` holds temporary folders open."""
     content: dict[str, Path | bytes] = {}
     folder = base_folder(run, config)
     content |= {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     if config.publish.merged:
-        from yelp_hpc.export import export_merged
+        from yelp_hpc.publishing.export import export_merged
 
         # Beside the run: as large as the base model, and node-local disks often are not.
         scratch = Path(

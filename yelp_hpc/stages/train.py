@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.distributed import launch
 from yelp_hpc.errors import RequestError, all_problems
-from yelp_hpc.files import is_complete, read_json, read_jsonl, read_marker, sha256_file
-from yelp_hpc.paths import RunPaths
-from yelp_hpc.rank import StopRequest, run_rank
+from yelp_hpc.ranks.launch import launch
+from yelp_hpc.ranks.rank import StopRequest, run_rank
+from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl, read_marker, sha256_file
+from yelp_hpc.rundir.paths import RunPaths
 
 if TYPE_CHECKING:
-    from yelp_hpc.training import Training
-    from yelp_hpc.world import World
+    from yelp_hpc.ranks.world import World
+    from yelp_hpc.training.loop import Training
 
 # Settings that change speed, saving or what is shown, but not what is learnt.
 FREE_SETTINGS = {
@@ -130,7 +130,7 @@ def _draw(run: RunPaths) -> None:
     log, picture = run.train_log, run.loss_png
     if not log.exists() or (picture.exists() and picture.stat().st_mtime >= log.stat().st_mtime):
         return
-    from yelp_hpc.loss_plot import draw_loss
+    from yelp_hpc.training.loss_plot import draw_loss
 
     draw_loss(read_jsonl(log), picture)
 
@@ -145,9 +145,9 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
 
     # New names that transformers 5.6 does not have yet.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    from yelp_hpc.checkpoint import read_checkpoint, write_adapter
-    from yelp_hpc.training_log import truncate_log
-    from yelp_hpc.world import join_world
+    from yelp_hpc.ranks.world import join_world
+    from yelp_hpc.training.checkpoint import read_checkpoint, write_adapter
+    from yelp_hpc.training.log import truncate_log
 
     world = join_world(config)
     training = build(run, config, Path(payload["model"]), payload["fingerprint"], world, stop)
@@ -202,14 +202,14 @@ def build(
         get_linear_schedule_with_warmup,
     )
 
-    from yelp_hpc.adapter import adapter_config, add_lora
-    from yelp_hpc.checkpoint import CheckpointStore
-    from yelp_hpc.models.dropout import use_sequence_dropout
+    from yelp_hpc.data.packing import DataPlan, largest_microbatch
     from yelp_hpc.models.load import load_model
-    from yelp_hpc.models.packed import prepare_model
-    from yelp_hpc.packing import DataPlan, largest_microbatch
-    from yelp_hpc.training import Training
-    from yelp_hpc.training_data import read_rows
+    from yelp_hpc.models.packed.batch import prepare_model
+    from yelp_hpc.models.packed.dropout import use_sequence_dropout
+    from yelp_hpc.training.adapter import adapter_config, add_lora
+    from yelp_hpc.training.checkpoint import CheckpointStore
+    from yelp_hpc.training.data import read_rows
+    from yelp_hpc.training.loop import Training
 
     settings = config.train
     tokens = read_json(run.tokens)

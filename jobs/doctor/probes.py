@@ -1,0 +1,396 @@
+"""Thin probes of one place: folders, Python, Apptainer, the driver, the Hub.
+
+`python -m yelp_hpc.jobs.doctor.probes LOOK` prints a machine as JSON; so it is run inside an
+image. Writes a few small files into each folder that it is told to look at, and removes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import stat
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.image.check import info
+from yelp_hpc.image.file import image_sha256
+from yelp_hpc.jobs.doctor.facts import Driver, Folder, Hub, Image, Look, Machine, Quota
+from yelp_hpc.models.local import cached_folders
+from yelp_hpc.own_files import SHARE
+from yelp_hpc.rundir.files import MARKER
+from yelp_hpc.rundir.manifest import package_versions
+
+WRITES, RACE_SECONDS = 9, 0.1
+HOST_PACKAGES = ("click", "pydantic", "pyyaml", "rich", "submitit", "yelp-hpc")
+_IMPORTS = (
+    "import sys, click, pydantic, submitit, yaml; assert sys.version_info >= (3, 11), sys.version"
+)
+
+
+def look(what: Look) -> Machine:
+    """Everything that `what` asks for, as this process sees it."""
+    namespaces = answer(["unshare", "--user", "true"]) is not None
+    return Machine(
+        place=what.place,
+        name=socket.gethostname(),
+        python=platform.python_version(),
+        python_problem=python_problem(what.python),
+        packages=packages(everything=what.place == "image"),
+        lock=_lock(),
+        apptainer=apptainer_version(),
+        root=os.geteuid() == 0,
+        user_namespaces=namespaces,
+        starter_suid=_starter_suid(),
+        driver=driver(),
+        folders={role: folder(Path(path), role == "run") for role, path in what.folders.items()},
+        seen={path: seen(Path(path)) for path in what.paths},
+        quotas=quotas(answer(["quota", "-wp"], any_exit=True) or ""),
+        hub=hub(what.token_file) if what.hub else None,
+        home_packages=tuple(
+            entry for entry in sys.path if entry.startswith(str(Path.home() / ".local"))
+        ),
+    )
+
+
+def packages(everything: bool) -> dict[str, str]:
+    """Versions of everything installed, or of what the host's side and a result depend on."""
+    if everything:
+        named = ((d.metadata["Name"], d.version) for d in importlib.metadata.distributions())
+        return {name.lower(): version for name, version in named if name}
+    versions = package_versions()
+    for name in HOST_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def answer(argv: Sequence[str], timeout: float = 30, any_exit: bool = False) -> str | None:
+    """What a command prints; None when it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(
+            list(argv), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if any_exit or done.returncode == 0 else None
+
+
+def folder(
+    path: Path, manners: bool = True, replace: Callable[[Path, Path], None] = os.replace
+) -> Folder:
+    """Write, flush and rename small files in `path`, and read one while it is replaced.
+
+    Args:
+        manners: also whether renames are atomic and locks hold.
+        replace: what renames.
+    """
+    if not is_folder(path):
+        return Folder(path=str(path), problem="it does not exist")
+    kind, source = mount(path)
+    try:
+        space = os.statvfs(path)
+    except OSError as error:  # a server that is gone
+        return Folder(path=str(path), kind=kind, problem=error.strerror or str(error))
+    facts = {
+        "path": str(path),
+        "kind": kind,
+        "source": source,
+        "free": space.f_bavail * space.f_frsize,
+        "inodes": space.f_favail if space.f_files else None,
+    }
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=path) as scratch:
+            times = []
+            for _ in range(WRITES):
+                start = time.perf_counter()
+                _write(Path(scratch) / "new", b"x" * 4096)
+                replace(Path(scratch) / "new", Path(scratch) / "old")
+                times.append((time.perf_counter() - start) * 1000)
+                if sum(times) > 2000:
+                    break
+            torn = _race(Path(scratch), replace) if manners else 0
+            locks = _locks(Path(scratch) / "lock") if manners else True
+    except OSError as error:
+        return Folder.model_validate({**facts, "problem": error.strerror or str(error)})
+    median = statistics.median(times)
+    return Folder.model_validate({**facts, "milliseconds": median, "torn": torn, "locks": locks})
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole(path: Path) -> bool:
+    """Whether a file holds one letter, as often as `_race` and the node write it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return len(content) == 65_536 and content.count(content[:1]) == len(content)
+
+
+def turn(path: Path, count: int, replace: Callable[[Path, Path], None] = os.replace) -> None:
+    """Replace `path` by a file of another letter."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(bytes([65 + count % 26]) * 65_536)
+    replace(new, path)
+
+
+def _race(scratch: Path, replace: Callable[[Path, Path], None]) -> int:
+    path, torn, stop = scratch / "turning", 0, threading.Event()
+    turn(path, 0)
+
+    def writer() -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            with suppress(OSError):
+                turn(path, count, replace)
+
+    thread = threading.Thread(target=writer)
+    thread.start()
+    end = time.monotonic() + RACE_SECONDS
+    while time.monotonic() < end:
+        torn += not whole(path)
+    stop.set()
+    thread.join()
+    return torn
+
+
+def _locks(path: Path) -> bool:
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def mount(path: Path) -> tuple[str, str]:
+    """File system type and source of the mount that `path` lies on."""
+    found, longest = ("", ""), -1
+    target = str(path.resolve())
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
+            inside = target == point or target.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= longest:
+                found, longest = (after.split()[0], after.split()[1]), len(point)
+    return found
+
+
+def seen(path: Path) -> str:
+    """`folder`, `file`, `missing` or `unreadable`."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError:
+        return "unreadable"
+    inside = stat.S_ISDIR(mode)
+    good = os.access(path, os.R_OK | os.X_OK if inside else os.R_OK)
+    return ("folder" if inside else "file") if good else "unreadable"
+
+
+def is_folder(path: Path) -> bool:
+    """Like Path.is_dir, which raises where a folder above may not be entered."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def python_problem(python: str) -> str:
+    """Why `python` cannot run the jobs, "" when it can."""
+    if not python or python == sys.executable:
+        return "" if sys.version_info >= (3, 11) else f"Python {platform.python_version()}"
+    try:
+        done = subprocess.run([python, "-c", _IMPORTS], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return getattr(error, "strerror", None) or "it does not answer"
+    return "" if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
+
+
+def _lock() -> str:
+    """The lock that this place was installed from: the image's own, else the source tree's.
+
+    Both torch builds are pinned to the same versions of everything else.
+    """
+    top = SHARE / "containers"
+    return "\n".join(path.read_text() for path in sorted(top.glob("c*.lock"))[:1])
+
+
+def apptainer_version() -> str | None:
+    match = re.search(r"\d+(\.\d+)+", answer(["apptainer", "--version"]) or "")
+    return match[0] if match else None
+
+
+def _starter_suid() -> bool:
+    built = answer(["apptainer", "buildcfg"]) or ""
+    match = re.search(r"^LIBEXECDIR=(.+)$", built, re.MULTILINE)
+    return bool(match) and Path(match[1] if match else "", "apptainer/bin/starter-suid").is_file()
+
+
+def driver() -> Driver | None:
+    """The NVIDIA driver, None where there is none."""
+    text = answer(["nvidia-smi"])
+    if text is None:
+        return None
+    version = re.search(r"Driver Version: *([0-9.]+)", text)
+    cuda = re.search(r"CUDA Version: *([0-9.]+)", text)
+    names = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", answer(["nvidia-smi", "-L"]) or "", re.M)
+    return Driver(
+        version=version[1] if version else "", cuda=cuda[1] if cuda else "", gpus=tuple(names)
+    )
+
+
+def quotas(text: str) -> tuple[Quota, ...]:
+    """Lines of `quota -wp` that have a limit: source, used*, quota, limit in kB."""
+    found = []
+    for line in text.splitlines():
+        match = re.match(r"\s*(\S+)\s+(\d+)\*?\s+(\d+)\s+(\d+)\s", line + " ")
+        if match:
+            soft, hard = int(match[3]), int(match[4])
+            if limit := soft or hard:
+                found.append(Quota(source=match[1], used=int(match[2]), limit=limit))
+    return tuple(found)
+
+
+def image(path: Path) -> Image:
+    """The image file, its SHA-256 and, where there is an apptainer, its labels."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        return Image(path=str(path), problem=error.strerror or str(error))
+    if head[32:41] != b"SIF_MAGIC":
+        return Image(path=str(path), problem="it is no SIF image")
+    try:
+        labels = {k: str(v) for k, v in info(path).items() if k not in ("path", "bytes", "sha256")}
+    except RequestError:
+        labels = {}  # no apptainer here
+    except (YelpHpcError, ValueError, KeyError) as error:
+        text = str(error).strip().rpartition("\n")[2].strip()
+        return Image(path=str(path), problem=f"apptainer cannot read it: {text}")
+    return Image(path=str(path), sha256=image_sha256(path), labels=labels)
+
+
+def hub(token_file: str | None, timeout: float = 8) -> Hub:
+    """Reach the Hub with the token that a publication would use."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    secret, facts = _token(token_file)
+    facts |= {"endpoint": endpoint}
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Hub.model_validate({**facts, "offline": True})
+    path = "/api/whoami-v2" if secret else "/api/models?limit=1"
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+    accepted = None
+    try:
+        request = urllib.request.Request(endpoint + path, headers=headers)
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout):
+            accepted = True if secret else None
+    except urllib.error.HTTPError as error:
+        accepted = False if secret and error.code in (401, 403) else None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return Hub.model_validate({**facts, "problem": str(reason)})
+    return Hub.model_validate({**facts, "accepted": accepted})
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer; followed, it would take the token to another host."""
+
+    def redirect_request(self, *arguments: object) -> None:
+        return None
+
+
+def _token(token_file: str | None) -> tuple[str, dict[str, object]]:
+    from yelp_hpc.publishing.token import VARIABLES, find_token, login_file
+
+    facts: dict[str, object] = {}
+    if token_file or any(os.environ.get(name, "").strip() for name in VARIABLES):
+        try:
+            token = find_token(token_file)
+        except RequestError as error:
+            return "", {"token_problem": str(error), "token_path": token_file or ""}
+        if token:
+            return token.secret, {"token": token.source}
+    # huggingface_hub's login, read without it: the login node need not have it
+    path = login_file(os.environ)
+    secret = ""
+    with suppress(OSError):
+        secret = path.read_text(encoding="utf-8").strip()
+        mode = path.stat().st_mode & 0o777
+        facts = {"token": "the Hub's login", "token_path": str(path), "token_mode": mode}
+    return secret, facts if secret else {}
+
+
+def model_problem(path: Path) -> str:
+    """What a model folder lacks, "" when it is whole as far as names and sizes tell."""
+    try:
+        names = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if "config.json" not in names:
+        return "it has no config.json"
+    needed = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
+    for index in [name for name in names if name.endswith(".index.json")]:
+        with suppress(ValueError, OSError, KeyError):
+            needed += sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
+    missing = [name for name in dict.fromkeys(needed) if not names.get(name)]
+    if not needed:
+        return "it has no weights (*.safetensors or *.bin)"
+    return f"these are missing or empty: {', '.join(missing[:5])}" if missing else ""
+
+
+def data_columns(path: Path) -> list[str] | None:
+    """Columns of a csv or jsonl file by its first line, None for another kind."""
+    import csv
+
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            return next(csv.reader(file), [])
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="replace") as file:
+            with suppress(ValueError):
+                record = json.loads(file.readline())
+                return list(record) if isinstance(record, dict) else []
+            return []
+    return None
+
+
+def cached_model(path: str) -> Path | None:
+    """The folder of a Hub model, or of the demo's, in the cache; the newest that is complete."""
+    sign = MARKER if path.startswith("demo:") else "config.json"
+    return next((folder for folder in cached_folders(path) if (folder / sign).is_file()), None)
+
+
+def disk(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    path = path.expanduser().absolute()
+    while not is_folder(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+if __name__ == "__main__":
+    print(look(Look.model_validate_json(sys.argv[1])).model_dump_json())

@@ -1,0 +1,154 @@
+"""What the doctor is asked about: the cluster, the configuration, the run, and where they meet.
+
+Pure but for `inputs`, which looks at the model and the data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.cache import cache_folder
+from yelp_hpc.config import Config
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.doctor.probes import cached_model, data_columns, is_folder, model_problem, seen
+from yelp_hpc.settings import Frozen
+
+
+@dataclass(frozen=True)
+class Request:
+    """The settings, and the names by which the user gave them."""
+
+    cluster: ClusterConfig
+    config: Config | None = None
+    run: Path = field(default_factory=lambda: Path("runs"))
+    record: dict[str, Any] | None = None
+    """run.json, if the run has one."""
+    config_file: str = "FILE"
+    stages_need_hub: bool = False
+    run_named: bool = True
+    own_binds: tuple[str, ...] | None = None
+    """The binds of the cluster file, where `cluster` also has those that `submit` adds."""
+
+    @property
+    def binds(self) -> tuple[str, ...]:
+        """The binds that the user wrote."""
+        if self.own_binds is not None:
+            return self.own_binds
+        return self.cluster.container.binds if self.cluster.container else ()
+
+    def recorded(self, section: str) -> dict[str, Any]:
+        """A section of run.json, {} where there is none."""
+        value = (self.record or {}).get(section)
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def gpus(self) -> int:
+        return self.cluster.resources("train").gpus or 0
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the all-reduce: the GPUs, or two processes where there are none."""
+        return self.gpus or 2
+
+    @property
+    def fetch(self) -> str:
+        return f"python -m yelp_hpc fetch --config {self.config_file}"
+
+
+class DataFile(Frozen):
+    """A data file of the configuration."""
+
+    key: str
+    path: str
+    state: str
+    near: str = ""
+    columns: tuple[str, ...] | None = None
+
+
+class Inputs(Frozen):
+    """The model and the data as they lie here."""
+
+    model: Path | None = None
+    """Folder of the model: the configured one, or that in the cache."""
+    problem: str = ""
+    near: str = ""
+    remote: bool = False
+    """It is a Hub model that is not in the cache."""
+    data: tuple[DataFile, ...] = ()
+
+
+def inputs(config: Config) -> Inputs:
+    """Look at the configured model and data files."""
+    data = []
+    for name in ("train", "test"):
+        value = getattr(config.data, name)
+        if config.data.source == "file" and value:
+            path = Path(value).expanduser()
+            state = seen(path)
+            columns = data_columns(path) if state == "file" else None
+            data.append(
+                DataFile(
+                    key=f"data.{name}",
+                    path=value,
+                    state=state,
+                    near="" if state == "file" else _sibling(path),
+                    columns=None if columns is None else tuple(columns),
+                )
+            )
+    found: dict[str, Any] = {"data": tuple(data)}
+    local = Path(config.model.path).expanduser()
+    if is_folder(local):
+        return Inputs(model=local.absolute(), problem=model_problem(local), **found)
+    cached = cached_model(config.model.path)
+    if cached:
+        return Inputs(model=cached, problem=model_problem(cached), **found)
+    if config.model.path.startswith("demo:"):
+        return Inputs(**found)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not is_folder(local.parent):
+        return Inputs(remote=True, **found)
+    return Inputs(problem="there is no such folder", near=_sibling(local), **found)
+
+
+def _sibling(path: Path) -> str:
+    """The name beside `path` that is most like it."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    return str(path.parent / near[0]) if near else ""
+
+
+def needed_paths(request: Request, found: Inputs | None) -> dict[str, str]:
+    """Path → what it is, of everything that a stage reads besides the run directory."""
+    paths: dict[str, str] = {}
+    if found:
+        if found.model:
+            paths[str(found.model)] = "the model"
+        for file in found.data:
+            paths[str(Path(file.path).expanduser().absolute())] = file.key
+    config = request.config
+    if config and (config.model.path.startswith("demo:") or (found and found.remote)):
+        paths[str(cache_of(request.cluster))] = "the cache of models and data"
+    return paths
+
+
+def cache_of(cluster: ClusterConfig) -> Path:
+    """The folder where stages keep downloads."""
+    return Path(cluster.container.cache) if cluster.container else cache_folder()
+
+
+def visible(path: str, request: Request) -> bool:
+    """Whether the image sees `path` at the same place, as stages are started in it."""
+    assert request.cluster.container
+    places = [str(request.run.absolute()), request.cluster.container.cache]
+    places += ["/tmp", "/var/tmp", "/dev", "/proc", "/sys"]
+    for bind in request.cluster.container.binds:
+        source, _, target = bind.partition(":")
+        if target.partition(":")[0] in ("", source):
+            places.append(source)
+    return any(path == place or path.startswith(place.rstrip("/") + "/") for place in places)

@@ -1,0 +1,78 @@
+"""Sampling: uniform, disjoint, the same for the same seed; too few rows are said."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from yelp_hpc.config import DataConfig
+from yelp_hpc.data.sampling import duplicates, split_rows
+from yelp_hpc.errors import RequestError
+
+
+def data(**values: object) -> DataConfig:
+    return DataConfig.model_validate(
+        {"source": "file", "train": "a.csv", "test": "b.csv", **values}
+    )
+
+
+def test_splits_are_disjoint_and_of_the_asked_sizes() -> None:
+    labels = [i % 5 for i in range(1000)]
+    splits = split_rows(labels, None, data(test=None, train_rows=500, test_rows=100), seed=1)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (470, 30, 100)
+    assert len({*splits.train, *splits.validation, *splits.test}) == 600
+    assert splits == split_rows(
+        labels, None, data(test=None, train_rows=500, test_rows=100), seed=1
+    )
+    assert splits != split_rows(
+        labels, None, data(test=None, train_rows=500, test_rows=100), seed=2
+    )
+
+
+def test_without_limits_every_row_is_used() -> None:
+    labels = [i % 5 for i in range(103)]
+    splits = split_rows(labels, labels[:40], data(), seed=0)
+    assert sorted([*splits.train, *splits.validation]) == list(range(103))
+    assert splits.test == list(range(40))
+
+
+def test_the_draw_is_uniform() -> None:
+    labels = [i % 5 for i in range(20)]
+    counts: Counter[int] = Counter()
+    for seed in range(2000):
+        splits = split_rows(labels, labels, data(train_rows=5, validation_share=0), seed)
+        counts.update(splits.train)
+    # 2,000 draws of 5 out of 20: 500 each, standard deviation below 20
+    assert all(abs(counts[row] - 500) < 100 for row in range(20))
+
+
+def test_balanced_draws_equal_shares() -> None:
+    labels = [0] * 500 + [1, 2, 3, 4] * 50
+    splits = split_rows(
+        labels, None, data(test=None, balanced=True, train_rows=100, test_rows=52), seed=3
+    )
+    assert Counter(labels[row] for row in splits.test) == {0: 11, 1: 11, 2: 10, 3: 10, 4: 10}
+    drawn = Counter(labels[row] for row in [*splits.train, *splits.validation])
+    assert set(drawn.values()) == {20}
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "expected"),
+    [
+        ([0, 1] * 5, {"train_rows": 11}, "only 10"),
+        ([3] * 10, {}, "label 3 only"),
+        ([0, 1] * 20, {"balanced": True, "train_rows": 20}, "label 2"),
+        ([0, 1] * 5, {"test": None, "test_rows": 10}, "training set is empty"),
+    ],
+)
+def test_too_little_data_is_said(
+    labels: list[int], values: dict[str, object], expected: str
+) -> None:
+    config = data(**values)
+    with pytest.raises(RequestError, match=expected):
+        split_rows(labels, labels if config.test else None, config, seed=0)
+
+
+def test_duplicates_ignore_case_and_spacing() -> None:
+    assert duplicates(["Good food", "bad"], ["good  FOOD ", "fine", "bad"]) == 2

@@ -1,0 +1,196 @@
+"""Coverage: every test row exactly once, or every fault named with the command that mends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fabricated import logits, shard_table, write_shards, write_test_set
+from yelp_hpc.errors import StageError
+from yelp_hpc.evaluation.coverage import MISSING, Coverage, read_test_set, refuse_unless_complete
+from yelp_hpc.rundir.files import sha256_file
+from yelp_hpc.rundir.paths import RunPaths
+
+LABELS = [i % 5 for i in range(100)]
+SHARDS = 4
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    run = RunPaths(tmp_path)
+    write_test_set(run, LABELS)
+    write_shards(run, "tuned", LABELS, LABELS, SHARDS)
+    return run
+
+
+def cover(run: RunPaths, shards: int = SHARDS) -> Coverage:
+    coverage = Coverage(run, "tuned", shards, read_test_set(run.split("test")))
+    for _ in coverage.read():
+        pass
+    return coverage
+
+
+def rewrite(path: Path, change) -> None:
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def test_whole_shards_have_no_problem(run):
+    coverage = cover(run)
+    assert coverage.problems() == []
+    assert coverage.codes.tolist() == LABELS
+    refuse_unless_complete([coverage])
+
+
+def test_rows_may_come_in_any_order_with_any_ids_and_any_answer(tmp_path):
+    run = RunPaths(tmp_path)
+    ids = [int(i) for i in np.random.default_rng(1).permutation(10**6)[:100]]
+    write_test_set(run, LABELS, ids)
+    answers = [None if i % 7 == 0 else 2019 if i % 11 == 0 else -1 if i % 13 == 0 else i % 6
+               for i in range(100)]  # fmt: skip
+    turned = slice(None, None, -1)
+    write_shards(run, "tuned", LABELS[turned], answers[turned], SHARDS, rows=ids[turned])
+    coverage = cover(run)
+    assert coverage.problems() == []
+    expected = [5 if a is None else a if 0 <= a <= 4 else 6 for a in answers]
+    assert coverage.codes.tolist() == expected
+    assert coverage.test.row_ids(np.arange(100)) == ids
+
+
+def test_missing_shards_are_named_with_the_command_for_each(run):
+    for shard in (1, 2):
+        run.shard("tuned", shard, SHARDS).unlink()
+    coverage = cover(run)
+    first, second = coverage.problems()
+    assert "shards 1-2 of 4 missing" in first
+    assert second == "tuned: 50 of 100 test rows have no answer: 25-34 and 40 more"
+    command = f"python -m yelp_hpc run infer --run {run.root} --model tuned --shard"
+    assert coverage.mend() == [f"{command} 1", f"{command} 2"]
+
+
+def test_no_shard_at_all_asks_for_the_whole_model(tmp_path):
+    run = RunPaths(tmp_path)
+    write_test_set(run, LABELS)
+    coverage = cover(run)
+    assert "shards 0-3 of 4 missing" in coverage.problems()[0]
+    assert coverage.mend() == [f"python -m yelp_hpc run infer --run {tmp_path} --model tuned"]
+
+
+@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.97])
+def test_a_shard_cut_short_is_named(run, keep):
+    path = run.shard("tuned", 2, SHARDS)
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    problems = cover(run).problems()
+    assert any(str(path) in line and "torn or altered" in line for line in problems)
+    assert cover(run).mend() == [
+        f"python -m yelp_hpc run infer --run {run.root} --model tuned --shard 2"
+    ]
+
+
+def test_doubled_rows_are_named_with_the_shards_that_hold_them(run):
+    rewrite(run.shard("tuned", 3, SHARDS), lambda t: pa.concat_tables([
+        t, pq.read_table(run.shard("tuned", 0, SHARDS)).slice(7, 1)]))  # fmt: skip
+    coverage = cover(run)
+    assert coverage.problems() == [
+        "tuned: answered more than once: row 7 "
+        "(shard-0000-of-0004.parquet and shard-0003-of-0004.parquet)"
+    ]
+    assert any("--shard 3" in command for command in coverage.mend())
+
+
+def test_a_row_doubled_inside_one_shard_is_found(run):
+    rewrite(run.shard("tuned", 1, SHARDS), lambda t: pa.concat_tables([t, t.slice(0, 1)]))
+    assert "row 25 (shard-0001-of-0004.parquet)" in cover(run).problems()[0]
+
+
+def test_a_missing_row_is_named(run):
+    rewrite(run.shard("tuned", 0, SHARDS), lambda t: t.slice(2))
+    assert cover(run).problems() == ["tuned: 2 of 100 test rows have no answer: 0-1"]
+
+
+def test_a_shard_of_another_division_is_named_and_removed_by_the_command(run):
+    left = run.shard("tuned", 0, 8)
+    run.shard("tuned", 0, SHARDS).rename(left)
+    coverage = cover(run)
+    assert any(left.name in line and "left over" in line for line in coverage.problems())
+    assert coverage.mend()[0] == f"rm {left.parent}/shard-*-of-0008.parquet"
+
+
+def test_rows_of_another_test_set_are_found_by_id_by_label_and_by_hash(run):
+    path = run.shard("tuned", 0, SHARDS)
+    whole = pq.read_table(path)
+    pq.write_table(shard_table([*range(24), 555], LABELS[:25], LABELS[:25]), path)
+    assert any("row 555 is not in the test set" in line for line in cover(run).problems())
+    pq.write_table(shard_table(range(25), [4, *LABELS[1:25]], LABELS[:25]), path)
+    assert any("row 0 has another label" in line for line in cover(run).problems())
+    pq.write_table(whole.replace_schema_metadata({"yelp_hpc.test_sha256": "0" * 64}), path)
+    assert any("made from another test set" in line for line in cover(run).problems())
+    digest = sha256_file(run.split("test"))
+    pq.write_table(whole.replace_schema_metadata({"yelp_hpc.test_sha256": digest}), path)
+    assert cover(run).problems() == []
+
+
+def test_shards_of_two_adapters_do_not_mix(run):
+    for shard in range(SHARDS):
+        identity = {"yelp_hpc.identity": "a" if shard else "b"}
+        rewrite(
+            run.shard("tuned", shard, SHARDS), lambda t, i=identity: t.replace_schema_metadata(i)
+        )
+    assert any("another model, adapter or setting" in line for line in cover(run).problems())
+
+
+def test_scores_are_checked(run):
+    path = run.shard("tuned", 0, SHARDS)
+    scores = logits(LABELS[:25], 1, 3.0)
+
+    def found(scores, predictions) -> str:
+        pq.write_table(shard_table(range(25), LABELS[:25], predictions, scores), path)
+        return "\n".join(cover(run).problems())
+
+    best = scores.argmax(axis=1).tolist()
+    assert found(scores.tolist(), best) == ""
+    assert "not the labels with the highest scores" in found(scores.tolist(), best[::-1])
+    assert "not 5 scores" in found([row[:4] for row in scores.tolist()], best)
+    assert "not finite" in found([[float("nan")] * 5, *scores.tolist()[1:]], best)
+    assert "some have none" in found([None, *scores.tolist()[1:]], best)
+
+
+def test_a_shard_with_other_columns_is_named(run):
+    path = run.shard("tuned", 0, SHARDS)
+    rewrite(path, lambda t: t.drop_columns(["scores"]))
+    assert any(str(path) in line and "columns" in line for line in cover(run).problems())
+
+
+def test_every_problem_of_every_model_is_in_the_one_message(run):
+    run.shard("tuned", 0, SHARDS).unlink()
+    base = Coverage(run, "base", SHARDS, read_test_set(run.split("test")))
+    list(base.read())
+    with pytest.raises(StageError) as caught:
+        refuse_unless_complete([base, cover(run)])
+    message = str(caught.value)
+    assert "nothing was computed" in message
+    assert "--model base" in message and "--model tuned --shard 0" in message
+    assert (base.codes == MISSING).all()
+
+
+def test_a_bad_test_set_is_refused(tmp_path):
+    run = RunPaths(tmp_path)
+    path = run.split("test")
+    with pytest.raises(StageError, match=r"missing; make it again: .* run prepare --run"):
+        read_test_set(path)
+    write_test_set(run, [])
+    with pytest.raises(StageError, match="holds no rows"):
+        read_test_set(path)
+    write_test_set(run, [0, 1, 7])
+    with pytest.raises(StageError, match="labels outside 0-4"):
+        read_test_set(path)
+    write_test_set(run, [0, 1, 2], [4, 9, 4])
+    with pytest.raises(StageError, match="holds row 4 more than once"):
+        read_test_set(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(StageError, match="cannot be read"):
+        read_test_set(path)

@@ -1,0 +1,134 @@
+"""report.html: self-contained, escaped, and opened by a real browser in both colour schemes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fabricated import config_of, make_run, write_shards, write_test_set
+from yelp_hpc.evaluation import charts as charts
+from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.stages.collect import collect
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    run, config = make_run(tmp_path_factory.mktemp("run"))
+    collect(run, config)
+    return run.report
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    text = page.read_text()
+    for tag, attributes in Tags(text).found:
+        assert tag not in ("script", "iframe", "object", "embed")
+        if tag == "link":
+            assert attributes["href"] == "data:,"
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_every_picture_has_a_text_alternative(page):
+    pictures = [a for tag, a in Tags(page.read_text()).found if tag == "svg"]
+    assert len(pictures) == 8  # two confusions, two calibrations, three curves, the timeline
+    for attributes in pictures:
+        assert attributes["role"] == "img"
+        assert len(attributes["aria-label"] or "") > 30
+
+
+def test_every_section_is_there(page):
+    text = page.read_text()
+    for title in ("Outcome", "The two F1 conventions", "Confusion and calibration", "Training",
+                  "Jobs", "Throughput", "Mistakes, tuned", "Provenance"):  # fmt: skip
+        assert f"<h2>{title}</h2>" in text
+    assert text.count("the time limit came near") == 1
+    assert "0.579" in text
+
+
+def test_text_from_data_is_escaped(page):
+    text = page.read_text()
+    assert "&lt;b&gt;&amp;amp; so on&lt;/b&gt;" in text
+    assert "out of memory &lt;script&gt;" in text
+
+
+def test_a_run_with_nothing_but_predictions_gets_a_page(tmp_path):
+    run, config = RunPaths(tmp_path), config_of(models=["base"])
+    labels = [0, 1, 2, 3, 4]
+    write_test_set(run, labels)
+    write_shards(run, "base", labels, [None, None, 7, 3, None])
+    collect(run, config)
+    text = run.report.read_text()
+    assert "Answers that could not be parsed, base" in text
+    assert "<h2>Jobs</h2>" not in text and "<h2>Training</h2>" not in text
+
+
+def test_ticks_are_round_and_inside():
+    assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert charts.ticks(3, 3) == [3]
+    assert all(0.1 <= t <= 0.9 for t in charts.ticks(0.1, 0.9))
+    assert [charts.short(v) for v in (0, 5e-4, 0.25, 1200, 12_345, 2_500_000)] == [
+        "0", "5e-4", "0.25", "1.2k", "12.3k", "2.5M"]  # fmt: skip
+
+
+def test_a_long_log_is_thinned_without_losing_its_mean():
+    points = [(float(i), float(i % 3)) for i in range(30_000)]
+    thinned = charts.thin(points)
+    assert len(thinned) == 300
+    assert sum(y for _, y in thinned) / 300 == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser: apt install chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_opens_it_without_an_error_or_a_request(page, tmp_path, scheme):
+    """Measures inside the page at 390 px and writes what it found into the document."""
+    probe = tmp_path / "probe.html"
+    probe.write_text(f"""<iframe id="f" width="390" height="4000" src="{page.as_uri()}"></iframe>
+<pre id="out">not loaded</pre><script>
+const frame = document.getElementById("f");
+frame.onload = () => {{
+  const d = frame.contentDocument, w = frame.contentWindow;
+  const card = w.getComputedStyle(d.querySelector(".card")).backgroundColor;
+  const wide = d.documentElement.scrollWidth;
+  const drawn = s => s.getBoundingClientRect().height > 50;
+  const pictures = [...d.querySelectorAll("svg")].filter(drawn);
+  const requests = w.performance.getEntriesByType("resource").length;
+  document.getElementById("out").textContent =
+    `card=${{card}} wide=${{wide}} pictures=${{pictures.length}} requests=${{requests}}`;
+}};
+</script>""")
+    assert BROWSER is not None
+    preferred = "0" if scheme == "dark" else "1"
+    done = subprocess.run(
+        [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+         "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=4000",
+         f"--blink-settings=preferredColorScheme={preferred}",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    found = re.search(r"card=(.*?) wide=(\d+) pictures=(\d+) requests=(\d+)", done.stdout)
+    assert found, done.stdout[-500:] + done.stderr[-2000:]
+    assert found[1] == ("rgb(28, 30, 36)" if scheme == "dark" else "rgb(255, 255, 255)")
+    assert int(found[2]) <= 390  # nothing sticks out at a phone's width
+    assert int(found[3]) == 8
+    assert int(found[4]) == 0
+    errors = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert errors == []

@@ -1,0 +1,285 @@
+"""The forecast: arithmetic against counted numbers, the command, and a probe against a real run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiny import make_model, prepare_run, reviews, tiny_config
+from yelp_hpc.config import load_config
+from yelp_hpc.data.packing import DataPlan, deal, plan_microbatches
+from yelp_hpc.errors import RequestError
+from yelp_hpc.forecast.forecast import (
+    Lengths,
+    Probe,
+    checkpoint_interval,
+    computed,
+    forecast,
+    forward_flops,
+    time_limit,
+    training_work,
+)
+from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
+from yelp_hpc.forecast.memory import training_memory
+from yelp_hpc.forecast.model_shape import KNOWN, model_shape
+from yelp_hpc.forecast.page import Happened, comparison_page, page
+from yelp_hpc.gpus import CARDS, find_card
+from yelp_hpc.rundir.paths import RunPaths
+
+ROOT = Path(__file__).parents[2]
+CHATGLM3 = model_shape(KNOWN["THUDM/chatglm3-6b-base"], "ChatGLM3")
+
+
+def yelp_hpc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "yelp_hpc", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+def test_sizes_of_chatglm3_are_the_published_ones() -> None:
+    assert CHATGLM3.parameters == 6_243_584_000
+    assert CHATGLM3.adapter_parameters(["query_key_value"], 8) == 1_949_696
+
+
+def test_sizes_are_those_of_the_built_models(tmp_path: Path) -> None:
+    from yelp_hpc.models.load import load_model
+    from yelp_hpc.training.adapter import add_lora
+
+    make_model(tmp_path / "llama")
+    for folder, target in ((tmp_path / "llama", ["q_proj", "v_proj", "down_proj"]), (None, None)):
+        if folder is None:
+            folder = ROOT / "tests" / "models" / "golden" / "model"
+            target = ["query_key_value", "dense_h_to_4h"]
+        config = tiny_config(folder, lora={"rank": 4, "target": target})
+        model = load_model(folder, "fp32")
+        shape = read_shape(config)
+        assert shape.parameters == sum(p.numel() for p in model.parameters())
+        tuned = add_lora(model, config)
+        trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        assert shape.adapter_parameters(target, 4) == trained
+
+
+def test_a_config_json_that_is_no_decoder_is_named() -> None:
+    with pytest.raises(RequestError, match=r"x/config.json .*hidden_size is None.*num_hidden"):
+        model_shape({"model_type": "clip", "vocab_size": 10}, "x/config.json")
+
+
+def test_cards_are_found_as_slurm_and_people_write_them() -> None:
+    names = ("rtx3090", "geforce_rtx_3090", "a100_80gb", "NVIDIA A100-SXM4-80GB", "h100", "v100")
+    found = [find_card(name).name for name in names]
+    assert found == ["RTX 3090", "RTX 3090", "A100 80GB", "A100 80GB", "H100", "V100"]
+    assert find_card("3090").name == "RTX 3090"
+    for card in CARDS:
+        assert find_card(card.name) is card
+    with pytest.raises(RequestError, match="did you mean RTX 3090"):
+        find_card("rtx3909")
+
+
+# --- the work -----------------------------------------------------------------------------------
+
+
+def test_computed_tokens_are_those_of_the_engines_micro_batches() -> None:
+    own = [5, 90, 13, 40, 40, 7, 61, 200]
+    for budget in (64, 100, 128, 1000):
+        groups = plan_microbatches(own, budget, 11)
+        assert computed(own, budget, 11) == sum(11 + sum(own[i] for i in g) for g in groups)
+
+
+def test_work_of_a_training_is_that_of_its_steps(tmp_path: Path) -> None:
+    config = tiny_config(Path("m"), train={"epochs": 2, "global_batch": 8, "max_tokens": 128})
+    lengths = Lengths([10 + i % 7 for i in range(50)], [9] * 4, [9] * 5, 6, "")
+    work = training_work(config, lengths, ranks=2)
+    plan = DataPlan(50, 8, 2, config.seed)
+    shares = [
+        [
+            computed([lengths.train[plan.batch(s)[i]] for i in part], 128, 6)
+            for part in deal([lengths.train[row] for row in plan.batch(s)], 2)
+        ]
+        for s in range(plan.steps)
+    ]
+    assert (work.steps, work.sequences) == (14, 100)
+    assert work.tokens == sum(map(sum, shares)) and work.critical == sum(map(max, shares))
+    assert work.evaluations == 14  # each step: a tenth of 14 steps is one
+
+
+def test_forward_flops_of_one_sequence_by_hand() -> None:
+    shape = model_shape(
+        {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 100},
+        "",
+    )  # fmt: skip
+    qkv, out, mlp = 8 * 4 * 4, 8 * 8, 3 * 8 * 16
+    products = 2 * (2 * qkv + out + mlp) * 10  # the last layer's output and MLP are left out
+    attention = 4 * 8 * 2 * (6 * 4 + 6 * 6 / 2)  # 6 tokens of its own behind a prefix of 4
+    assert forward_flops(shape, [6], 10, 4) == products + attention + 2 * 100 * 8 * 2
+
+
+def test_memory_of_the_reports_run_fits_a_3090_by_computing_layers_twice() -> None:
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml").config
+    card = find_card("rtx3090")
+    memory = training_memory(CHATGLM3, config, 4096, card, cuda=True)
+    assert memory.weights == 2 * CHATGLM3.parameters
+    assert memory.adapter == 16 * 1_949_696
+    assert memory.checkpointing and memory.total < card.memory
+    roomy = training_memory(CHATGLM3, config, 4096, find_card("h100"), cuda=True)
+    assert not roomy.checkpointing and roomy.activations > memory.activations
+
+
+# --- advice -------------------------------------------------------------------------------------
+
+
+def test_checkpoint_interval_is_the_best_of_its_neighbours() -> None:
+    save, mtbf = 30.0, 6 * 3600.0
+    best = checkpoint_interval(save, mtbf)
+    assert math.isclose(best, math.sqrt(2 * save * mtbf), rel_tol=0.05)  # Young's first order
+
+    def total(interval: float) -> float:
+        """Daly's expected wall time of an hour of work, restart costs nothing."""
+        return mtbf * math.expm1((interval + save) / mtbf) * 3600 / interval
+
+    assert total(best) <= min(total(best * 1.05), total(best / 1.05))
+    assert checkpoint_interval(100.0, 40.0) == 40.0
+
+
+def test_time_limits_are_slurms_and_leave_room() -> None:
+    from yelp_hpc.jobs.cluster import minutes
+
+    for seconds in (1, 100, 3600, 80_000, 900_000):
+        assert minutes(time_limit(seconds)) * 60 >= 1.5 * seconds + 600
+
+
+def test_more_cards_take_less_time_and_no_fewer_flops() -> None:
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["data.train_rows=32000"]).config
+    lengths = estimated_lengths(config)
+    card = find_card("a100")
+    one, four = (forecast(config, CHATGLM3, lengths, card=card, nodes=n) for n in (1, 4))
+    assert one.train_seconds and four.train_seconds
+    assert one.train_seconds > four.train_seconds
+    assert four.train_tokens >= one.train_tokens  # the prefix is computed in more micro-batches
+    assert "assumption" in page(one) and max(map(len, page(one).splitlines())) <= 80
+
+
+def test_a_card_that_is_too_small_or_knows_no_bf16_is_said() -> None:
+    changes = ["data.train_rows=320", "train.precision=bf16", "model.precision=fp32"]
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", changes).config
+    plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("t4"))
+    text = "\n".join(plan.notes)
+    assert "no bf16: set train.precision" in text and "lower train.max_tokens" in text
+
+
+def test_a_probe_gives_times_in_proportion_to_the_tokens() -> None:
+    config = tiny_config(Path("m"))
+    lengths = Lengths([20] * 80, [], [30] * 40, 5, "")
+    shape = model_shape(KNOWN["demo:smollm2-135m"], "")
+    probe = Probe(
+        device="this CPU", cuda=False, train_start=10.0, train_token=0.01,
+        train_first=2 * 10**9, train_memory=3 * 10**9, train_largest=10**6, train_shapes=10**6,
+        infer_start=5.0, infer_token=0.002, infer_memory=2 * 10**9,
+    )  # fmt: skip
+    plan = forecast(config, shape, lengths, probe=probe)
+    work = training_work(config, lengths, 1)
+    assert plan.train_seconds == pytest.approx(10 + 0.01 * work.critical)
+    scored = computed(lengths.test, config.infer.max_tokens, 5)
+    assert plan.infer_seconds == pytest.approx(2 * (5 + 0.002 * scored))
+    assert plan.train_memory.total == 3 * 10**9
+    grown = forecast(config, shape, lengths, probe=replace(probe, train_shapes=1))
+    assert work.shapes >= 1 and grown.train_memory.total >= 3 * 10**9
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_lengths_of_a_prepared_run_are_counted(tmp_path: Path) -> None:
+    run = prepare_run(tmp_path / "run", make_model(tmp_path / "model"))
+    lengths = prepared_lengths(run)
+    assert lengths is not None and len(lengths.train) == 84
+    import pyarrow.parquet as pq
+
+    total = sum(pq.read_table(run.split("train"))["length"].to_pylist())
+    assert sum(lengths.train) + 84 * (lengths.prefix - 1) == total
+    assert prepared_lengths(RunPaths(tmp_path)) is None
+
+
+def test_plan_of_the_reports_run_needs_nothing_and_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['x', 'plan', '--config', 'configs/yelp_chatglm3.yaml', '--gpu',"
+        " 'rtx3090', '--json']\nfrom yelp_hpc.cli.main import cli\n"
+        "cli.main(standalone_mode=False)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["steps"] == 4700 and plan["ranks"] == 4 and plan["card_memory"] == 24 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "name --config FILE, or --run DIR"),
+        (["--config", "configs/demo.yaml", "--gpu", "gtx1080"], "no GPU 'gtx1080'"),
+        (["--compare"], "--compare needs --run"),
+        (["--run", "nowhere"], "not a run directory"),
+        (["--run", "nowhere", "--set", "seed=1"], "--set changes a --config"),
+        (
+            ["--config", "configs/yelp_chatglm3.yaml", "--set", "model.path=a/b"],
+            "model.path a/b is no folder here",
+        ),
+        (
+            ["--config", "configs/yelp_chatglm3.yaml", "--set", "data.path=a/b"],
+            "set data.test_rows",
+        ),
+    ],
+)
+def test_a_wrong_request(arguments: list[str], expected: str) -> None:
+    done = yelp_hpc("plan", *arguments)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_comparison_shows_by_how_much_it_was_off() -> None:
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["data.train_rows=320"]).config
+    plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("h100"))
+    assert plan.train_seconds
+    happened = Happened(steps=plan.steps, train_seconds=plan.train_seconds / 1.25, restarts=2)
+    text = comparison_page(plan, happened)
+    assert "+25%" in text and "2 restarts" in text and "?" in text
+
+
+def test_probe_then_run_then_compare(tmp_path: Path) -> None:
+    """The whole way on a tiny model: the forecast is kept, and stands beside what happened."""
+    with (tmp_path / "reviews.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *reviews(240)])
+    values = tiny_config(
+        make_model(tmp_path / "model"),
+        data={"train": str(tmp_path / "reviews.csv"), "test_rows": 40},
+    ).model_dump(mode="json")
+    config, run = tmp_path / "c.yaml", tmp_path / "run"
+    config.write_text(json.dumps(values))  # JSON is YAML
+    planned = yelp_hpc("plan", "--config", str(config), "--run", str(run), "--probe", "--json")
+    assert planned.returncode == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert "measured" in plan["machine"] and plan["token_source"] == "counted in prepare/"
+    assert [path.name for path in run.iterdir()] == ["plan.json"]
+    early = yelp_hpc("plan", "--compare", "--run", str(run))
+    assert early.returncode == 2
+
+    submit = ("submit", "all", "--config", str(config), "--executor", "local", "--run", str(run))
+    done = yelp_hpc(*submit)
+    assert done.returncode == 0, done.stderr
+    compared = yelp_hpc("plan", "--compare", "--run", str(run), "--json")
+    assert compared.returncode == 0, compared.stderr
+    rows = {row["what"]: row for row in json.loads(compared.stdout)["rows"]}
+    for what in ("steps", "tokens"):
+        assert rows[what]["forecast"] == pytest.approx(rows[what]["happened"], rel=0.01), rows
+    assert rows["train seconds"]["happened"] > 0 and rows["infer seconds"]["happened"] > 0
+    memory = rows["train memory"]
+    assert memory["forecast"] == pytest.approx(memory["happened"], rel=0.15)

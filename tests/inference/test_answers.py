@@ -1,0 +1,108 @@
+"""What a generated answer means, and from when on it cannot mean anything else."""
+
+from __future__ import annotations
+
+import pytest
+
+from yelp_hpc.inference.answers import is_decided, parse_label
+
+LABELS = {
+    # a bare number is the label that the prompt asks for
+    "0": 0,
+    " 4": 4,
+    "4.": 4,
+    "4.0": 4,
+    "**3**": 3,
+    '"2"': 2,
+    "(1)": 1,
+    "3\n\nReview: 5 stars!": 3,
+    "\n \n2\n": 2,
+    "3 - the food was good": 3,
+    "four": 4,
+    "Zero.": 0,
+    "Three, since the service was slow": 3,
+    # after a cue
+    "Output: 4": 4,
+    "The rating is 3.": 3,
+    "Label = 2": 2,
+    "I would give it a 1": 1,
+    "I'd give this place 4": 4,
+    "Rating: **4**": 4,
+    "Stars: 4": 3,
+    # a unit makes it stars
+    "4 stars": 3,
+    "1 star": 0,
+    "5-star": 4,
+    "five-star review": 4,
+    "Five stars": 4,
+    "4★": 3,
+    "4stars": 3,
+    "4/5": 3,
+    "4 / 5 stars": 3,
+    "4 out of 5": 3,
+    "three out of five stars": 2,
+    "We waited 2 hours, so 3 stars": 2,
+    "The review is worth 2 stars": 1,
+    # drawn
+    "★★★★": 3,
+    "★★★☆☆": 2,
+    "⭐⭐⭐⭐⭐": 4,
+    "⭐️⭐️": 1,
+}
+NO_LABEL = [
+    "",
+    "   \n ",
+    "I love this place",
+    "We waited 2 hours",
+    "someone told me",
+    "great\n4",  # the answer's line is the first one
+    "5",  # a label of 5 does not exist, and whether stars were meant is a guess
+    "10",
+    "-1",
+    "0 stars",
+    "6 stars",
+    "7/5",
+    "★★★★★★",
+    "3.5",
+    "3.5 stars",
+    "3 and a half stars",
+    "3½ stars",
+    "3-4",
+    "3 or 4",
+    "3 to 4 stars",
+    "three or four",
+    "8/10",
+    "3/4",
+    "4 out of 10",
+    "2019",
+    "4th",
+]
+
+
+@pytest.mark.parametrize(("text", "label"), LABELS.items())
+def test_answers_that_state_a_label(text: str, label: int) -> None:
+    assert parse_label(text) == label
+
+
+@pytest.mark.parametrize("text", NO_LABEL)
+def test_answers_that_state_none(text: str) -> None:
+    assert parse_label(text) is None
+
+
+@pytest.mark.parametrize("text", ["4\n", "\n4\nReview", "I love it\n", "4 stars ", "so 4/5 or"])
+def test_decided(text: str) -> None:
+    assert is_decided(text)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "4", "4 ", "4 sta", "4 stars", "4/5", "I love it"])
+def test_not_yet_decided(text: str) -> None:
+    assert not is_decided(text)
+
+
+@pytest.mark.parametrize("text", [*LABELS, *NO_LABEL])
+@pytest.mark.parametrize("more", ["0", ".5", " stars", "/5", " out of 5", "s", "\n3", " or 2", "★"])
+def test_a_decided_answer_keeps_its_label_whatever_follows(text: str, more: str) -> None:
+    for end in range(len(text) + 1):
+        if is_decided(text[:end]):
+            assert parse_label(text[:end] + more) == parse_label(text[:end])
+            assert parse_label(text) == parse_label(text[:end])

@@ -1,0 +1,153 @@
+"""The card: metadata that huggingface_hub takes, figures that are those of metrics.json."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from yelp_hpc.config import Config, config_from_dict
+from yelp_hpc.publishing.card import GpuHours, load_snippet, model_card
+
+METRICS: dict[str, Any] = {
+    "models": {
+        name: {
+            "rows": 50,
+            "answered": 48,
+            "unparsed": 2,
+            "accuracy": accuracy,
+            "f1": {"micro": accuracy + 0.01, "macro": 0.5, "weighted": 0.52},
+            "f1_report": {"micro": 0.6, "macro": 0.41, "weighted": 0.61},
+            "per_class": [],
+            "confusion": [[6, 2, 0, 0, 1, 1]] + [[1, 1, 5, 1, 2, 0]] * 4,
+            "ci95": {"accuracy": [accuracy - 0.1, accuracy + 0.1], "f1.macro": [0.4, 0.6]},
+        }
+        for name, accuracy in (("base", 0.21), ("tuned", 0.46))
+    },
+    "report": {},
+}
+RECORD: dict[str, Any] = {
+    "code": {"version": "0.1.0", "git_sha": "b" * 40, "dirty": True},
+    "model": {"fingerprint": "c" * 64},
+    "data": {"rows": {"train": 1504}, "truncated": 12, "duplicates": 3, "fingerprint": "d" * 64},
+    "image": {"sha256": "e" * 64},
+}
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "model": {"path": "THUDM/chatglm3-6b-base", "revision": "f" * 40},
+        "data": {"source": "hub", "path": "Yelp/yelp_review_full", "revision": "main"},
+        "publish": {"repo_id": "me/yelp-stars", "license": "other", "tags": ["lora", "yelp"]},
+    }
+    for section, settings in sections.items():
+        values[section] = {**values.get(section, {}), **settings}
+    return config_from_dict(values)
+
+
+def head(card: str) -> dict[str, Any]:
+    opening, text, _ = card.split("---\n", 2)
+    assert opening == ""
+    value = yaml.safe_load(text)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_metadata_is_taken_by_the_hubs_own_classes() -> None:
+    text = model_card(config(), METRICS, RECORD)
+    card = ModelCard(text)  # refuses a malformed model-index
+    assert card.data.base_model == "THUDM/chatglm3-6b-base"
+    assert card.data.datasets == ["Yelp/yelp_review_full"]
+    assert (card.data.library_name, card.data.license) == ("peft", "other")
+    assert card.data.tags == ["lora", "yelp"]
+    name, results = model_index_to_eval_results(head(text)["model-index"])
+    assert name == "yelp-stars"
+    figures = {result.metric_name: result.metric_value for result in results}
+    tuned = METRICS["models"]["tuned"]
+    assert figures == {
+        "Accuracy": tuned["accuracy"],
+        **{f"F1 ({k})": v for k, v in tuned["f1"].items()},
+    }
+    assert {result.dataset_type for result in results} == {"Yelp/yelp_review_full"}
+
+
+def test_both_conventions_intervals_and_confusion_are_shown() -> None:
+    text = model_card(config(), METRICS, RECORD, pictures=["loss.png"], gpu_hours=GpuHours(9.25, 1))
+    assert "| accuracy | 0.210 [0.110, 0.310] | 0.460 [0.360, 0.560] |" in text
+    assert "| F1 macro | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] |" in text
+    assert "| F1 macro, over labels seen | 0.410 | 0.410 |" in text
+    assert "| of them without a usable answer | 2 | 2 |" in text
+    assert "| 0 | 6 | 2 | 0 | 0 | 1 | 1 |" in text
+    assert "](loss.png)" in text and "confusion.png" not in text
+    assert "9.2 GPU-hours, 1.0 of them lost" in text or "9.3 GPU-hours, 1.0 of them lost" in text
+    assert "12 reviews over" in text and "3 test reviews also stand" in text
+    assert "uncommitted changes" in text
+
+
+def test_the_distance_of_mistakes_is_counted() -> None:
+    metrics = copy.deepcopy(METRICS)
+    confusion = [[0] * 6 for _ in range(5)]
+    confusion[0][:] = [3, 2, 0, 0, 1, 1]  # two one star off, one four off, one without answer
+    metrics["models"]["tuned"]["confusion"] = confusion
+    text = model_card(config(), metrics, RECORD)
+    assert "4 test reviews got a wrong answer, 2 of them one star off." in text
+
+
+def test_nothing_is_claimed_that_is_not_known() -> None:
+    metrics = {"models": {"base": METRICS["models"]["base"]}, "report": {}}
+    text = model_card(config(), metrics, {})
+    assert "model-index" not in head(text)  # there is no tuned model's figure
+    assert "GPU-hours" not in text and "git commit" not in text
+    undefined = copy.deepcopy(METRICS)
+    undefined["models"]["tuned"]["f1"]["macro"] = None
+    values = [
+        m["name"]
+        for r in head(model_card(config(), undefined, RECORD))["model-index"][0]["results"]
+        for m in r["metrics"]
+    ]
+    assert "F1 (macro)" not in values and "Accuracy" in values
+
+
+def test_a_local_path_is_never_shown() -> None:
+    text = model_card(
+        config(
+            model={"path": "/home/ann/models/base", "revision": None},
+            data={"source": "file", "path": None, "train": "/home/ann/a.csv", "test_rows": 5},
+        ),
+        METRICS,
+        RECORD,
+    )
+    assert "/home/ann" not in text
+    assert "base_model" not in head(text) and "datasets" not in head(text)
+
+
+def test_the_demos_base_model_is_named() -> None:
+    demo = config(
+        model={"path": "demo:smollm2-135m", "revision": None},
+        data={"source": "demo", "path": None, "revision": None},
+    )
+    assert head(model_card(demo, METRICS, RECORD))["base_model"].endswith("SmolLM2-135M-Instruct")
+
+
+def test_the_same_run_gives_the_same_bytes() -> None:
+    assert model_card(config(), METRICS, RECORD) == model_card(config(), METRICS, RECORD)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("native", [False, True])
+def test_every_snippet_is_python(merged: bool, native: bool) -> None:
+    wanted = config(publish={"merged": merged, "branch": "run-1"})
+    snippet = load_snippet(wanted, "me/yelp-stars", native)
+    compile(snippet, "snippet", "exec")
+    assert ("PeftModel" in snippet) is not merged
+    assert ("yelp_hpc" in snippet) is native
+    assert 'revision="run-1"' in snippet
+
+
+def test_odd_values_stay_valid_yaml() -> None:
+    odd = config(publish={"tags": ["a: b", "ünï", "#x", "yes"], "license": "cc-by-4.0"})
+    assert head(model_card(odd, METRICS, RECORD))["tags"] == ["a: b", "ünï", "#x", "yes"]

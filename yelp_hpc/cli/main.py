@@ -1,0 +1,339 @@
+"""The command line: parses, calls one function, turns an error into one message and an exit code.
+
+Imports of anything slow stand inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+
+from yelp_hpc import __version__
+from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
+from yelp_hpc.cli.image import image
+from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
+from yelp_hpc.cli.plan import plan
+from yelp_hpc.cli.record import export, reproduce, verify
+from yelp_hpc.cli.site import doctor, init
+from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.rundir.paths import MODELS, STAGES
+
+
+class Commands(click.Group):
+    """Lists the commands in the order of a user's day."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="yelp_hpc")
+def cli() -> None:
+    """Fine-tune, evaluate and publish a review classifier as resumable Slurm jobs.
+
+    \b
+    The whole way on this machine:
+      python -m yelp_hpc submit all --config configs/demo.yaml --executor local \\
+          --run runs/demo --wait
+    The report's run on a cluster:
+      python -m yelp_hpc submit all --config configs/yelp_chatglm3.yaml \\
+          --cluster configs/clusters/4x3090.yaml --run runs/yelp
+      python -m yelp_hpc status --run runs/yelp
+
+    Exit codes: 0 done, 1 failed, 2 the request is wrong, 75 saved (run me again).
+    """
+
+
+cli.add_command(init)
+cli.add_command(doctor)
+cli.add_command(plan)
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice([*STAGES, "all"]))
+@CONFIG
+@RUN
+@SET
+@click.option(
+    "--executor", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True
+)
+@click.option(
+    "--cluster",
+    metavar="FILE",
+    type=click.Path(),
+    help="resources and container: configs/clusters/*.yaml",
+)
+@click.option("--dry-run", is_flag=True, help="print the sbatch scripts and the commands only")
+@click.option("--wait", is_flag=True, help="follow until the end")
+def submit(
+    stage: str,
+    config_file: str,
+    run_dir: str,
+    overrides: tuple[str, ...],
+    executor: str,
+    cluster: str | None,
+    dry_run: bool,
+    wait: bool,
+) -> None:
+    """Submit one stage, or all of them as a chain.
+
+    \b
+    What would be submitted, without submitting:
+      python -m yelp_hpc submit all --config configs/yelp_chatglm3.yaml \\
+          --cluster configs/clusters/4x3090.yaml --run runs/yelp --dry-run
+    The missing shards alone, with another seed's run beside the first:
+      python -m yelp_hpc submit infer --config configs/demo.yaml --executor local \\
+          --set seed=43 --run runs/demo-43
+    """
+    from yelp_hpc.config import load_config
+    from yelp_hpc.jobs.chain import submit as submit_jobs
+    from yelp_hpc.jobs.cluster import load_cluster
+    from yelp_hpc.rundir.manifest import record_run
+
+    loaded = load_config(config_file, overrides)
+    cluster_config = load_cluster(cluster)
+    if not dry_run:
+        record_run(run_dir, loaded, config_file, list(overrides))
+    submit_jobs(
+        stage,
+        Path(run_dir).resolve(),
+        loaded.config,
+        cluster_config,
+        executor=executor,
+        dry_run=dry_run,
+        wait=wait,
+    )
+
+
+@cli.command("run")
+@click.argument("stage", type=click.Choice(STAGES))
+@RUN
+@click.option("--model", type=click.Choice(MODELS), help="infer: which model (default: each)")
+@click.option("--shard", type=click.IntRange(0), help="infer: which shard (default: all)")
+def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) -> None:
+    """Run one stage here, in this process: what the container executes.
+
+    \b
+    To see a stage fail under your eyes:
+      python -m yelp_hpc run train --run runs/demo
+      python -m yelp_hpc run infer --run runs/demo --model tuned --shard 1
+    """
+    from importlib import import_module
+
+    from yelp_hpc.errors import RequestError
+    from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.runtime import set_runtime_defaults
+
+    if stage != "infer" and (model is not None or shard is not None):
+        raise RequestError(f"--model and --shard belong to infer, not to {stage}")
+    run, config = load_run(run_dir)
+    set_runtime_defaults()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill the log
+    module = import_module(f"yelp_hpc.stages.{stage}")
+    if stage != "infer":
+        module.run(run, config)
+        return
+    for name in [model] if model else config.infer.models:
+        module.run(run, config, model=name, shard=shard)
+
+
+@cli.command()
+@RUN
+@JSON
+def collect(run_dir: str, as_json: bool) -> None:
+    """Check coverage, print the table, write metrics.json and report.html.
+
+    \b
+      python -m yelp_hpc collect --run runs/demo
+      python -m yelp_hpc collect --run runs/demo --json | jq .models.tuned.f1.macro
+    """
+    from yelp_hpc.rundir.files import read_json
+    from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.stages import collect as stage
+
+    run, config = load_run(run_dir)
+    if as_json:
+        stage.collect(run, config)
+        click.echo(json.dumps(read_json(run.metrics)))
+    else:
+        stage.run(run, config)
+
+
+@cli.command()
+@RUN
+@JSON
+@click.option("--watch", is_flag=True, help="refresh until everything is done")
+def status(run_dir: str, as_json: bool, watch: bool) -> None:
+    """Show each stage's state, from markers first, then Slurm.
+
+    \b
+      python -m yelp_hpc status --run runs/yelp --watch
+      python -m yelp_hpc status --run runs/yelp --json | jq -r '.stages[].state'
+    """
+    from yelp_hpc.jobs.status import show_status
+    from yelp_hpc.rundir.manifest import load_run
+
+    run, _ = load_run(run_dir)
+    show_status(run.root, as_json=as_json, watch=watch)
+
+
+@cli.command()
+@RUN
+@click.argument("stage", required=False, type=click.Choice(STAGES))
+@click.option("--lines", default=40, show_default=True, type=click.IntRange(1))
+def logs(run_dir: str, stage: str | None, lines: int) -> None:
+    """Show the end of the right log: the last failure's first.
+
+    \b
+      python -m yelp_hpc logs --run runs/yelp
+      python -m yelp_hpc logs train --run runs/yelp --lines 200
+    """
+    from yelp_hpc.jobs.status import show_logs
+    from yelp_hpc.rundir.manifest import load_run
+
+    run, _ = load_run(run_dir)
+    show_logs(run.root, stage, lines)
+
+
+@cli.command()
+@RUN
+def cancel(run_dir: str) -> None:
+    """Cancel every job of a run, and nothing else. What is done is kept.
+
+    \b
+      python -m yelp_hpc cancel --run runs/yelp
+    """
+    from yelp_hpc.jobs.chain import cancel as cancel_jobs
+    from yelp_hpc.rundir.manifest import load_run
+
+    run, _ = load_run(run_dir)
+    cancel_jobs(run.root)
+
+
+@cli.group()
+def config() -> None:
+    """Look at configurations.
+
+    \b
+      python -m yelp_hpc config show --config configs/demo.yaml
+    """
+
+
+@config.command("show")
+@CONFIG
+@SET
+@JSON
+def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print what is in force and where each value came from.
+
+    \b
+      python -m yelp_hpc config show --config configs/demo.yaml --set lora.rank=16
+    """
+    from yelp_hpc.config import Config, load_config
+    from yelp_hpc.settings import dotted_keys
+
+    loaded = load_config(config_file, overrides)
+    values = loaded.config.model_dump(mode="json")
+    if as_json:
+        click.echo(json.dumps({"config": values, "origin": loaded.origin}))
+        return
+
+    def value_of(key: str) -> Any:
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        return json.dumps(value, ensure_ascii=False)
+
+    rows = [(key, value_of(key), loaded.origin.get(key, "default")) for key in dotted_keys(Config)]
+    widths = [min(48, max(len(row[i]) for row in rows)) for i in (0, 1)]
+    for key, value, origin in rows:
+        click.echo(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+
+
+@cli.command()
+@CONFIG
+@SET
+def fetch(config_file: str, overrides: tuple[str, ...]) -> None:
+    """Download the model (and a Hub data set) where the network is, for jobs without one.
+
+    \b
+      python -m yelp_hpc fetch --config configs/yelp_chatglm3.yaml
+    """
+    from yelp_hpc.config import load_config
+    from yelp_hpc.data.sources import read_source
+    from yelp_hpc.models.local import model_folder
+
+    config = load_config(config_file, overrides).config
+    click.echo(f"model: {model_folder(config.model)}")
+    if config.data.source != "file":
+        train, test = read_source(config.data)
+        click.echo(
+            f"data: {len(train)} training rows" + (f", {len(test)} test rows" if test else "")
+        )
+
+
+@cli.command()
+@RUN
+@click.option("--dry-run", is_flag=True, help="show the card and the files, upload nothing")
+def publish(run_dir: str, dry_run: bool) -> None:
+    """Upload the adapter, its card and its figures to the Hub, from here.
+
+    \b
+    See the card and the list of files first:
+      python -m yelp_hpc publish --run runs/yelp --dry-run
+    """
+    from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.stages import publish as stage
+
+    run, config = load_run(run_dir)
+    stage.run(run, config, dry_run=dry_run)
+
+
+cli.add_command(export)
+cli.add_command(verify)
+cli.add_command(reproduce)
+cli.add_command(image)
+cli.add_command(completion)
+
+
+def interrupted(arguments: Sequence[str]) -> str:
+    """What Ctrl-C says: jobs on Slurm go on, and how to follow or stop them."""
+    run = next((b for a, b in pairwise(arguments) if a == "--run"), None)
+    run = run or next((a.removeprefix("--run=") for a in arguments if a.startswith("--run=")), None)
+    if run is None:
+        return "interrupted"
+    return (
+        "interrupted; jobs that were submitted go on.\n"
+        f"  follow them:  python -m yelp_hpc status --run {shlex.quote(run)} --watch\n"
+        f"  stop them:    python -m yelp_hpc cancel --run {shlex.quote(run)}"
+    )
+
+
+def main() -> None:
+    """Run the command line; every error of the toolkit is one message and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE)
+    except YelpHpcError as error:
+        click.echo(f"{error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        click.echo(interrupted(sys.argv[1:]), err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo(interrupted(sys.argv[1:]), err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

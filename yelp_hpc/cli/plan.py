@@ -1,0 +1,184 @@
+"""The command `plan`: what a run will cost, or what it was said to cost beside what it did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from yelp_hpc.cli.completion import complete_cards
+from yelp_hpc.cli.options import JSON, SET
+
+if TYPE_CHECKING:
+    from yelp_hpc.config import Config
+    from yelp_hpc.forecast.forecast import Forecast
+    from yelp_hpc.forecast.page import Happened
+    from yelp_hpc.rundir.paths import RunPaths
+
+
+@click.command()
+@click.option("--config", "config_file", metavar="FILE", type=click.Path(), help="YAML config")
+@click.option(
+    "--run",
+    "run_dir",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="count the tokens in its prepare/, keep the forecast there",
+)
+@SET
+@click.option(
+    "--cluster",
+    metavar="FILE",
+    type=click.Path(),
+    help="names the nodes and the GPU: configs/clusters/*.yaml",
+)
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    shell_complete=complete_cards,
+    help="a card of the table, e.g. rtx3090, a100, h100",
+)
+@click.option("--probe", is_flag=True, help="measure 20 steps on this machine first (minutes)")
+@click.option("--tokens", type=click.FloatRange(8), help="mean tokens of a prompt, where not known")
+@click.option(
+    "--efficiency", type=click.FloatRange(0.01, 1), help="share of the card's peak (default 0.35)"
+)
+@click.option("--mtbf", type=click.FloatRange(0.1), help="hours between failures of a node")
+@click.option("--compare", is_flag=True, help="put the forecast beside what happened in --run")
+@JSON
+def plan(
+    config_file: str | None,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    cluster: str | None,
+    gpu: str | None,
+    probe: bool,
+    tokens: float | None,
+    efficiency: float | None,
+    mtbf: float | None,
+    compare: bool,
+    as_json: bool,
+) -> None:
+    """Forecast tokens, memory, time, GPU-hours and disk before anything is queued.
+
+    \b
+    The report's run on four RTX 3090, nothing downloaded:
+      python -m yelp_hpc plan --config configs/yelp_chatglm3.yaml --gpu rtx3090
+    This machine, measured; the forecast is kept in the run directory:
+      python -m yelp_hpc plan --config configs/demo.yaml --probe --run runs/demo
+    And afterwards:
+      python -m yelp_hpc plan --compare --run runs/demo
+    """
+    from yelp_hpc.config import load_config
+    from yelp_hpc.errors import RequestError
+    from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.paths import RunPaths
+
+    problems = []
+    if compare and run_dir is None:
+        problems.append("--compare needs --run DIR, a run that is done")
+    if config_file is None and run_dir is None:
+        problems.append("name --config FILE, or --run DIR of a run that was submitted")
+    if overrides and config_file is None:
+        problems.append("--set changes a --config FILE; a run directory keeps its own settings")
+    if problems:
+        raise RequestError("; ".join(problems))
+    run = None
+    if config_file is not None:
+        config = load_config(config_file, overrides).config
+        run = RunPaths(Path(run_dir).resolve()) if run_dir else None
+    else:
+        run, config = load_run(str(run_dir))
+    happened = _happened(run, config) if compare and run else None
+    found = _kept(run) if compare and run else None
+    if found is None:
+        found = _forecast(config, run, cluster, gpu, probe, tokens, efficiency, mtbf)
+        if run is not None and not compare and found.train_seconds is not None:
+            from yelp_hpc.rundir.files import write_json
+
+            write_json(run.plan, asdict(found))
+    _show(found, happened, as_json)
+
+
+def _forecast(
+    config: Config,
+    run: RunPaths | None,
+    cluster: str | None,
+    gpu: str | None,
+    probe: bool,
+    tokens: float | None,
+    efficiency: float | None,
+    mtbf: float | None,
+) -> Forecast:
+    from yelp_hpc.forecast.forecast import EFFICIENCY, MTBF_HOURS, forecast
+    from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
+    from yelp_hpc.gpus import find_card
+
+    nodes = 1
+    if cluster is not None:
+        from yelp_hpc.jobs.cluster import load_cluster
+
+        wanted = load_cluster(cluster).resources("train")
+        nodes, gpu = wanted.nodes or 1, gpu or wanted.gpu_type
+    card = find_card(gpu) if gpu and not probe else None
+    shape = read_shape(config)
+    measured, lengths = None, None
+    if probe:
+        from yelp_hpc.forecast.probe import measure
+
+        measured, lengths = measure(config, run)
+    lengths = lengths or (prepared_lengths(run) if run else None)
+    return forecast(
+        config,
+        shape,
+        lengths or estimated_lengths(config, tokens),
+        card=card,
+        probe=measured,
+        nodes=nodes,
+        efficiency=efficiency or EFFICIENCY,
+        mtbf_hours=mtbf or MTBF_HOURS,
+    )
+
+
+def _happened(run: RunPaths, config: Config) -> Happened:
+    from yelp_hpc.errors import RequestError
+    from yelp_hpc.forecast.happened import what_happened
+
+    happened = what_happened(run, config)
+    if happened.steps is None and happened.infer_seconds is None:
+        raise RequestError(f"nothing has happened in {run.root} yet: nothing to compare with")
+    return happened
+
+
+def _kept(run: RunPaths) -> Forecast | None:
+    """The forecast that a run directory holds; None for none, or one of another version."""
+    from yelp_hpc.forecast.forecast import Forecast
+    from yelp_hpc.forecast.memory import Memory
+    from yelp_hpc.rundir.files import read_json
+
+    if not run.plan.is_file():
+        return None
+    values = read_json(run.plan)
+    try:
+        memories = {key: Memory(**values[key]) for key in ("train_memory", "infer_memory")}
+        return Forecast(**{**values, **memories})
+    except (TypeError, KeyError):
+        return None
+
+
+def _show(found: Forecast, happened: Happened | None, as_json: bool) -> None:
+    from yelp_hpc.forecast.page import comparison, comparison_page, page
+
+    if happened is None:
+        click.echo(json.dumps(asdict(found)) if as_json else page(found))
+    elif as_json:
+        rows: list[dict[str, Any]] = [
+            {"what": what, "forecast": before, "happened": after}
+            for what, before, after in comparison(found, happened)
+        ]
+        click.echo(json.dumps({"rows": rows, "restarts": happened.restarts}))
+    else:
+        click.echo(comparison_page(found, happened))

@@ -1,0 +1,79 @@
+"""The commands on a run that is done: `export`, `verify` and `reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from yelp_hpc.cli.options import RUN
+
+
+@click.command()
+@RUN
+@click.option("--merged", is_flag=True, required=True, help="adapter and base as one model")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(), help="folder to write")
+def export(run_dir: str, merged: bool, out: str) -> None:
+    """Write the tuned model as a folder of its own.
+
+    \b
+      python -m yelp_hpc export --run runs/demo --merged --out tuned-model
+    """
+    from yelp_hpc.publishing.export import export_merged
+    from yelp_hpc.rundir.manifest import load_run
+
+    run, config = load_run(run_dir)
+    export_merged(run, config, Path(out))
+    click.echo(out)
+
+
+@click.command()
+@RUN
+def verify(run_dir: str) -> None:
+    """Hash everything again and recompute the metrics from the shards.
+
+    \b
+      python -m yelp_hpc verify --run runs/demo
+    """
+    from yelp_hpc.errors import StageError, all_problems
+    from yelp_hpc.proof.verify import verify as find_problems
+    from yelp_hpc.rundir.manifest import load_run
+
+    run, _ = load_run(run_dir)
+    problems = find_problems(run)
+    if problems:
+        raise StageError(all_problems(f"{run.root} does not hold what it says:", problems))
+    click.echo(f"{run.root}: everything is what was written, and the metrics follow from it")
+
+
+@click.command()
+@click.option(
+    "--from", "source", required=True, metavar="FILE", help="run.json, or a run directory"
+)
+@RUN
+@click.option("--compare", is_flag=True, help="both are done: say whether they are the same")
+def reproduce(source: str, run_dir: str, compare: bool) -> None:
+    """Prepare the same run again in a new directory, or compare it with the first.
+
+    \b
+      python -m yelp_hpc reproduce --from runs/demo/run.json --run runs/again
+      python -m yelp_hpc reproduce --from runs/demo --run runs/again --compare
+    """
+    from yelp_hpc.errors import StageError, all_problems
+    from yelp_hpc.proof import reproduce as again
+    from yelp_hpc.rundir.manifest import load_run
+
+    if not compare:
+        prepared = again.reproduce(source, run_dir)
+        for warning in prepared.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        click.echo(prepared.command)
+        return
+    root = Path(source)
+    first, _ = load_run(root if root.is_dir() else root.parent)
+    second, _ = load_run(run_dir)
+    found = again.compare(first, second)
+    if not found.identical:
+        problems = [*found.differences, *found.missing]
+        raise StageError(all_problems(f"{second.root} differs from {first.root}:", problems))
+    click.echo("the same: " + ", ".join(found.same))

@@ -1,0 +1,214 @@
+"""Charts of the report page: numbers in, inline SVG out. No file, no script, no font to load.
+
+Colours are the page's CSS variables, so that a chart follows the colour scheme; each chart has a
+text alternative in its label. Coordinates are those of a phone's width, so text stays legible.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+WIDTH = 360
+Points = Sequence[tuple[float, float]]
+
+
+def _svg(height: float, label: str, body: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f"<title>{escape(label)}</title>{''.join(body)}</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "middle") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+    )
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that span `low` to `high` (steps of 1, 2 or 5 times a power of ten)."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """A number in little room: `1200` → `1.2k`, `0.0005` → `5e-4`."""
+    if abs(value) >= 1_000_000:
+        return f"{value / 1e6:.3g}M"
+    if abs(value) >= 10_000 or (abs(value) >= 1000 and value % 100 == 0):
+        return f"{value / 1000:.3g}k"
+    if 0 < abs(value) < 0.01:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:.4g}"
+
+
+def thin(points: Points, limit: int = 300) -> list[tuple[float, float]]:
+    """At most `limit` points: each the mean of a run of neighbours."""
+    run = math.ceil(len(points) / limit) or 1
+    chunks = [points[i : i + run] for i in range(0, len(points), run)]
+    return [(c[-1][0], sum(y for _, y in c) / len(c)) for c in chunks]
+
+
+def lines(title: str, series: Mapping[str, Points], x_name: str) -> str:
+    """A line a series over a shared x axis, named in a legend above; "" without points.
+
+    The first four characters of the CSS class, `s0` …, follow the order of the series.
+    """
+    series = {name: thin(points) for name, points in series.items() if points}
+    if not series:
+        return ""
+    every = [point for points in series.values() for point in points]
+    x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
+    y0, y1 = min(y for _, y in every), max(y for _, y in every)
+    y0 = 0.0 if 0 <= y0 < 0.5 * y1 else y0
+    if y1 <= y0:
+        y1 = y0 + (abs(y0) or 1.0)
+    left, right, top, bottom = 42.0, 350.0, 34.0, 190.0
+
+    def px(x: float) -> float:
+        return left + (x - x0) / ((x1 - x0) or 1) * (right - left)
+
+    def py(y: float) -> float:
+        return bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    body = []
+    for y in ticks(y0, y1):
+        body.append(f'<path class="grid" d="M{left} {py(y):.1f}H{right}"/>')
+        body.append(_text(left - 5, py(y) + 4, short(y), "tick", "end"))
+    body += [_text(px(x), bottom + 15, short(x), "tick") for x in ticks(x0, x1)]
+    body.append(_text((left + right) / 2, bottom + 31, x_name, "tick"))
+    place = left
+    for i, (name, points) in enumerate(series.items()):
+        path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
+        body.append(f'<path class="line s{i}" d="M{path}"/>')
+        if len(points) <= 12:
+            body += [f'<circle class="dot s{i}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>'
+                     for x, y in points]  # fmt: skip
+        body.append(f'<rect class="box s{i}" x="{place:.0f}" y="12" width="10" height="10"/>')
+        body.append(_text(place + 14, 21, name, "tick", "start"))
+        place += 26 + 6.6 * len(name)
+    last = "; ".join(f"{n}: first {p[0][1]:.4g}, last {p[-1][1]:.4g}" for n, p in series.items())
+    return _svg(228, f"{title} over {x_name}. {last}", body)
+
+
+def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> str:
+    """A heat map: a row for each true label, coloured by the share of the row."""
+    left, top, cell = 56.0, 44.0, 34.0
+    wide = (WIDTH - left - 4) / len(columns)
+    names = {"unparsed": "none", "outside 0-4": "other"}
+    body = [_text(left + wide * len(columns) / 2, 14, "answered stars", "tick")]
+    for j, column in enumerate(columns):
+        shown = names.get(column) or f"{int(column) + 1} ★"
+        body.append(_text(left + (j + 0.5) * wide, 34, shown, "tick"))
+    for i, row in enumerate(matrix):
+        total = sum(row)
+        y = top + i * cell
+        body.append(_text(left - 8, y + 21, f"{i + 1} ★", "tick", "end"))
+        for j, count in enumerate(row):
+            share = count / total if total else 0.0
+            x = left + j * wide
+            size = f'width="{wide - 2:.1f}" height="{cell - 2:.1f}" rx="3"'
+            body.append(f'<rect class="under" x="{x:.1f}" y="{y:.1f}" {size}/>')
+            body.append(
+                f'<rect class="heat" x="{x:.1f}" y="{y:.1f}" {size} fill-opacity="{share:.3f}"/>'
+            )
+            kind = "cell strong" if share > 0.55 else "cell"
+            body.append(_text(x + wide / 2 - 1, y + 20, short(count), kind))
+    right = sum(matrix[i][i] for i in range(len(matrix)))
+    rows = sum(map(sum, matrix))
+    said = [
+        f"{i + 1} stars: {row[i]} of {sum(row)} right" for i, row in enumerate(matrix)
+    ]  # fmt: skip
+    label = f"Confusion of the {name} model, {right} of {rows} right. " + "; ".join(said)
+    return _svg(top + cell * len(matrix) + 4, label, body)
+
+
+def calibration(name: str, summary: Mapping[str, Any]) -> str:
+    """A reliability diagram: accuracy a bin of confidence, against the diagonal."""
+    left, right, top, bottom = 42.0, 350.0, 10.0, 200.0
+    body = []
+
+    def px(x: float) -> float:
+        return left + x * (right - left)
+
+    def py(y: float) -> float:
+        return bottom - y * (bottom - top)
+
+    for y in (0, 0.25, 0.5, 0.75, 1):
+        body.append(f'<path class="grid" d="M{left} {py(y):.1f}H{right}"/>')
+        body.append(_text(left - 5, py(y) + 4, f"{y:g}", "tick", "end"))
+        body.append(_text(px(y), bottom + 15, f"{y:g}", "tick"))
+    said = []
+    most = max(item["rows"] for item in summary["bins"])
+    for item in summary["bins"]:
+        if not item["rows"]:
+            continue
+        x, width = px(item["low"]) + 1, (item["high"] - item["low"]) * (right - left) - 2
+        # Faint where few rows stand behind the bar: it is mostly chance.
+        faint = 0.25 + 0.65 * math.sqrt(item["rows"] / most)
+        height = bottom - py(item["accuracy"])
+        body.append(
+            f'<rect class="bar s0" x="{x:.1f}" y="{bottom - height:.1f}" width="{width:.1f}" '
+            f'height="{height:.1f}" fill-opacity="{faint:.2f}"/>'
+        )
+        said.append(f"{item['confidence']:.2f}: {item['accuracy']:.2f} ({item['rows']} rows)")
+    body.append(f'<path class="diagonal" d="M{px(0)} {py(0)}L{px(1)} {py(1)}"/>')
+    body.append(_text((left + right) / 2, bottom + 31, "confidence (bars: accuracy)", "tick"))
+    label = (
+        f"Calibration of the {name} model, expected calibration error {summary['ece']:.3f}. "
+        f"Confidence: accuracy by bin, {'; '.join(said)}"
+    )
+    return _svg(238, label, body)
+
+
+def timeline(attempts: Sequence[Mapping[str, Any]]) -> str:
+    """A row a job, a bar a start; "" without attempts.
+
+    Each attempt: `name`, `started`, `ended` (seconds since the epoch) and `verdict`.
+    """
+    if not attempts:
+        return ""
+    start = min(a["started"] for a in attempts)
+    end = max(max(a["ended"] for a in attempts), start + 1)
+    names = list(dict.fromkeys(a["name"] for a in attempts))
+    left, right, high = 84.0, 350.0, 24.0
+    bottom = 8 + high * len(names)
+    hours = end - start > 2 * 3600
+    unit, name = (3600.0, "hours") if hours else (60.0, "minutes")
+    body = []
+    for t in ticks(0, (end - start) / unit):
+        x = left + t * unit / (end - start) * (right - left)
+        body.append(f'<path class="grid" d="M{x:.1f} 4V{bottom:.1f}"/>')
+        body.append(_text(x, bottom + 15, short(t), "tick"))
+    for i, job in enumerate(names):
+        y = 6 + i * high
+        body.append(_text(left - 6, y + 14, job[:13], "tick", "end"))
+        for a in attempts:
+            if a["name"] != job:
+                continue
+            x = left + (a["started"] - start) / (end - start) * (right - left)
+            width = max((a["ended"] - a["started"]) / (end - start) * (right - left), 2)
+            verdict = a["verdict"] or "running"
+            body.append(
+                f'<rect class="job {escape(verdict)}" x="{x:.1f}" y="{y:.1f}" '
+                f'width="{width:.1f}" height="16" rx="2"><title>{escape(job)}: '
+                f"{escape(verdict)}, {a['ended'] - a['started']:.0f} s</title></rect>"
+            )
+    began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start))
+    body.append(_text((left + right) / 2, bottom + 31, f"{name} after {began}", "tick"))
+    interrupted = sum(a["verdict"] not in ("done", "") for a in attempts)
+    label = (
+        f"Timeline: {len(attempts)} starts of {len(names)} jobs in {(end - start) / unit:.1f} "
+        f"{name}, {interrupted} of them interrupted or failed; the table below lists them"
+    )
+    return _svg(bottom + 38, label, body)

@@ -1,0 +1,207 @@
+"""Build the Apptainer image from Apptainer.def and a lock file.
+
+Wheels are fetched on the host by pip's own configuration, each checked against the lock's hashes,
+and handed to the build in a folder: the build itself asks no network. Reads Apptainer.def,
+containers/ and the two packages of a checkout; writes the .sif and, in the cache, wheels and base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from yelp_hpc import __version__
+from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.image.file import EPOCH, image_sha256, normalise
+from yelp_hpc.image.steps import call, folder_of, replaced, scratch, sole_builder
+from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files
+from yelp_hpc.progress import say
+from yelp_hpc.rundir.files import sha256_file
+from yelp_hpc.rundir.manifest import code_state
+
+# all files are root's: equal whoever builds, and a user without subordinate ids can unpack a base
+SQUASHFS = f"-comp zstd -Xcompression-level 3 -all-root -mkfs-time {EPOCH} -all-time {EPOCH}"
+# glibc of Debian 12 is 2.36: wheels for any older one run in the image
+_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17, 12, 5)]
+_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+
+
+def build(
+    image: Path,
+    lock: Path = SHARE / "containers" / "cpu.lock",
+    *,
+    base: str = "docker",
+    extras: Sequence[str] = ("job", "demo"),
+    python: str = "3.11",
+) -> str:
+    """Build `image` and return its SHA-256, which is equal for builds from equal inputs.
+
+    Args:
+        lock: pip requirements with hashes.
+        base: `docker` (the digest in Apptainer.def), `debootstrap` (this machine's Debian
+            mirror) or the path of a local .sif with Python and its venv module.
+        python: version of the base's Python, for the choice of wheels.
+
+    Raises:
+        RequestError: something that a build needs is missing; all problems at once.
+        StageError: a step failed; an image that was there before is kept.
+    """
+    _check_request(image, lock, base)
+    with sole_builder(image), scratch() as stage:
+        wheels = fetch_wheels(lock, python, stage)
+        base_args = [] if base == "docker" else _local(base, stage)
+        (stage / "wheels").mkdir()
+        for wheel in wheels.glob("*.whl"):
+            os.link(wheel, stage / "wheels" / wheel.name)
+        _project_wheel(stage, lock)
+        shutil.copy(SHARE / "containers" / "compile.py", stage)
+        (stage / "locks").mkdir()
+        shutil.copy(lock, stage / "locks" / lock.name)  # under its own name
+        # a file, because a --build-arg cannot hold a comma
+        (stage / "requirements.txt").write_text(f"yelp-hpc[{','.join(extras)}]\n")
+        code = code_state()
+        sha = (code["git_sha"] or "unknown") + ("-dirty" if code["dirty"] else "")
+        arguments = {
+            "VERSION": __version__,
+            "GIT_SHA": sha,
+            "LOCK": lock.name,
+            "LOCK_SHA256": sha256_file(lock),
+        }
+        for name, value in arguments.items():
+            base_args += ["--build-arg", f"{name}={value}"]
+        say(f"building {image} (base {base}, {lock.name})")
+        with replaced(image) as temporary:
+            _apptainer_build(temporary, SHARE / "Apptainer.def", base_args, stage)
+            normalise(temporary)
+    return image_sha256(image)
+
+
+def build_argv(
+    target: Path, definition: Path, arguments: Sequence[str], binds: Sequence[tuple[Path, str]]
+) -> list[str]:
+    """The argv of `apptainer build`; flags stand before positionals, as it insists."""
+    argv = ["apptainer", "build", "--force", "--fakeroot", f"--mksquashfs-args={SQUASHFS}"]
+    for source, at in binds:
+        argv += ["--bind", f"{source}:{at}"]
+    return [*argv, *arguments, str(target), str(definition)]
+
+
+def fetch_wheels(lock: Path, python: str, stage: Path) -> Path:
+    """The folder with every wheel of `lock`, downloaded once and checked against its hashes.
+
+    Raises:
+        StageError: a package cannot be had, or is not what the lock names.
+    """
+    key = hashlib.sha256(f"{python}\n".encode() + lock.read_bytes()).hexdigest()[:16]
+    folder = folder_of("wheels") / key
+    if folder.is_dir():
+        known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
+        if all(sha256_file(wheel) in known for wheel in folder.glob("*.whl")):
+            return folder
+        say(f"{folder} holds a wheel that the lock does not name: fetching all of them again")
+        shutil.rmtree(folder)
+    say(f"fetching the wheels of {lock.name}")
+    made = stage / "fetched"  # on the same file system as the cache
+    argv = [*_PIP, "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    argv += ["--python-version", python, "--implementation", "cp"]
+    # 3.11 counts as 3.11.0 here; the build's own pip checks what it installs
+    argv += ["--ignore-requires-python"]
+    for platform in _PLATFORMS:
+        argv += ["--platform", platform]
+    call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
+    with suppress(OSError):  # another build was faster, with the same content
+        made.rename(folder)
+    return folder
+
+
+def _check_request(image: Path, lock: Path, base: str) -> None:
+    problems = []
+    if shutil.which("apptainer") is None:
+        problems.append("apptainer is not on PATH (on many clusters: module load apptainer)")
+    if not (SHARE / "Apptainer.def").is_file():
+        problems.append(f"{SHARE} holds no Apptainer.def: build from a checkout of the project")
+    if not lock.is_file():
+        problems.append(f"the lock file {lock} does not exist")
+    if image.suffix != ".sif":
+        problems.append(f"{image}: the name of an image ends in .sif")
+    if not image.absolute().parent.is_dir():
+        problems.append(f"the folder {image.absolute().parent} does not exist")
+    if base not in ("docker", "debootstrap") and not Path(base).is_file():
+        problems.append(f"base {base!r} is neither docker, debootstrap nor an image file")
+    if base == "debootstrap" and shutil.which("debootstrap") is None:
+        problems.append("debootstrap is not on PATH")
+    if problems:
+        raise RequestError(all_problems("the image cannot be built:", problems))
+
+
+def _local(base: str, stage: Path) -> list[str]:
+    path = _debian_base(stage) if base == "debootstrap" else Path(base).absolute()
+    # the image records this name: it must not say where a cache happens to be
+    (stage / "base.sif").symlink_to(path)
+    return ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", "FROM=base.sif"]
+
+
+def _debian_base(stage: Path) -> Path:
+    """The Debian base, made once for each content of containers/base.def."""
+    recipe = SHARE / "containers" / "base.def"
+    base = folder_of("bases") / f"{sha256_file(recipe)[:16]}.sif"
+    with sole_builder(base):
+        if not base.is_file():
+            say(f"making the base image {base} (once, a minute or two)")
+            with replaced(base) as temporary:
+                mirror = ["--build-arg", f"MIRROR={_debian_mirror()}"]
+                _apptainer_build(temporary, recipe, mirror, stage)
+                normalise(temporary)
+    return base
+
+
+def _debian_mirror() -> str:
+    """The Debian mirror in this machine's own apt sources."""
+    for path in [*Path("/etc/apt").glob("sources.list.d/*"), Path("/etc/apt/sources.list")]:
+        with suppress(OSError):
+            for word in path.read_text().split():
+                if re.fullmatch(r"https?://\S+/debian/?", word):
+                    return word
+    raise RequestError("no Debian mirror in this machine's apt sources: use --base docker or FILE")
+
+
+def _project_wheel(stage: Path, lock: Path) -> None:
+    """This project's wheel, built from a copy so that the checkout stays clean.
+
+    With the lock's setuptools: a wheel says what it was made by.
+    """
+    copy = stage / "tree"
+    for name in [*package_files(), Path("pyproject.toml"), Path("README.md")]:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(IMPORT_ROOT / name, copy / name)
+    argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
+    constraint = stage / "constraint.txt"
+    constraint.write_text("\n".join(re.findall(r"(?m)^setuptools==[\w.]+", lock.read_text())))
+    env = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(constraint))
+    call(argv, "the wheel of this project", {**env, "SOURCE_DATE_EPOCH": str(EPOCH)})
+    shutil.rmtree(copy)
+
+
+def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage: Path) -> None:
+    empty = stage / "empty"
+    scratch = stage / "apptainer"
+    for folder in (empty, scratch):
+        folder.mkdir(exist_ok=True)
+    # the host's /tmp would be bound into %post otherwise, and be read and written there
+    binds = [(stage, "/mnt"), (empty, "/tmp"), (empty, "/var/tmp")]
+    argv = build_argv(target.absolute(), definition, arguments, binds)
+    env = {
+        "APPTAINER_TMPDIR": str(scratch),
+        "APPTAINER_CACHEDIR": os.environ.get("APPTAINER_CACHEDIR") or str(folder_of("apptainer")),
+        "APPTAINER_NO_MOUNT": "tmp",
+    }
+    call(argv, "apptainer build", env, stage)
+
+
+_PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

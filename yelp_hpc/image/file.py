@@ -1,0 +1,69 @@
+"""The image as a file: its SHA-256, remembered beside it, and a form in which equal contents are
+equal files.
+
+Host side; reads and changes .sif files, writes `.NAME.sha256.json` beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+from yelp_hpc.errors import StageError
+from yelp_hpc.rundir.files import sha256_file, write_json
+
+EPOCH = 315532800
+"""1980-01-01, the time of everything in an image (seconds since 1970)."""
+
+_HEADER, _DESCRIPTOR = 128, 585  # bytes, of the SIF format's global header and of a descriptor
+
+
+def image_sha256(image: Path) -> str:
+    """SHA-256 of an image; a file of unchanged size and time is not read again.
+
+    Raises:
+        StageError: the image cannot be read.
+    """
+    memo = image.with_name(f".{image.name}.sha256.json")
+    try:
+        stat = image.stat()
+        key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        with suppress(OSError, ValueError, AttributeError):
+            known = json.loads(memo.read_text())
+            if {name: known.get(name) for name in key} == key and len(known["sha256"]) == 64:
+                return str(known["sha256"])
+        digest = sha256_file(image)
+    except OSError as error:
+        raise StageError(f"cannot read the image {image}: {error.strerror}") from None
+    with suppress(StageError):  # a folder that is read-only for this user: hashed each time
+        write_json(memo, {**key, "sha256": digest})
+    return digest
+
+
+def normalise(image: Path) -> None:
+    """Zero the SIF's UUID and set its times, so that two builds of the same content are equal.
+
+    Offsets follow the SIF format's global header and descriptors (sylabs/sif, pkg/sif/sif.go).
+
+    Raises:
+        StageError: the file is no SIF.
+    """
+    with image.open("r+b") as file:
+        header = bytearray(file.read(_HEADER))
+        if len(header) < _HEADER or header[32:41] != b"SIF_MAGIC":
+            raise StageError(f"{image} is no SIF image")
+        (total,) = struct.unpack_from("<q", header, 88)
+        (offset,) = struct.unpack_from("<q", header, 96)
+        header[48:64] = bytes(16)
+        header[64:80] = struct.pack("<qq", EPOCH, EPOCH)
+        file.seek(0)
+        file.write(header)
+        for index in range(total):
+            file.seek(offset + _DESCRIPTOR * index)
+            descriptor = bytearray(file.read(_DESCRIPTOR))
+            if descriptor[4]:  # in use
+                descriptor[41:57] = struct.pack("<qq", EPOCH, EPOCH)
+                file.seek(offset + _DESCRIPTOR * index)
+                file.write(descriptor)

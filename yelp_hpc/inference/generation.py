@@ -1,0 +1,148 @@
+"""Generate mode: greedy decoding in batches, stopped as soon as every answer is decided.
+
+The prompts of a batch run once, packed behind the prefix that they share (`models/packed.py`).
+Their keys and values are then laid out as rows padded on the left, each row with its own positions,
+and decoded a token at a time. Rows that have ended leave the batch. The tokens of a row are those
+of transformers' greedy `generate` on that row alone, up to where it was stopped: before an end
+token, after `max_new_tokens`, or once `decided` says that nothing that follows can change the
+meaning. Takes a prepared model and token ids; reads and writes no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from yelp_hpc.models.packed.batch import PackedBatch, pack, prefill
+
+# Padding costs no arithmetic in the prompt's pass, only memory of keys and values: at most as much
+# again as the tokens need.
+PADDING_ALLOWED = 0.5
+
+
+def plan_batches(lengths: Sequence[int], max_tokens: int, prefix_length: int) -> list[list[int]]:
+    """Group prompts (by index; `lengths` without the prefix), longest first, for padded batches.
+
+    `prefix_length` counts once a row, for each row keeps its own copy of the prefix's keys and
+    values. A batch holds at most `max_tokens` so counted, padding included, and at most
+    `PADDING_ALLOWED` of its tokens are padding. A longer prompt is a batch of its own.
+    Deterministic.
+    """
+    batches: list[list[int]] = []
+    used = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches:
+            longest, rows = lengths[batches[-1][0]], len(batches[-1]) + 1
+            padding = 1 - (used + lengths[i]) / (longest * rows)
+            if rows * (prefix_length + longest) <= max_tokens and padding <= PADDING_ALLOWED:
+                batches[-1].append(i)
+                used += lengths[i]
+                continue
+        batches.append([i])
+        used = lengths[i]
+    return batches
+
+
+class GreedyDecoder:
+    """Greedy decoding of prompts that share a prefix, by a model that `prepare_model` prepared.
+
+    `decided` gets the tokens generated so far for a row and says whether they are enough.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prefix_length: int,
+        eos_ids: Collection[int],
+        max_new_tokens: int,
+        decided: Callable[[list[int]], bool],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model: Any = model
+        self.prefix_length = prefix_length
+        self.eos_ids = frozenset(eos_ids)
+        self.max_new_tokens = max_new_tokens
+        self.decided = decided
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The new tokens of each prompt, the end token left out.
+
+        Raises:
+            ValueError: a prompt does not begin with the prefix, or has nothing behind it.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        rows = list(range(len(prompts)))  # the prompt that each row of the batch decodes
+        packed = pack(prompts, self.prefix_length).to(self.device)
+        logits, states = prefill(self.model, packed)
+        tokens = logits.argmax(dim=-1)
+        self._take(tokens, rows, answers, ended)
+        if all(ended) or self.max_new_tokens == 1:
+            return answers
+        cache, mask = padded_cache(packed, states)
+        positions = torch.tensor([[len(prompt)] for prompt in prompts], device=self.device)
+        for step in range(1, self.max_new_tokens):
+            going = [i for i, row in enumerate(rows) if not ended[row]]
+            # A copy of the cache pays when it halves the batch.
+            if len(going) <= len(rows) // 2:
+                kept = torch.tensor(going, device=self.device)
+                cache.batch_select_indices(kept)
+                positions, mask, tokens = positions[kept], mask[kept], tokens[kept]
+                rows = [rows[i] for i in going]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            output = self.model(
+                input_ids=tokens.unsqueeze(1),
+                attention_mask=mask,
+                position_ids=positions + (step - 1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            tokens = output.logits[:, -1].argmax(dim=-1)
+            self._take(tokens, rows, answers, ended)
+            if all(ended):
+                break
+        return answers
+
+    def _take(
+        self, tokens: Tensor, rows: list[int], answers: list[list[int]], ended: list[bool]
+    ) -> None:
+        """Append each row's token to its answer, or end the row."""
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if ended[row]:
+                continue
+            if token in self.eos_ids:
+                ended[row] = True
+            else:
+                answers[row].append(token)
+                ended[row] = self.decided(answers[row])
+
+
+def padded_cache(
+    batch: PackedBatch, states: list[tuple[Tensor, Tensor]]
+) -> tuple[DynamicCache, Tensor]:
+    """A cache of rows `[prefix; padding; own tokens]` and its attention mask `[B, L]`.
+
+    `states`: each layer's keys and values of the packed tokens; emptied on the way, so that both
+    forms of one layer only are in memory at once.
+    """
+    device = batch.input_ids.device
+    prefix, width = batch.prefix_length, max(batch.lengths)
+    ends = torch.tensor(batch.lengths, device=device).cumsum(0) + prefix
+    own = torch.arange(-width, 0, device=device) + ends.unsqueeze(1)  # [B, width] places in T
+    real = own >= (ends - torch.tensor(batch.lengths, device=device)).unsqueeze(1)
+    shared = torch.arange(prefix, device=device).expand(len(ends), -1)
+    places = torch.cat([shared, own.clamp(min=0)], dim=1)
+    mask = torch.cat([real.new_ones(len(ends), prefix), real], dim=1).long()
+    cache = DynamicCache()
+    for i in range(len(states)):
+        keys, values = states[i]
+        cache.update(keys[places].transpose(1, 2), values[places].transpose(1, 2), i)
+        states[i] = (keys[:0], values[:0])
+    return cache, mask

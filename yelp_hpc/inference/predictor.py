@@ -1,0 +1,115 @@
+"""One model in one mode as two functions: how prompts are batched, and what a batch predicts.
+
+Reads the model's folder and, for the tuned model, the adapter; writes nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yelp_hpc.config import Config
+from yelp_hpc.data.packing import plan_microbatches
+from yelp_hpc.inference.answers import is_decided, parse_label
+from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
+from yelp_hpc.inference.scoring import best_labels, label_scores
+from yelp_hpc.models.load import DTYPES, load_model, load_tokenizer
+from yelp_hpc.models.local import model_folder
+from yelp_hpc.models.packed.batch import prepare_model
+from yelp_hpc.progress import say
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One model in one mode."""
+
+    plan: Callable[[Sequence[int]], list[list[int]]]
+    """Batches (indices) from the lengths of prompts, the prefix included."""
+    predict: Callable[
+        [list[list[int]]],
+        tuple[Sequence[int | None], list[list[float]] | None, list[str] | None],
+    ]
+    """Predictions, scores and texts of one batch of prompts."""
+
+
+def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any]) -> Predictor:
+    """Load the model, with `adapter` unless None, onto the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = model_folder(config.model)
+    say(f"loading {folder} in {config.infer.precision} on {device}")
+    loaded = load_model(folder, DTYPES[config.infer.precision])
+    if adapter is not None:
+        loaded = with_adapter(loaded, adapter, merge=config.infer.precision == "fp32")
+    # frozen, as peft leaves the tuned model: only frozen weights get the faster arithmetic
+    loaded = loaded.to(device).eval().requires_grad_(False)
+    prefix, label_ids = tokens["prefix"], tokens["label_ids"]
+    start, budget = len(prefix), config.infer.max_tokens
+    if config.infer.mode == "score":
+        return score_predictor(prepare_model(loaded), start, label_ids, budget, device)
+    ends = loaded.generation_config.eos_token_id
+    eos_ids = {tokens["eos_id"], *(ends if isinstance(ends, list) else [ends])} - {None}
+    tokenizer = load_tokenizer(folder)
+
+    def text(answer: list[int]) -> str:
+        return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+    decoder = GreedyDecoder(
+        prepare_model(loaded),
+        start,
+        eos_ids,
+        config.infer.max_new_tokens,
+        decided=lambda answer: is_decided(text(answer)),
+        device=device,
+    )
+    return generate_predictor(decoder, text, budget)
+
+
+def with_adapter(model: Any, adapter: Path, merge: bool) -> Any:
+    """`model` with a LoRA adapter, merged into the weights if asked for.
+
+    Merging saves the adapter's arithmetic. In half precision the sum is rounded to the weights'
+    format and small updates are lost, so there the adapter stays beside them, as in training.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # PEFT asks for a name that transformers calls old.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+        tuned: Any = PeftModel.from_pretrained(model, str(adapter))
+    return tuned.merge_and_unload() if merge else tuned
+
+
+def score_predictor(
+    model: Any, prefix_length: int, label_ids: Sequence[int], max_tokens: int, device: torch.device
+) -> Predictor:
+    """Score mode: the label of the highest logit; of equal ones the smallest."""
+
+    def plan(lengths: Sequence[int]) -> list[list[int]]:
+        return plan_microbatches([n - prefix_length for n in lengths], max_tokens, prefix_length)
+
+    def predict(prompts: list[list[int]]) -> tuple[list[int], list[list[float]], None]:
+        scores = label_scores(model, prompts, prefix_length, label_ids, device)
+        return best_labels(scores), scores.tolist(), None
+
+    return Predictor(plan, predict)
+
+
+def generate_predictor(
+    decoder: GreedyDecoder, text: Callable[[list[int]], str], max_tokens: int
+) -> Predictor:
+    """Generate mode: the label that the greedy text states, or none."""
+    start = decoder.prefix_length
+
+    def plan(lengths: Sequence[int]) -> list[list[int]]:
+        return plan_batches([n - start for n in lengths], max_tokens, start)
+
+    def predict(prompts: list[list[int]]) -> tuple[list[int | None], None, list[str]]:
+        texts = [text(answer) for answer in decoder.generate(prompts)]
+        return [parse_label(answer) for answer in texts], None, texts
+
+    return Predictor(plan, predict)

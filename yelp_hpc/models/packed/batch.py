@@ -1,0 +1,175 @@
+"""Packed micro-batches: no padding, the shared prompt prefix computed once, logits only where they
+are wanted.
+
+`pack` lays sequences one after the other behind the prefix that they share, `prepare_model`
+switches a
+transformers causal LM (with or without peft's LoRA) to attention that keeps them apart, and
+`forward_selected` returns the logits of the chosen positions. The model stays numerically the one
+it
+was; its adapters stay peft's. Reads and writes tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from yelp_hpc.models.packed.attention import IMPLEMENTATION, Layout, register, use_layout
+from yelp_hpc.models.packed.fused import FusedDecoder
+from yelp_hpc.models.packed.linear import frozen_linear, speed_up_linears
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of T tokens, batch dimension 1.
+
+    `input_ids` `[T]`: the shared prefix (`prefix_length` tokens, may be 0), then each sequence's
+    remainder;
+    `position_ids` `[T]`: 0..P-1, then P..P+len-1 for each sequence; `lengths`: the remainders'
+    lengths;
+    `select` `[S]`: the positions in T whose logits are wanted.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    prefix_length: int
+    lengths: tuple[int, ...]
+    select: Tensor
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            select=self.select.to(device),
+        )
+
+
+def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) -> PackedBatch:
+    """Pack token sequences that share their first `prefix_length` tokens; select the last `last`
+    positions of each.
+
+    Raises ValueError if there is no sequence, if one does not share the prefix, or if one has fewer
+    than `last` tokens behind it (a shared position cannot be one sequence's answer).
+    """
+    if not sequences:
+        raise ValueError("nothing to pack: no sequences")
+    if last < 1:
+        raise ValueError(f"last must be at least 1, not {last}")
+    prefix = list(sequences[0][:prefix_length])
+    ids, positions = list(prefix), list(range(prefix_length))
+    lengths: list[int] = []
+    select: list[int] = []
+    for i, sequence in enumerate(sequences):
+        length = len(sequence) - prefix_length
+        if length < last:
+            raise ValueError(
+                f"sequence {i} has {len(sequence)} tokens: too few for a prefix of "
+                f"{prefix_length} and {last} selected"
+            )
+        if list(sequence[:prefix_length]) != prefix:
+            raise ValueError(
+                f"sequence {i} does not share the first {prefix_length} tokens with sequence 0"
+            )
+        ids += sequence[prefix_length:]
+        positions += range(prefix_length, prefix_length + length)
+        lengths.append(length)
+        select += range(len(ids) - last, len(ids))
+    return PackedBatch(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        prefix_length,
+        tuple(lengths),
+        torch.tensor(select),
+    )
+
+
+def prepare_model(model: ModelT, *, fused: bool = True) -> ModelT:
+    """Switch a transformers causal LM (or peft's wrapper of one) to packed attention; returns the
+    same model.
+
+    `forward_selected` needs it. Ordinary calls (`generate`, padded batches) work as before.
+    `fused` also
+    replaces arithmetic by faster, equal one where the architecture is known.
+    """
+    register()
+    base = base_model(model)
+    base.config._attn_implementation = IMPLEMENTATION
+    # Held outside of the module's state: it is no parameter, and deep copies must make their own.
+    if fused and FusedDecoder.supports(base):
+        _decoders[base] = FusedDecoder(base.get_decoder())
+    else:
+        _decoders.pop(base, None)
+        if fused:
+            speed_up_linears(base)
+    return model
+
+
+_decoders: WeakKeyDictionary[nn.Module, FusedDecoder] = WeakKeyDictionary()
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside peft's wrapper, or the model itself."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else model
+
+
+def forward_selected(
+    model: nn.Module, batch: PackedBatch, vocabulary: Tensor | None = None
+) -> Tensor:
+    """Logits `[S, V]` at `batch.select`; with `vocabulary`, `[S, its length]` of these rows."""
+    base = base_model(model)
+    if base.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError("the model is not prepared: call prepare_model(model) first")
+    layout = Layout(batch.prefix_length, batch.lengths, batch.input_ids.device)
+    decoder = _decoders.get(base)
+    if decoder is not None:
+        hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select)
+        rows = base.lm_head.weight if vocabulary is None else base.lm_head.weight[vocabulary]
+        return frozen_linear(hidden, rows)
+    with use_layout(layout):
+        output = base(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=batch.select,
+            packed=layout,
+        )
+    logits: Tensor = output.logits[0]
+    return logits if vocabulary is None else logits.index_select(1, vocabulary)
+
+
+def prefill(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Logits `[S, V]` at `batch.select`; each layer's keys and values `[T, groups, head_dim]`."""
+    base = base_model(model)
+    if base.config._attn_implementation != IMPLEMENTATION:
+        raise ValueError("the model is not prepared: call prepare_model(model) first")
+    layout = Layout(batch.prefix_length, batch.lengths, batch.input_ids.device)
+    states: list[tuple[Tensor, Tensor]] = []
+    decoder = _decoders.get(base)
+    if decoder is not None:
+        hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select, states)
+        return frozen_linear(hidden, base.lm_head.weight), states
+    cache = DynamicCache()
+    with use_layout(layout):
+        output = base(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=batch.select,
+            packed=layout,
+        )
+    layers: Any = cache.layers
+    for layer in layers:
+        states.append((layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)))
+    return output.logits[0], states

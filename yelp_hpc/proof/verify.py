@@ -1,0 +1,313 @@
+"""Is a run directory still what its stages wrote, and do its figures follow from its files?
+
+Reads everything, writes nothing: re-hashes what the markers cover, holds run.json against what the
+stages recorded of it, the shards against the test set, and computes metrics.json again from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.config import Config, config_from_dict
+from yelp_hpc.errors import StageError
+from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
+from yelp_hpc.rundir.manifest import differences
+from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
+
+TOLERANCE = 1e-9
+"""Of a recomputed figure; sums over shards may be taken in another order."""
+WEIGHTS = "adapter_model.safetensors"
+
+
+def verify(run: RunPaths) -> list[str]:
+    """What does not hold, one line a problem, each opening with the file; [] when all holds."""
+    try:
+        record = read_json(run.run_json)
+        config = config_from_dict(record["config"]["resolved"])
+    except StageError as error:
+        return [str(error)]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        return [f"{run.run_json}: its configuration cannot be used: {reason}"]
+    problems = [*damaged_files(run.prepare), *damaged_files(run.adapter)]
+    for check in (_prepared, _recorded, _trained, _predicted, _metrics, _published):
+        try:
+            problems += check(run, config, record)
+        except StageError as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def _prepared(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """The marker of prepare covers every set, and run.json names the same data."""
+    marker = read_marker(run.prepare)
+    if marker is None:
+        return  # said by damaged_files
+    for path in (*(run.split(name) for name in SPLITS), run.tokens):
+        if path.name not in marker["files"]:
+            yield f"{run.prepare / 'complete.json'}: does not cover {path.name}"
+    summary = marker.get("summary") or {}
+    recorded = record.get("data") or {}
+    for key, old, new in differences(
+        {k: v for k, v in summary.items() if k in recorded},
+        {k: v for k, v in recorded.items() if k in summary},
+    ):
+        yield f"{run.run_json}: data.{key} is {new!r}, prepare recorded {old!r}"
+
+
+def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """run.json agrees with itself: the values given are in force."""
+    given = record["config"].get("given") or {}
+    resolved = record["config"]["resolved"]
+    try:
+        expected = config_from_dict(given).model_dump(mode="json")
+    except ValueError as error:
+        yield f"{run.run_json}: config.given cannot be used: {' '.join(str(error).split())}"
+        return
+    for key, old, new in differences(expected, resolved):
+        # Local paths are made absolute; publish may be set later, for it changes no result.
+        made_absolute = key in ("data.train", "data.test", "model.path")
+        if key.startswith("publish.") or (
+            made_absolute and old and Path(str(new)).name == Path(str(old)).name
+        ):
+            continue
+        yield f"{run.run_json}: {key} is {new!r} in force, but {old!r} was given"
+    if record.get("seed") != config.seed:
+        yield f"{run.run_json}: seed is {record.get('seed')!r}, not {config.seed} as configured"
+
+
+def _trained(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """The adapter was trained with run.json's configuration and prepare's data."""
+    marker = read_marker(run.adapter)
+    if marker is None:
+        return  # said by damaged_files
+    if WEIGHTS not in marker["files"]:
+        yield f"{run.adapter / 'complete.json'}: does not cover {WEIGHTS}"
+    trained = marker.get("fingerprint")
+    if not isinstance(trained, dict):
+        yield f"{run.adapter / 'complete.json'}: holds no fingerprint of the training"
+        return
+    wanted = {
+        "seed": config.seed,
+        "model": config.model.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json"),
+        "train": {
+            key: value
+            for key, value in config.train.model_dump(mode="json").items()
+            if key in (trained.get("train") or {})
+        },
+    }
+    for key, old, new in differences({k: trained.get(k) for k in wanted}, wanted):
+        yield f"{run.run_json}: {key} is {new!r}, the adapter was trained with {old!r}"
+    hashes = trained.get("data") or {}
+    for name, path in (
+        ("train", run.split("train")),
+        ("validation", run.split("validation")),
+        ("tokens", run.tokens),
+    ):
+        if path.is_file() and hashes.get(name) != sha256_file(path):
+            yield f"{path}: is not what the adapter was trained on (SHA-256 differs)"
+    shape_path = run.adapter / "adapter_config.json"
+    if shape_path.is_file():
+        shape = read_json(shape_path)
+        for key, mine in (("r", config.lora.rank), ("lora_alpha", config.lora.alpha)):
+            if shape.get(key) != mine:
+                yield f"{shape_path}: {key} is {shape.get(key)!r}, run.json says {mine!r}"
+
+
+def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """Every shard is there, whole, of this adapter and this test set, and names an answer that
+    follows from its scores."""
+    for model in config.infer.models:
+        folder, shards = run.predictions(model), config.infer.shards
+        expected = {run.shard(model, k, shards) for k in range(shards)}
+        found = {p for p in folder.glob("*.parquet") if shard_of(p)} if folder.is_dir() else set()
+        for path in sorted(expected - found):
+            yield f"{path} is missing"
+        for path in sorted(found - expected):
+            yield f"{path}: belongs to no shard of this run ({shards} shards)"
+        seen: dict[int, Path] = {}
+        test = _test_labels(run)
+        yield from _base_weights(run, sorted(expected & found), record, config)
+        for path in sorted(expected & found):
+            yield from _shard(path, run, config, model, test, seen)
+        if expected <= found and test and len(seen) < len(test):
+            yield f"{folder}: {len(test) - len(seen)} of {len(test)} test rows have no prediction"
+
+
+def _base_weights(
+    run: RunPaths, paths: Sequence[Path], record: Mapping[str, Any], config: Config
+) -> Iterator[str]:
+    """The shards were made with run.json's base weights; where all of them name others, it is
+    run.json that was altered."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from yelp_hpc.inference.shard_files import provenance_of
+
+    wanted = str((record.get("model") or {}).get("fingerprint") or config.model.path)
+    found: dict[Path, str | None] = {}
+    for path in paths:
+        with suppress(OSError, ValueError, pa.ArrowException):  # said by _shard
+            found[path] = provenance_of(pq.read_schema(path)).get("base_model")
+    values = set(found.values())
+    if len(values) == 1 and values != {wanted}:
+        yield f"{run.run_json}: model.fingerprint is {wanted!r}, every shard has {values.pop()!r}"
+        return
+    for path, value in found.items():
+        if value != wanted:
+            yield f"{path}: base_model is {value!r}, run.json says {wanted!r}"
+
+
+def _shard(
+    path: Path,
+    run: RunPaths,
+    config: Config,
+    model: str,
+    test: Mapping[int, int],
+    seen: dict[int, Path],
+) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from yelp_hpc.inference.shard_files import SCHEMA, provenance_of
+
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        origin = provenance_of(file.schema_arrow)
+        if file.schema_arrow.names != SCHEMA.names:
+            yield f"{path}: its columns are {file.schema_arrow.names}"
+            return
+        table = file.read()
+    except (OSError, pa.ArrowException, ValueError) as error:
+        yield f"{path}: is torn or altered ({str(error).splitlines()[0]})"
+        return
+    wanted = _provenance(run, config, model)
+    if origin.get("identity") != _identity(origin):
+        yield f"{path}: its provenance was altered (it does not hash to its identity)"
+    for key, value in wanted.items():
+        if origin.get(key) != value:
+            yield f"{path}: {key} is {origin.get(key)!r}, this run has {value!r}"
+    columns = [table[name].to_pylist() for name in ("row", "label", "prediction", "scores", "text")]
+    foreign = wrong = double = doubtful = 0
+    for row, label, prediction, scores, text in zip(*columns, strict=True):
+        double += row in seen
+        seen[row] = path
+        foreign += row not in test
+        wrong += row in test and test[row] != label
+        doubtful += not _follows(prediction, scores, text, config.infer.mode)
+    for count, what in (
+        (double, "were predicted before in this or another shard"),
+        (foreign, "are not in the test set"),
+        (wrong, "have another label than the test set"),
+        (doubtful, "have a prediction that does not follow from the scores or the text"),
+    ):
+        if count:
+            yield f"{path}: {count} rows {what}"
+
+
+def _follows(prediction: int | None, scores: Any, text: str | None, mode: str) -> bool:
+    if mode == "generate":
+        from yelp_hpc.inference.answers import parse_label
+
+        return text is not None and parse_label(text) == prediction
+    if not scores or len(scores) != 5 or not all(map(math.isfinite, scores)):
+        return False
+    return bool(prediction == scores.index(max(scores)))
+
+
+def _provenance(run: RunPaths, config: Config, model: str) -> dict[str, str]:
+    """What a shard's metadata must say, by field of `shard_files.Provenance`; the base weights are
+    `_base_weights`'s."""
+    prepared = (read_marker(run.prepare) or {"files": {}})["files"]
+    adapter = (read_marker(run.adapter) or {"files": {}})["files"]
+    limit = config.infer.max_new_tokens if config.infer.mode == "generate" else ""
+    return {
+        "model": model,
+        "mode": config.infer.mode,
+        "precision": config.infer.precision,
+        "max_new_tokens": str(limit),
+        "adapter_sha256": adapter.get(WEIGHTS, "") if model == "tuned" else "",
+        "test_sha256": prepared.get(run.split("test").name, ""),
+    }
+
+
+def _identity(origin: Mapping[str, str]) -> str:
+    fields: dict[str, Any] = {k: v for k, v in origin.items() if k != "identity"}
+    limit = fields.get("max_new_tokens")
+    fields["max_new_tokens"] = int(limit) if limit and limit.isdigit() else None
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _test_labels(run: RunPaths) -> dict[int, int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = run.split("test")
+    try:
+        table = pq.read_table(path, columns=["row", "label"])
+    except (OSError, pa.ArrowException) as error:
+        raise StageError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    return dict(zip(table["row"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def _metrics(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """metrics.json says what the shards say: every figure is computed again."""
+    from yelp_hpc.stages.collect import measure
+
+    recorded = read_json(run.metrics)
+    try:
+        computed, _ = measure(run, config)
+    except (StageError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        yield f"{run.metrics}: cannot be computed again: {reason}"
+        return
+    for key, mine, theirs in _unequal(json.loads(json.dumps(computed)), recorded, ""):
+        yield f"{run.metrics}: {key} is {theirs!r}, the shards give {mine!r}"
+
+
+def _unequal(mine: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Leaves that differ between two JSON values, numbers to within `TOLERANCE`."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted({*mine, *theirs}):
+            inner = f"{path}.{key}" if path else key
+            yield from _unequal(mine.get(key), theirs.get(key), inner)
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            yield from _unequal(a, b, f"{path}[{i}]")
+    elif isinstance(mine, float) and isinstance(theirs, int | float):
+        if not math.isclose(mine, theirs, rel_tol=0, abs_tol=TOLERANCE):
+            yield path, mine, theirs
+    elif mine != theirs:
+        yield path, mine, theirs
+
+
+def _published(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """What was published is what is here."""
+    if not run.published.exists():
+        return
+    published = read_json(run.published)
+    if published.get("repo_id") is None:
+        return
+    if published["repo_id"] != config.publish.repo_id:
+        yield (
+            f"{run.published}: repo_id is {published['repo_id']!r}, "
+            f"run.json says {config.publish.repo_id!r}"
+        )
+    there = {file["name"]: file["sha256"] for file in published.get("files") or []}
+    local = {path.name: path for path in (run.metrics, run.run_json, run.loss_png)}
+    if not config.publish.merged:
+        local[WEIGHTS] = run.adapter / WEIGHTS
+    for name, path in local.items():
+        if not path.is_file():
+            continue
+        if name not in there:
+            yield f"{run.published}: does not list {name}"
+        elif there[name] != sha256_file(path):
+            yield f"{run.published}: {name} was published with another content than {path}"

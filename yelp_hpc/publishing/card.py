@@ -1,0 +1,349 @@
+"""The model card: what a run recorded, as markdown with the Hub's metadata. Pure, no files.
+
+The same run gives the same bytes, so that publishing twice makes one commit: nothing here is taken
+from the clock or the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from yelp_hpc.config import LABELS, Config
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DEMO_MODELS = {"demo:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+AVERAGES = ("micro", "macro", "weighted")
+
+
+@dataclass(frozen=True)
+class GpuHours:
+    """GPU-hours of the training; `lost` were computed and thrown away by interruptions."""
+
+    used: float
+    lost: float
+
+
+def base_model_id(config: Config) -> str | None:
+    """The Hub id of the base model; None for a local folder, whose path is nobody's business."""
+    path = config.model.path
+    return DEMO_MODELS.get(path) or (path if _HUB_ID.fullmatch(path) else None)
+
+
+def data_name(config: Config) -> str:
+    """What the reviews are called in the card; never a local path."""
+    if config.data.source == "hub":
+        return str(config.data.path)
+    if config.data.source == "demo":
+        return "rated review sentences (vaderSentiment 2.5)"
+    return "a local file of reviews"
+
+
+def model_card(
+    config: Config,
+    metrics: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    pictures: Sequence[str] = (),
+    gpu_hours: GpuHours | None = None,
+    native: bool = False,
+    published_as: str | None = None,
+) -> str:
+    """README.md of the published model.
+
+    Args:
+        metrics: the content of metrics.json.
+        record: the content of run.json.
+        pictures: names of pictures beside the card (loss.png, confusion.png).
+        native: the architecture is loaded by this package's own classes (ChatGLM3).
+        published_as: the repository's id on the Hub, for the snippet.
+    """
+    repo = published_as or config.publish.repo_id or "OWNER/NAME"
+    sections = [
+        f"# {repo.split('/')[-1]}",
+        _opening(config),
+        _results(metrics),
+        _pictures(pictures),
+        _use(config, repo, native),
+        _training(config, record, gpu_hours),
+        _limits(config, metrics, record),
+        _provenance(record),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{_metadata(config, metrics, repo)}\n---\n\n{body}\n"
+
+
+def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
+    """The YAML head, by huggingface_hub's own classes, which refuse what the Hub would refuse."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    publish, data = config.publish, config.data
+    tuned = metrics["models"].get("tuned")
+    values = {} if tuned is None else {"accuracy": tuned.get("accuracy")}
+    for average in AVERAGES if tuned else ():
+        values[f"f1_{average}"] = tuned["f1"].get(average)
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Review rating, five classes",
+            dataset_type=data_name(config) if data.source == "hub" else "reviews",
+            dataset_name=data_name(config),
+            dataset_split="test",
+            dataset_revision=data.revision if data.source == "hub" else None,
+            metric_type="accuracy" if name == "accuracy" else "f1",
+            metric_name="Accuracy" if name == "accuracy" else f"F1 ({name[3:]})",
+            metric_value=value,
+        )
+        for name, value in values.items()
+        if _is_number(value)
+    ]
+    card = ModelCardData(
+        base_model=base_model_id(config),
+        base_model_relation="finetune" if publish.merged else "adapter",
+        datasets=[str(data.path)] if data.source == "hub" else None,
+        language=None if data.source == "file" else "en",
+        library_name="transformers" if publish.merged else "peft",
+        license=publish.license,
+        metrics=["accuracy", "f1"],
+        model_name=repo.split("/")[-1],
+        pipeline_tag="text-classification",
+        tags=list(dict.fromkeys(publish.tags)),
+        eval_results=results or None,
+    )
+    return card.to_yaml().strip()
+
+
+def _opening(config: Config) -> str:
+    base = base_model_id(config)
+    named = f"[{base}](https://huggingface.co/{base})" if base else "a local base model"
+    what = "A language model" if config.publish.merged else "A LoRA adapter"
+    return (
+        f"{what} that reads a customer's review and answers with its rating, `0` (one star) to `4` "
+        f"(five stars). It was fine-tuned from {named} on {data_name(config)}."
+    )
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    models = metrics["models"]
+    names = [name for name in ("base", "tuned") if name in models]
+    if not names:
+        return ""
+    head = "| | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names)
+
+    def row(label: str, *keys: str) -> str:
+        cells = []
+        for name in names:
+            value: Any = models[name]
+            for key in keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            interval = (models[name].get("ci95") or {}).get(".".join(keys))
+            cells.append(_figure(value) + _interval(interval))
+        return f"| {label} | " + " | ".join(cells) + " |"
+
+    rows = [row("test reviews", "rows"), row("of them without a usable answer", "unparsed")]
+    rows.append(row("accuracy", "accuracy"))
+    rows += [row(f"F1 {average}", "f1", average) for average in AVERAGES]
+    rows += [row(f"F1 {average}, over labels seen", "f1_report", average) for average in AVERAGES]
+    notes = (
+        "Square brackets hold 95 % bootstrap intervals. *F1* is over the labels 0 to 4 and counts "
+        "an answer that names none of them as wrong. *F1 over labels seen* drops such answers and "
+        "averages over every label that occurs, a stray one included; it is given because earlier "
+        "reports used it, and it is not comparable between models that leave different answers out."
+    )
+    return "## Results\n\n" + "\n".join([head, *rows]) + f"\n\n{notes}" + _confusion(models)
+
+
+def _confusion(models: Mapping[str, Any]) -> str:
+    """The tuned model's confusion matrix as a table: readable without the picture."""
+    tuned = models.get("tuned") or {}
+    matrix = tuned.get("confusion")
+    if not matrix:
+        return ""
+    titles = tuned.get("confusion_columns") or [*LABELS, "unparsed", "outside 0-4"]
+    width = len(matrix[0])
+    lines = [
+        "| truth \\ answer | " + " | ".join(titles[:width]) + " |",
+        "|---|" + "---:|" * width,
+        *(
+            f"| {label} | " + " | ".join(str(cell) for cell in cells) + " |"
+            for label, cells in zip(LABELS, matrix, strict=False)
+        ),
+    ]
+    return "\n\nConfusion matrix of the tuned model:\n\n" + "\n".join(lines)
+
+
+def _pictures(pictures: Sequence[str]) -> str:
+    alt = {
+        "loss.png": "Training and validation loss over the optimizer steps",
+        "confusion.png": "Confusion matrix of the tuned model",
+    }
+    return "\n\n".join(f"![{alt.get(name, name)}]({name})" for name in pictures)
+
+
+def _use(config: Config, repo: str, native: bool) -> str:
+    return f"## Use\n\n```python\n{load_snippet(config, repo, native)}\n```"
+
+
+def load_snippet(config: Config, repo: str, native: bool = False) -> str:
+    """Python that loads the published model and rates a review, as the evaluation did."""
+    publish, precision = config.publish, DTYPES[config.infer.precision]
+    base = base_model_id(config) or "PATH/TO/BASE_MODEL"
+    revision = f', revision="{publish.branch}"' if publish.branch else ""
+    base_revision = f', revision="{config.model.revision}"' if config.model.revision else ""
+    imports, lines = ["import torch"], []
+    if publish.merged:
+        source, pinned = "repo", revision
+    else:
+        imports.append("from peft import PeftModel")
+        source, pinned = f'"{base}"', base_revision
+    if native:
+        imports += [
+            "from huggingface_hub import snapshot_download",
+            "from yelp_hpc.models.load import load_model, load_tokenizer",
+        ]
+        lines += [
+            f"folder = snapshot_download({source}{pinned})",
+            "tokenizer = load_tokenizer(folder)",
+            f"model = load_model(folder, torch.{precision})",
+        ]
+    else:
+        imports.append("from transformers import AutoModelForCausalLM, AutoTokenizer")
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained(repo{revision})",
+            f"model = AutoModelForCausalLM.from_pretrained({source}{pinned}, "
+            f"dtype=torch.{precision})",
+        ]
+    if not publish.merged:
+        lines.append(f"model = PeftModel.from_pretrained(model, repo{revision})")
+    head, tail = config.prompt.template.split("{review}")
+    tail = tail.removesuffix("{label}")
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f'repo = "{repo}"',
+            *lines,
+            "model = model.eval()",
+            f"before = {_literal(head)}",
+            f"after = {_literal(tail)}",
+            "",
+            "",
+            "@torch.no_grad()",
+            "def rating(review: str) -> int:",
+            '    """0 (one star) to 4 (five stars)."""',
+            '    texts = [before + review + after + label for label in "01234"]',
+            '    ids = [tokenizer(text)["input_ids"] for text in texts]',
+            "    logits = model(input_ids=torch.tensor([ids[0][:-1]])).logits[0, -1]",
+            "    return int(logits[[one[-1] for one in ids]].argmax())",
+            "",
+            "",
+            'print(rating("Friendly staff, and the best dumplings in town."))',
+        ]
+    )
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | None) -> str:
+    lora, train, data = config.lora, config.train, config.data
+    rows = (record.get("data") or {}).get("rows") or {}
+    steps = f", at most {train.max_steps} steps" if train.max_steps else ""
+    counted = ", ".join(f"{count:,} {name}" for name, count in rows.items())
+    facts = [
+        f"Data: {data_name(config)}" + (f"; reviews: {counted}" if counted else ""),
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on "
+        + (", ".join(f"`{name}`" for name in lora.target) if lora.target else "the attention"),
+        f"AdamW, peak learning rate {train.learning_rate:g} ({train.schedule}, "
+        f"{train.warmup_steps} warm-up steps), weight decay {train.weight_decay:g}",
+        f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}{steps}, "
+        f"{train.global_batch} sequences an optimizer step, at most {data.cutoff} tokens each",
+        f"Base weights in {config.model.precision}, computed in {train.precision}; "
+        f"loss on the answer only; seed {config.seed}",
+    ]
+    if gpu_hours is not None:
+        facts.append(
+            f"{gpu_hours.used:.1f} GPU-hours, {gpu_hours.lost:.1f} of them lost to interruptions"
+        )
+    return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def _limits(config: Config, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    data = record.get("data") or {}
+    truncated, twins = data.get("truncated"), data.get("duplicates")
+    facts = [
+        "It was tested on reviews from the source that it was trained on, and on nothing else.",
+        "It inherits the biases of the base model and of the people who wrote the reviews. It is "
+        "not meant for decisions about persons or businesses.",
+        "One training run with one seed: the intervals cover the choice of test reviews, not the "
+        "chance in training.",
+    ]
+    if mistakes := _mistakes(metrics):
+        facts.insert(1, mistakes)
+    if truncated:
+        facts.append(
+            f"{truncated:,} reviews over {config.data.cutoff} tokens lost their end before the "
+            "model saw them."
+        )
+    if twins:
+        facts.append(f"{twins:,} test reviews also stand in the training data.")
+    if config.model.path in DEMO_MODELS and not config.publish.merged:
+        facts.append(
+            "The adapter was trained and tested on the base model's packaged GGUF weights. The "
+            "Hub's own, which the snippet loads, may differ from them, and so may the answers."
+        )
+    facts.append(
+        f"The licence given here is `{config.publish.license}`; the base model's and the data's "
+        "own terms hold as well."
+    )
+    return "## Limitations\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def _mistakes(metrics: Mapping[str, Any]) -> str:
+    """How far off the tuned model's wrong answers are, from its confusion matrix."""
+    matrix = (metrics["models"].get("tuned") or {}).get("confusion") or []
+    wrong = sum(sum(cells) for cells in matrix) - sum(c[i] for i, c in enumerate(matrix))
+    near = sum(
+        cells[j] for i, cells in enumerate(matrix) for j in (i - 1, i + 1) if 0 <= j < len(LABELS)
+    )
+    return (
+        f"{wrong:,} test reviews got a wrong answer, {near:,} of them one star off."
+        if wrong
+        else ""
+    )
+
+
+def _provenance(record: Mapping[str, Any]) -> str:
+    code, model = record.get("code") or {}, record.get("model") or {}
+    image, data = record.get("image") or {}, record.get("data") or {}
+    changed = " with uncommitted changes (in run.json)" if code.get("dirty") else ""
+    facts = [
+        f"Code: yelp_hpc {code.get('version', 'unknown')}"
+        + (f", git commit `{code['git_sha']}`{changed}" if code.get("git_sha") else ""),
+        f"Base model fingerprint: `{model['fingerprint']}`" if model.get("fingerprint") else "",
+        f"Data fingerprint: `{data['fingerprint']}`" if data.get("fingerprint") else "",
+        f"Image: `{image['sha256']}`" if image.get("sha256") else "",
+        "`run.json` holds the whole configuration and the package versions, `metrics.json` every "
+        "figure. `python -m yelp_hpc reproduce --from run.json --run NEW` prepares the same run.",
+    ]
+    return "## Provenance\n\n" + "\n".join(f"- {fact}" for fact in facts if fact)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _figure(value: Any) -> str:
+    if not _is_number(value):
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _interval(value: Any) -> str:
+    return f" [{value[0]:.3f}, {value[1]:.3f}]" if value else ""

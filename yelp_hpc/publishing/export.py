@@ -1,0 +1,60 @@
+"""The tuned model as one folder that needs no PEFT: base weights with the adapter added in.
+
+Reads the base model's folder and `train/adapter/`; writes a model folder (safetensors, config,
+tokenizer) that any tool loads.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.rundir.files import damaged_files, sync_directory, write_failure, write_marker
+from yelp_hpc.rundir.paths import RunPaths
+
+
+def export_merged(run: RunPaths, config: Config, out: Path) -> None:
+    """Write the merged model of a finished training to `out`, which must be new or empty.
+
+    The sum `W + scaling * B A` is computed in fp32 and stored in model.precision; in fp32 the
+    logits are those of the adapter on its base but for rounding.
+
+    Raises:
+        RequestError: the adapter is not there or damaged, or `out` holds something.
+        StageError: the folder cannot be written.
+    """
+    problems = damaged_files(run.adapter)
+    if problems:
+        raise RequestError(all_problems("there is no whole adapter to merge; run train:", problems))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out} is there already and not empty; name a new folder")
+    import torch
+
+    from yelp_hpc.inference.predictor import with_adapter
+    from yelp_hpc.models.load import DTYPES, load_model, load_tokenizer
+    from yelp_hpc.models.local import model_folder
+
+    base = model_folder(config.model)
+    model = with_adapter(load_model(base, torch.float32), run.adapter, merge=True)
+    model = model.to(DTYPES[config.model.precision])
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        load_tokenizer(base).save_pretrained(temporary)
+        write_marker(
+            temporary,
+            [path.name for path in temporary.iterdir()],
+            base=config.model.path,
+            revision=config.model.revision,
+        )
+        sync_directory(temporary)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except OSError as error:
+        raise StageError(write_failure(out, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""The record of every start of a job: RUN/logs/attempts/NAME/JOB-RESTART.json.
+
+One small file an attempt, written when it starts and again when it ends; its modification time is
+the supervisor's heartbeat in between. So an attempt that was killed outright still tells how long
+it ran, and nothing is appended to by two nodes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from yelp_hpc.rundir.files import write_json
+from yelp_hpc.rundir.paths import RunPaths
+
+
+@dataclass
+class Attempt:
+    """One start of a job on a node."""
+
+    name: str
+    """`train`, `infer-tuned` …"""
+    job: str
+    restart: int
+    shards: str = ""
+    node: str = ""
+    pid: int = 0
+    gpus: int = 0
+    started: float = field(default_factory=time.time)
+    ended: float | None = None
+    verdict: str = ""
+    """"" while it runs, then done, requeued, again, stopped or failed."""
+    reason: str = ""
+    stalled: int = 0
+    """Attempts of this job in a row, this one included, that began without new progress."""
+    before: str = ""
+    """Digest of the work's files when it started."""
+    lost: float = 0.0
+    """Seconds of work that this attempt did after the last thing that was kept."""
+
+    def path(self, paths: RunPaths) -> Path:
+        return paths.attempts / self.name / f"{self.job}-{self.restart}.json"
+
+
+def write(paths: RunPaths, attempt: Attempt) -> None:
+    write_json(attempt.path(paths), asdict(attempt))
+
+
+def beat(paths: RunPaths, attempt: Attempt) -> None:
+    """Say that the attempt is alive."""
+    with suppress(OSError):
+        os.utime(attempt.path(paths))
+
+
+def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
+    """Attempts of a job name, oldest first; of one job id when given."""
+    folder = paths.attempts / name
+    found = []
+    for path in folder.glob(f"{job}-*.json" if job else "*.json") if folder.is_dir() else ():
+        with suppress(OSError, ValueError, TypeError):
+            attempt = Attempt(**json.loads(path.read_text(encoding="utf-8")))
+            if not _plausible(attempt):
+                continue
+            if attempt.ended is None:
+                attempt.__dict__["seen"] = path.stat().st_mtime
+            found.append(attempt)
+    return sorted(found, key=lambda attempt: (attempt.started, attempt.restart))
+
+
+def _plausible(attempt: Attempt) -> bool:
+    """Whether the numbers are numbers: a damaged record must not take the table away."""
+    numbers = (attempt.started, attempt.restart, attempt.gpus, attempt.lost, attempt.ended or 0.0)
+    texts = (attempt.name, attempt.job, attempt.shards, attempt.verdict, attempt.reason)
+    return all(isinstance(n, int | float) for n in numbers) and all(
+        isinstance(text, str) for text in texts
+    )
+
+
+def last_seen(attempt: Attempt) -> float:
+    """When the attempt ended, or its last heartbeat."""
+    if attempt.ended is not None:
+        return attempt.ended
+    return float(attempt.__dict__.get("seen", attempt.started))
+
+
+def gpu_hours(attempts: Iterable[Attempt]) -> tuple[float, float]:
+    """GPU-hours used and, of these, lost to interruptions."""
+    used = lost = 0.0
+    for attempt in attempts:
+        used += attempt.gpus * (last_seen(attempt) - attempt.started)
+        lost += attempt.gpus * attempt.lost
+    return used / 3600, lost / 3600

@@ -1,0 +1,137 @@
+"""The names inside a run directory, spelled here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("prepare", "train", "infer", "collect", "publish")
+MODELS = ("base", "tuned")
+SPLITS = ("train", "validation", "test")
+
+_SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)\.parquet$")
+_CHECKPOINT_NAME = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Paths of one run directory; building them touches no file."""
+
+    root: Path
+
+    def __init__(self, root: str | Path) -> None:
+        object.__setattr__(self, "root", Path(root))
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def submissions(self) -> Path:
+        return self.root / "submissions.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        """The forecast that was made for this run."""
+        return self.root / "plan.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def attempts(self) -> Path:
+        """A file for each start of a job: when, where, how it ended."""
+        return self.logs / "attempts"
+
+    @property
+    def code(self) -> Path:
+        """Snapshots of the code that jobs were submitted with."""
+        return self.root / "code"
+
+    def stage_log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+    # prepare
+    @property
+    def prepare(self) -> Path:
+        return self.root / "prepare"
+
+    def split(self, name: str) -> Path:
+        return self.prepare / f"{name}.parquet"
+
+    def alpaca(self, name: str) -> Path:
+        return self.prepare / f"alpaca_{name}.json"
+
+    @property
+    def dataset_info(self) -> Path:
+        return self.prepare / "dataset_info.json"
+
+    @property
+    def tokens(self) -> Path:
+        return self.prepare / "tokens.json"
+
+    # train
+    @property
+    def train(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.train / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    @property
+    def adapter(self) -> Path:
+        return self.train / "adapter"
+
+    @property
+    def train_log(self) -> Path:
+        return self.train / "log.jsonl"
+
+    @property
+    def loss_png(self) -> Path:
+        return self.train / "loss.png"
+
+    # infer
+    def predictions(self, model: str) -> Path:
+        return self.root / "infer" / model
+
+    def shard(self, model: str, shard: int, shards: int) -> Path:
+        return self.predictions(model) / f"shard-{shard:04d}-of-{shards:04d}.parquet"
+
+    def partial(self, model: str, shard: int, shards: int) -> Path:
+        """Folder of the parts of an unfinished shard; gone when the shard is whole."""
+        return self.predictions(model) / "partial" / f"shard-{shard:04d}-of-{shards:04d}"
+
+    def shard_progress(self, model: str, shard: int, shards: int) -> Path:
+        """How far a shard is, for `status`."""
+        return self.predictions(model) / "progress" / f"shard-{shard:04d}-of-{shards:04d}.json"
+
+    # collect and publish
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def published(self) -> Path:
+        return self.root / "published.json"
+
+
+def shard_of(path: Path) -> tuple[int, int] | None:
+    """`(shard, shards)` of a shard's file name, or None for any other file."""
+    match = _SHARD_NAME.match(path.name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint directory's name, or None for any other name."""
+    match = _CHECKPOINT_NAME.match(path.name)
+    return int(match[1]) if match else None

@@ -1,0 +1,93 @@
+"""The prepared rows as the training loop wants them.
+
+Reads `prepare/train.parquet`, `prepare/validation.parquet` and `prepare/tokens.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from yelp_hpc.data.packing import shared_prefix
+from yelp_hpc.errors import StageError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised prompts and their labels, kept as two flat arrays."""
+
+    tokens: np.ndarray[Any, np.dtype[np.int32]]
+    """All prompts, one behind the other."""
+    ends: np.ndarray[Any, np.dtype[np.int64]]
+    """`ends[i]`: where prompt i begins; one more entry than rows."""
+    labels: list[int]
+    label_ids: list[int]
+    eos_id: int
+    prefix_length: int
+    """Tokens that all prompts share and a micro-batch computes once."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sequence(self, row: int) -> list[int]:
+        """The prompt and its label's token."""
+        prompt: list[int] = self.tokens[self.ends[row] : self.ends[row + 1]].tolist()
+        return [*prompt, self.label_ids[self.labels[row]]]
+
+    def own_length(self, row: int) -> int:
+        """Tokens of `sequence(row)` behind the shared prefix."""
+        return int(self.ends[row + 1] - self.ends[row]) + 1 - self.prefix_length
+
+    def targets(self, rows: Sequence[int]) -> Tensor:
+        """What the last two positions of each row predict: label, end; `[2 * len(rows)]`."""
+        pairs = [[self.label_ids[self.labels[row]], self.eos_id] for row in rows]
+        return torch.tensor(pairs).flatten()
+
+
+def read_rows(path: Path, tokens: dict[str, Any]) -> Rows:
+    """The rows of a split. `tokens`: the content of tokens.json.
+
+    Raises:
+        StageError: the file is torn, or its prompts do not begin with the shared prefix.
+    """
+    try:
+        table = pq.read_table(path, columns=["label", "input_ids"])
+    except (OSError, pa.ArrowException) as error:
+        raise StageError(f"{path} cannot be read ({error}); run prepare again") from None
+    ids = table.column("input_ids").combine_chunks()
+    if isinstance(ids, pa.ChunkedArray):  # no rows: nothing was combined
+        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
+    ends = ids.offsets.to_numpy().astype(np.int64)
+    flat = ids.values.to_numpy().astype(np.int32)
+    lengths = np.diff(ends)
+    prefix = np.asarray(tokens["prefix"], dtype=np.int32)
+    shared = shared_prefix(tokens["prefix"], int(lengths.min())) if len(lengths) else 0
+    if len(lengths):
+        starts = flat[ends[:-1, None] + np.arange(shared)]
+        if shared and not (starts == prefix[:shared]).all():
+            raise StageError(f"{path} does not belong to tokens.json; run prepare again")
+    return Rows(
+        flat,
+        ends,
+        [int(label) for label in table.column("label").to_pylist()],
+        [int(token) for token in tokens["label_ids"]],
+        int(tokens["eos_id"]),
+        shared,
+    )
+
+
+def f1_macro(confusion: Sequence[Sequence[float]]) -> float:
+    """Mean F1 over the labels of a square confusion matrix (rows: truth); 0 where undefined."""
+    scores = []
+    for i, row in enumerate(confusion):
+        of_both = sum(row) + sum(other[i] for other in confusion)
+        scores.append(2 * row[i] / of_both if of_both else 0.0)
+    return sum(scores) / len(scores)

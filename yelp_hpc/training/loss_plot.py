@@ -1,0 +1,71 @@
+"""The picture of a training: loss of every step and on the validation rows.
+
+Writes `train/loss.png` from the lines of `train/log.jsonl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.rundir.files import write_bytes
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average without the bias of its start (Kingma and Ba 2015)."""
+    smoothed, mean = [], 0.0
+    for i, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**i))
+    return smoothed
+
+
+def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the loss over the steps and the learning rate below it. Does nothing without lines."""
+    lines = [line for line in lines if line.get("loss") is not None]
+    if not lines:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [line["step"] for line in lines]
+    losses = [line["loss"] for line in lines]
+    checked = [line for line in lines if line.get("validation_loss") is not None]
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    upper.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss, each step")
+    weight = 0.9 if len(losses) >= 50 else 0.6
+    upper.plot(
+        steps, smooth(losses, weight), color="#08519c", linewidth=2, label="training loss, smoothed"
+    )
+    if checked:
+        upper.plot(
+            [line["step"] for line in checked],
+            [line["validation_loss"] for line in checked],
+            color="#d94801",
+            marker="o",
+            markersize=5,
+            linewidth=1.5,
+            label="validation loss",
+        )
+        best = min(checked, key=lambda line: line["validation_loss"])
+        upper.set_title(
+            f"validation loss {checked[-1]['validation_loss']:.4f} at the end, "
+            f"best {best['validation_loss']:.4f} at step {best['step']}",
+            fontsize=10,
+        )
+    upper.set_ylabel("loss per supervised token")
+    upper.grid(alpha=0.3)
+    upper.legend(frameon=False)
+    lower.plot(steps, [line["learning_rate"] for line in lines], color="#31a354", linewidth=1.5)
+    lower.set_ylabel("learning rate")
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    lower.set_xlabel("optimizer step")
+    lower.grid(alpha=0.3)
+    image = BytesIO()
+    # Without the version of matplotlib, equal logs give equal bytes.
+    figure.savefig(image, format="png", metadata={"Software": None})
+    write_bytes(path, image.getvalue())
