@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -11,6 +12,11 @@ IMPORT_ROOT = PACKAGE.parent
 """The folder that PYTHONPATH must name; in a checkout the top of the repository."""
 SHARE = PACKAGE / "share"
 """configs/, containers/ and Apptainer.def: links in a checkout, copies in a wheel."""
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH for a child that is to run this very code, wherever it is started."""
+    return os.pathsep.join(filter(None, (str(IMPORT_ROOT), environ.get("PYTHONPATH"))))
 
 
 def package_files() -> list[Path]:

@@ -19,11 +19,19 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
-from yelp_hpc.jobs.doctor.facts import AllReduce, Look, NodeVisit
+from yelp_hpc.jobs.doctor.facts import Look, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, command
 from yelp_hpc.jobs.doctor.machine import check_machine
 from yelp_hpc.jobs.doctor.node import visit
-from yelp_hpc.jobs.doctor.probes import disk, image, look, seen
+from yelp_hpc.jobs.doctor.probes import (
+    all_reduce_argv,
+    all_reduced,
+    disk,
+    image,
+    last_line,
+    look,
+    seen,
+)
 from yelp_hpc.jobs.doctor.request import Inputs, Request, cache_of, inputs, needed_paths
 from yelp_hpc.jobs.doctor.run import (
     check_allreduce,
@@ -36,9 +44,13 @@ from yelp_hpc.jobs.doctor.run import (
 from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.jobs.slurm import client
+from yelp_hpc.own_files import python_path
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import lock_hashes
 from yelp_hpc.rundir.paths import STAGES, RunPaths
+
+SUM_SECONDS = 200.0
+"""Longer than `ranks.allreduce` gives itself: it ends its ranks, a kill would leave them."""
 
 
 def in_image() -> bool:
@@ -207,8 +219,6 @@ def _node_side(
 
 
 def _image_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
-    from yelp_hpc.ranks.allreduce import all_reduce
-
     machine = look(_look(request, found, place="image", token_file=None))
     outside = (
         {str(Path(request.cluster.container.image).absolute())}
@@ -218,13 +228,13 @@ def _image_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
     seen = {path: state for path, state in machine.seen.items() if path not in outside}
     machine = machine.model_copy(update={"seen": seen})
     gpus = len(machine.driver.gpus) if machine.driver else 0
-    summed = all_reduce(gpus or 2)
-    known = {key: value for key, value in summed.items() if key in AllReduce.model_fields}
+    env = {**os.environ, "PYTHONPATH": python_path(os.environ)}
+    summed = last_line([sys.executable, *all_reduce_argv(gpus or 2)], env, SUM_SECONDS)
     findings = [
         *check_machine(machine, request),
         *check_seen(machine, request),
         *(check_run(request) if request.run_named else ()),
         *(check_inputs(found, replace(request, cluster=ClusterConfig())) if found else []),
-        *check_allreduce(AllReduce.model_validate(known), request, machine),
+        *check_allreduce(all_reduced(*summed), request, machine),
     ]
     return [replace(finding, where="image") for finding in findings]

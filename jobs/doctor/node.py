@@ -8,12 +8,10 @@ afterwards.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +25,16 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import inside, stage_environment
-from yelp_hpc.jobs.doctor.facts import AllReduce, Look, Machine, NodeReport, NodeVisit
-from yelp_hpc.jobs.doctor.probes import disk, look, turn, whole
+from yelp_hpc.jobs.doctor.facts import Look, Machine, NodeReport, NodeVisit
+from yelp_hpc.jobs.doctor.probes import (
+    all_reduce_argv,
+    all_reduced,
+    disk,
+    last_line,
+    look,
+    turn,
+    whole,
+)
 from yelp_hpc.jobs.doctor.request import Request, visible
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.paths import RunPaths
@@ -202,7 +208,7 @@ def main(folder: Path) -> None:
             argv = inside(cluster.container, Path(request["run"]), ["python", *argv], env)
         else:
             argv = [sys.executable, *argv]
-        return _last_line(argv, env)
+        return last_line(argv, env, SUM_SECONDS)
 
     within, problem = None, ""
     if cluster.container:
@@ -218,8 +224,7 @@ def main(folder: Path) -> None:
         own = Look(place="image", folders=folders, paths=_inside_paths(what, cluster))
         text, problem = started(["-m", "yelp_hpc.jobs.doctor.probes", own.model_dump_json()])
         within = Machine.model_validate_json(text) if not problem else None
-    text, failure = started(["-m", "yelp_hpc.ranks.allreduce", "--ranks", str(request["ranks"])])
-    summed = AllReduce.model_validate(_known(text)) if not failure else AllReduce(problem=failure)
+    summed = all_reduced(*started(all_reduce_argv(request["ranks"])))
     report = NodeReport(
         machine=machine,
         sent=sent,
@@ -231,36 +236,12 @@ def main(folder: Path) -> None:
     write_json(files.report, report.model_dump(mode="json"))
 
 
-def _known(text: str) -> dict[str, Any]:
-    """The keys of an all-reduce that this version knows: the image may hold another."""
-    return {k: v for k, v in json.loads(text).items() if k in AllReduce.model_fields}
-
-
 def _inside_paths(what: Look, cluster: ClusterConfig) -> tuple[str, ...]:
     """All but what only the host's side reads: the image and the sources of renamed binds."""
     assert cluster.container
     outside = {str(Path(cluster.container.image).absolute())}
     outside |= {bind.partition(":")[0] for bind in cluster.container.binds}
     return tuple(path for path in what.paths if path not in outside)
-
-
-def _last_line(argv: list[str], env: dict[str, str]) -> tuple[str, str]:
-    """What a process printed last, and why it failed."""
-    try:
-        done = subprocess.run(
-            argv,
-            env=env,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=SUM_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", f"{argv[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
-    if done.returncode != 0:
-        errors = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        return "", errors[-1][:400]
-    return done.stdout.strip().rpartition("\n")[2], ""
 
 
 if __name__ == "__main__":

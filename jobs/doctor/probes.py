@@ -22,15 +22,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from yelp_hpc.cache import cached_folders
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.image.check import info
 from yelp_hpc.image.file import image_sha256
-from yelp_hpc.jobs.doctor.facts import Driver, Folder, Hub, Image, Look, Machine, Quota
-from yelp_hpc.models.local import cached_folders
+from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Hub, Image, Look, Machine, Quota
 from yelp_hpc.own_files import SHARE
 from yelp_hpc.rundir.files import MARKER
 from yelp_hpc.rundir.manifest import package_versions
@@ -88,6 +88,38 @@ def answer(argv: Sequence[str], timeout: float = 30, any_exit: bool = False) -> 
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if any_exit or done.returncode == 0 else None
+
+
+def last_line(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[str, str]:
+    """What a process printed last, and why it failed."""
+    try:
+        done = subprocess.run(
+            list(argv),
+            env=dict(env),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=seconds,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"{argv[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
+    if done.returncode != 0:
+        errors = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        return "", errors[-1][:400]
+    return done.stdout.strip().rpartition("\n")[2], ""
+
+
+def all_reduce_argv(ranks: int) -> list[str]:
+    """Python's arguments that sum over ranks: torch is imported in that process, never here."""
+    return ["-m", "yelp_hpc.ranks.allreduce", "--ranks", str(ranks)]
+
+
+def all_reduced(text: str, problem: str) -> AllReduce:
+    """What `all_reduce_argv` found; an image may hold another version, which says more."""
+    if problem:
+        return AllReduce(problem=problem)
+    known = {k: v for k, v in json.loads(text).items() if k in AllReduce.model_fields}
+    return AllReduce.model_validate(known)
 
 
 def folder(

