@@ -26,5 +26,5 @@ def _up_to_date(config: Config, paths: RunPaths) -> bool:
         return False
     if any(len(shards_done(paths, m, shards)) < shards for m in config.infer.models):
         return False
-    made = [newest(fingerprint(paths, "infer", m, "")) or 0.0 for m in config.infer.models]
+    made = [newest(fingerprint(paths, "infer", m, ())) or 0.0 for m in config.infer.models]
     return max(made) <= paths.metrics.stat().st_mtime

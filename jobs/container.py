@@ -44,11 +44,11 @@ _CACHES = {
 _INTO_IMAGE = ("APPTAINERENV_", "SINGULARITYENV_")
 
 
-def stage_argv(stage: str, run: Path, model: str = "", shard: str = "") -> list[str]:
+def stage_argv(stage: str, run: Path, model: str = "", shard: int | None = None) -> list[str]:
     """The arguments of `python -m yelp_hpc run`."""
     argv = [stage, "--run", str(run)]
     argv += ["--model", model] if model else []
-    return argv + (["--shard", shard] if shard else [])
+    return argv + ([] if shard is None else ["--shard", str(shard)])
 
 
 def command(

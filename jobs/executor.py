@@ -26,8 +26,9 @@ from yelp_hpc.jobs.cluster import ClusterConfig, minutes
 from yelp_hpc.jobs.job import Job, job_name
 from yelp_hpc.jobs.slurm import clean_environment
 from yelp_hpc.jobs.supervisor import supervise
+from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import write_json
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths, Task
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
@@ -183,8 +184,8 @@ def submit_slurm(
     try:
         with clean_environment(), contextlib.redirect_stderr(quiet):
             executor.update_parameters(**params)
-            n = len(job.tasks)
-            columns = [[job.stage] * n, *([value] * n for value in fixed), list(job.tasks)]
+            n, tasks = len(job.tasks), [task_text(task) for task in job.tasks]
+            columns = [[job.stage] * n, *([value] * n for value in fixed), tasks]
             submitted = executor.map_array(supervise, *columns)
     except FailedJobError as error:
         raise refusal(job, str(error)) from None
@@ -206,7 +207,7 @@ def refusal(job: Job, message: str) -> RequestError | StageError:
     )
 
 
-def start_local(job: Job, task: str, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:
+def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:
     """Start one supervisor on this machine through submitit; returns its id and its process."""
     from submitit import LocalExecutor
     from submitit.core.utils import environment_variables
@@ -222,7 +223,7 @@ def start_local(job: Job, task: str, paths: RunPaths, code: Path, frozen: Path) 
     try:
         with environment_variables(PYTHONPATH=path, PYTHONSAFEPATH="1"):
             handle: Any = executor.submit(
-                supervise, job.stage, str(paths.root), str(frozen), job.model, task
+                supervise, job.stage, str(paths.root), str(frozen), job.model, task_text(task)
             )
     finally:
         if main:

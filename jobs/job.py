@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from yelp_hpc.rundir.paths import Task
 
 
 @dataclass(frozen=True)
@@ -12,8 +15,8 @@ class Job:
 
     stage: str
     model: str = ""
-    tasks: tuple[str, ...] = ("",)
-    """One entry an array task: its shards, comma-separated; "" for a stage without shards."""
+    tasks: tuple[Task, ...] = ((),)
+    """One entry an array task: its shards; () for a stage without shards."""
     after: tuple[tuple[str, str], ...] = ()
     """(Slurm's dependency type, name of the job that it waits for)."""
 
@@ -21,29 +24,25 @@ class Job:
     def name(self) -> str:
         return f"{self.stage}-{self.model}" if self.model else self.stage
 
-    def only_after(self, names: set[str]) -> Job:
-        """The same job without dependencies on jobs that are not in `names`."""
-        return replace(self, after=tuple(item for item in self.after if item[1] in names))
-
 
 def job_name(job: Job, run: Path) -> str:
     """The name that squeue shows: `yelp-train:RUN`."""
     return f"yelp-{job.name}:{run.name}"
 
 
-def pack(shards: list[int], limit: int) -> tuple[str, ...]:
+def pack(missing: Sequence[int], limit: int) -> tuple[Task, ...]:
     """Deal shards to at most `limit` array tasks, as evenly as can be, neighbours together.
 
     >>> pack([0, 1, 2, 5, 6], 2)
-    ('0,1,2', '5,6')
+    ((0, 1, 2), (5, 6))
     """
-    tasks = min(len(shards), limit)
+    tasks = min(len(missing), limit)
     if tasks == 0:
         return ()
-    size, longer = divmod(len(shards), tasks)
+    size, longer = divmod(len(missing), tasks)
     packed, start = [], 0
     for task in range(tasks):
         stop = start + size + (task < longer)
-        packed.append(",".join(map(str, shards[start:stop])))
+        packed.append(tuple(missing[start:stop]))
         start = stop
     return tuple(packed)

@@ -19,7 +19,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.submission import Submission, new_submission, record
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths, Task
 
 FOLLOW_SECONDS = 0.3
 
@@ -73,7 +73,7 @@ def run_chain(
 
 def _run_task(
     job: Job,
-    task: str,
+    task: Task,
     paths: RunPaths,
     cluster: ClusterConfig,
     frozen: Path,
@@ -81,14 +81,13 @@ def _run_task(
     say: Callable[[str], None],
 ) -> tuple[Submission, attempts.Attempt | None]:
     from yelp_hpc.jobs.executor import start_local
-    from yelp_hpc.jobs.supervisor import log_name
 
-    log = paths.stage_log(log_name(job.name, task))
+    log = paths.stage_log(job.name, task)
     offset = log.stat().st_size if log.exists() else 0
     local_id, process = start_local(job, task, paths, code, frozen)
     submission = new_submission(Job(job.stage, job.model, (task,)), local_id, paths, cluster)
     record(paths, submission, "local", frozen, code)
-    say(f"{job.name}{f' shard {task}' if task else ''}: started, log {log}")
+    say(f"{job.name}{f' shard {attempts.task_text(task)}' if task else ''}: started, log {log}")
     while True:
         try:
             ended = process.poll() is not None

@@ -14,7 +14,7 @@ from typing import Any
 
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.rundir.files import is_complete, read_json, read_marker
-from yelp_hpc.rundir.paths import RunPaths, shard_of
+from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 _NO_PROGRESS = (".jsonl", ".log", ".png", ".tmp")
@@ -62,12 +62,12 @@ def stage_done(paths: RunPaths, stage: str, model: str = "", shards: int = 0) ->
     return (paths.metrics if stage == "collect" else paths.published).exists()
 
 
-def fingerprint(paths: RunPaths, stage: str, model: str, shards: str) -> Fingerprint:
-    """Name, size and time of every file that counts as progress of a job.
+def fingerprint(paths: RunPaths, stage: str, model: str, task: Task) -> Fingerprint:
+    """Name, size and time of every file that counts as progress of a task; () is all shards.
 
     Logs do not: a stage that only ever starts and dies writes them too.
     """
-    return tuple(sorted(_progress_files(paths, stage, model, shards)))
+    return tuple(sorted(_progress_files(paths, stage, model, task)))
 
 
 def digest(state: Fingerprint) -> str:
@@ -81,12 +81,12 @@ def newest(state: Fingerprint) -> float | None:
 
 
 def _progress_files(
-    paths: RunPaths, stage: str, model: str, shards: str
+    paths: RunPaths, stage: str, model: str, task: Task
 ) -> Iterator[tuple[str, int, int]]:
     if stage in ("collect", "publish"):
         places = [paths.metrics, paths.report, paths.published]
     elif stage == "infer":
-        names = [f"*shard-{int(shard):04d}*" for shard in shards.split(",") if shard] or ["*"]
+        names = [f"*shard-{shard:04d}*" for shard in task] or ["*"]
         folder = paths.predictions(model)
         places = [path for name in names for path in folder.glob(name)]
         places += [path for name in names for path in folder.glob(f"partial/{name}")]

@@ -1,7 +1,7 @@
 """The state of a run: from the markers first, then squeue, then sacct where it answers.
 
-`gather` reads the run directory and asks Slurm once; `summarise` is pure; `show_status` and
-`show_logs` print. A controller that is down or an sacct that is absent only takes columns away.
+`gather` reads the run directory and asks Slurm once; `summarise` is pure; `show_status` prints.
+A controller that is down or an sacct that is absent only takes columns away.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.local import local_alive
 from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import records
-from yelp_hpc.jobs.supervisor import log_name
 from yelp_hpc.progress import clock
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_jsonl
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths, Task
 
 WATCH_SECONDS = 5.0
 
@@ -147,7 +146,9 @@ def _summarise(fact: Facts) -> JobStatus:
     job = fact.submission["job"] if fact.submission else ""
     mine = [a for a in fact.attempts if a.job.partition("_")[0] == job]
     # of each part of the work that is not done: how its last attempt ended
-    last = {a.shards: a for a in fact.attempts if not _covered(a.shards, fact.shards_done)}
+    last = {
+        a.task: a for a in fact.attempts if not (a.task and fact.shards_done.issuperset(a.task))
+    }
     state, detail = _state(fact, last)
     running = [row for row in fact.rows if row.state in ("RUNNING", "COMPLETING")]
     shown = running[0] if running else (fact.rows or fact.accounting or (Row("", ""),))[0]
@@ -221,11 +222,7 @@ def _speed(rows: dict[str, Any]) -> list[str]:
     return parts
 
 
-def _covered(shards: str, done: frozenset[int]) -> bool:
-    return bool(shards) and {int(shard) for shard in shards.split(",")} <= done
-
-
-def _state(fact: Facts, last: dict[str, Attempt]) -> tuple[str, str]:
+def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
     if fact.done:
         return "done", ""
     if any(row.state in ("RUNNING", "COMPLETING") for row in fact.rows) or fact.alive:
@@ -315,38 +312,3 @@ def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False)
         if not watch or not any(line.state in ("running", "waiting") for line in lines):
             return
         time.sleep(WATCH_SECONDS)
-
-
-def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
-    """Logs of a run, the one to read first: the last failure's, then the newest.
-
-    Raises:
-        RequestError: there is no log yet.
-    """
-    paths = RunPaths(Path(run_dir).absolute())
-    known = {path for path in paths.logs.glob("*.log") if path.is_file()}
-    if stage:
-        known = {path for path in known if path.stem.partition("-")[0] == stage}
-    if not known:
-        what = f"{stage} has" if stage else "the run has"
-        raise RequestError(f"{what} no log yet in {paths.logs}")
-    names = sorted(paths.attempts.iterdir()) if paths.attempts.is_dir() else []
-    last: dict[str, Attempt] = {}
-    for folder in names:
-        for attempt in attempts.read(paths, folder.name):
-            last[log_name(folder.name, attempt.shards)] = attempt
-    failed = {name: a.ended or 0.0 for name, a in last.items() if a.verdict == "failed"}
-    return sorted(
-        known,
-        key=lambda path: (failed.get(path.stem, 0.0), path.stat().st_mtime),
-        reverse=True,
-    )
-
-
-def show_logs(run_dir: str | Path, stage: str | None = None, lines: int = 40) -> None:
-    """Print the end of the log to read first and name the others."""
-    first, *others = find_logs(run_dir, stage)
-    print(f"==> {first} <==")
-    print("\n".join(first.read_text(errors="replace").splitlines()[-lines:]))
-    if others:
-        print(f"also: {', '.join(path.name for path in others[:8])}")

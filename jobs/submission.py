@@ -13,8 +13,9 @@ from typing import Any
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv
 from yelp_hpc.jobs.job import Job
+from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import append_jsonl, read_jsonl
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths, Task
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Submission:
     stage: str
     job: str
     """Slurm's job id, `local-PID`, or "" for a dry run."""
-    tasks: tuple[str, ...]
+    tasks: tuple[Task, ...]
     command: str
     """What the first task runs, as a person would type it."""
     script: str = ""
@@ -33,7 +34,7 @@ class Submission:
 
 
 def new_submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfig) -> Submission:
-    first = job.tasks[0].split(",")[0]
+    first = next(iter(job.tasks[0]), None)
     argv = command(cluster, paths.root, stage_argv(job.stage, paths.root, job.model, first), {})
     return Submission(job.name, job.stage, job_id, job.tasks, shlex.join(argv))
 
@@ -47,7 +48,7 @@ def record(
         "stage": submission.stage,
         "job": submission.job,
         "executor": executor,
-        "tasks": list(submission.tasks),
+        "tasks": [task_text(task) for task in submission.tasks],
         "command": submission.command,
         "cluster": frozen.name,
         "code": code.name,

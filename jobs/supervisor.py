@@ -79,9 +79,7 @@ class Stop:
             self._child.send_signal(signal.SIGUSR2)
 
 
-def supervise(
-    stage: str, run_dir: str, cluster_file: str, model: str = "", shards: str = ""
-) -> str:
+def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task: str = "") -> str:
     """Run a stage, or the shards of an array task one after the other, to a verdict.
 
     Returns the verdict when the work is done. Ends the process with 75 when the job was requeued or
@@ -94,7 +92,7 @@ def supervise(
     paths = RunPaths(run_dir)
     frozen = read_json(Path(cluster_file))
     cluster = ClusterConfig.model_validate(frozen["cluster"])
-    job = Job(stage, model, (shards,))
+    job = Job(stage, model, (attempts.task_of(task),))
     _remove_torn_pickles()
     while True:
         verdict = _attempt(stop, paths, cluster, frozen.get("image_sha256"), job)
@@ -114,8 +112,7 @@ def supervise(
 def _attempt(
     stop: Stop, paths: RunPaths, cluster: ClusterConfig, image: str | None, job: Job
 ) -> Verdict:
-    shards = job.tasks[0]
-    now = fingerprint(paths, job.stage, job.model, shards)
+    now = fingerprint(paths, job.stage, job.model, job.tasks[0])
     attempt = _begin(paths, cluster, job, now)
     leader = os.environ.get("SLURM_PROCID", "0") == "0"
     if leader:
@@ -131,7 +128,7 @@ def _attempt(
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
     if leader:
-        after = fingerprint(paths, job.stage, job.model, shards)
+        after = fingerprint(paths, job.stage, job.model, job.tasks[0])
         attempt.ended, attempt.verdict, attempt.reason = time.time(), verdict.action, verdict.reason
         if verdict.action != "done":
             kept = max(newest(after) or 0.0, attempt.started)
@@ -177,16 +174,16 @@ def _run(
         if "YELP_HPC_DEADLINE" not in env and (end := slurm.end_time(this_job())):
             env["YELP_HPC_DEADLINE"] = str(end)
     node = env.get("YELP_HPC_NODE_RANK", "0")
-    log = paths.stage_log(
-        log_name(job.name, job.tasks[0]) + ("" if node == "0" else f"-node{node}")
-    )
+    log = paths.stage_log(job.name, job.tasks[0])
+    if node != "0":
+        log = log.with_name(f"{log.stem}-node{node}.log")
     token = None
     if job.stage == "publish":
         token = hub_token(env, load_run(paths.root)[1].publish.token_file)
     failed: list[str] = []
     cap = cluster.requeue_cap
-    for shard in job.tasks[0].split(","):
-        if shard and int(shard) in _done(paths, job, shard):
+    for shard in job.tasks[0] or (None,):
+        if shard is not None and shard in _done(paths, job, shard):
             continue
         arguments = stage_argv(job.stage, paths.root, job.model, shard)
         argv = command(cluster, paths.root, arguments, env)
@@ -199,7 +196,7 @@ def _run(
                 return Verdict("failed", f"{ended.reason}, but {starts}\n{tail(log)}")
             return ended
         # a refused or failed shard must not keep the others of its task from being done
-        if shard and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
+        if shard is not None and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
             failed.append(f"shard {shard} exited {code}")
             continue
         if code != 0:
@@ -216,16 +213,10 @@ def _moved(paths: RunPaths, job: Job, attempt: Attempt) -> bool:
     return digest(fingerprint(paths, job.stage, job.model, job.tasks[0])) != attempt.before
 
 
-def _done(paths: RunPaths, job: Job, shard: str) -> list[int]:
-    for path in paths.predictions(job.model).glob(f"shard-{int(shard):04d}-of-*.parquet"):
+def _done(paths: RunPaths, job: Job, shard: int) -> list[int]:
+    for path in paths.predictions(job.model).glob(f"shard-{shard:04d}-of-*.parquet"):
         return shards_done(paths, job.model, int(path.stem.rpartition("-")[2]))
     return []
-
-
-def log_name(name: str, shards: str) -> str:
-    """Name of the log of a job's task, after its first shard."""
-    first = shards.split(",")[0]
-    return f"{name}-{int(first):04d}" if first else name
 
 
 def _process(

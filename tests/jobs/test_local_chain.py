@@ -16,8 +16,9 @@ import yelp_hpc
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.jobs.chain import cancel, submit
+from yelp_hpc.jobs.logs import find_logs
 from yelp_hpc.jobs.snapshot import freeze
-from yelp_hpc.jobs.status import collect_status, find_logs
+from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
 

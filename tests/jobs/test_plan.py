@@ -35,7 +35,7 @@ def test_the_chain_and_its_dependencies(fake_run: MakeRun) -> None:
 
 @pytest.mark.parametrize(("shards", "limit"), [(1, 5), (5, 5), (6, 5), (1000, 7), (0, 3)])
 def test_packing_keeps_every_shard_once_and_in_balance(shards: int, limit: int) -> None:
-    tasks = [list(map(int, task.split(","))) for task in pack(list(range(shards)), limit)]
+    tasks = pack(range(shards), limit)
     assert [shard for task in tasks for shard in task] == list(range(shards))
     assert len(tasks) <= limit
     assert max(map(len, tasks), default=0) - min(map(len, tasks), default=0) <= 1
@@ -48,7 +48,7 @@ def test_only_missing_shards_are_planned(fake_run: MakeRun) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     jobs = plan("infer", run.config, RunPaths(run.root), run.cluster)
-    assert [job.tasks for job in jobs] == [("1,2", "4,5"), ("0,1,2", "3,4,5")]
+    assert [job.tasks for job in jobs] == [((1, 2), (4, 5)), ((0, 1, 2), (3, 4, 5))]
 
 
 def test_dry_run_prints_scripts_that_bash_reads_and_submits_nothing(
@@ -87,7 +87,7 @@ def container(**more: object) -> ClusterConfig:
 
 def test_only_what_is_named_enters_the_image() -> None:
     env = {"MINE": "key", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "HF_TOKEN": "hf_secret"}
-    argv = command(container(), Path("/run"), stage_argv("infer", Path("/run"), "base", "3"), env)
+    argv = command(container(), Path("/run"), stage_argv("infer", Path("/run"), "base", 3), env)
     text = shlex.join(argv)
     assert argv[:3] == ["apptainer", "exec", "--cleanenv"]
     assert "--nv" in argv

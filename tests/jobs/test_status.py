@@ -45,7 +45,7 @@ def shard(state: str, done: int, speed: float) -> dict[str, object]:
 
 def test_shards_and_training_are_counted() -> None:
     rows = (Row("7_1", "RUNNING", node="g1"), Row("7_2", "PENDING", "JobArrayTaskLimit"))
-    tried = (attempt("failed", "7_0", shards="0"), attempt("done", "7_3", shards="3"))
+    tried = (attempt("failed", "7_0", task=(0,)), attempt("done", "7_3", task=(3,)))
     told = {
         0: shard("saved", 10, 9.0),
         1: shard("running", 40, 25.0),

@@ -197,7 +197,7 @@ def logs(run_dir: str, stage: str | None, lines: int) -> None:
       python -m yelp_hpc logs --run runs/yelp
       python -m yelp_hpc logs train --run runs/yelp --lines 200
     """
-    from yelp_hpc.jobs.status import show_logs
+    from yelp_hpc.jobs.logs import show_logs
     from yelp_hpc.rundir.manifest import load_run
 
     run, _ = load_run(run_dir)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from yelp_hpc.rundir.files import write_json
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths, Task
 
 
 @dataclass
@@ -27,7 +27,8 @@ class Attempt:
     """`train`, `infer-tuned` …"""
     job: str
     restart: int
-    shards: str = ""
+    task: Task = ()
+    """Its shards; `shards` in the file, as text."""
     node: str = ""
     pid: int = 0
     gpus: int = 0
@@ -47,8 +48,20 @@ class Attempt:
         return paths.attempts / self.name / f"{self.job}-{self.restart}.json"
 
 
+def task_text(task: Task) -> str:
+    """Shard numbers as the edges spell them: (0, 1, 2) → "0,1,2"."""
+    return ",".join(map(str, task))
+
+
+def task_of(text: str) -> Task:
+    """The shard numbers of `task_text`. Raises ValueError for any other text."""
+    return tuple(int(shard) for shard in text.split(",")) if text else ()
+
+
 def write(paths: RunPaths, attempt: Attempt) -> None:
-    write_json(attempt.path(paths), asdict(attempt))
+    values = asdict(attempt)
+    values["shards"] = task_text(values.pop("task"))
+    write_json(attempt.path(paths), values)
 
 
 def beat(paths: RunPaths, attempt: Attempt) -> None:
@@ -62,8 +75,9 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
     folder = paths.attempts / name
     found = []
     for path in folder.glob(f"{job}-*.json" if job else "*.json") if folder.is_dir() else ():
-        with suppress(OSError, ValueError, TypeError):
-            attempt = Attempt(**json.loads(path.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            attempt = Attempt(task=task_of(values.pop("shards", "")), **values)
             if not _plausible(attempt):
                 continue
             if attempt.ended is None:
@@ -75,7 +89,7 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
 def _plausible(attempt: Attempt) -> bool:
     """Whether the numbers are numbers: a damaged record must not take the table away."""
     numbers = (attempt.started, attempt.restart, attempt.gpus, attempt.lost, attempt.ended or 0.0)
-    texts = (attempt.name, attempt.job, attempt.shards, attempt.verdict, attempt.reason)
+    texts = (attempt.name, attempt.job, attempt.verdict, attempt.reason)
     return all(isinstance(n, int | float) for n in numbers) and all(
         isinstance(text, str) for text in texts
     )

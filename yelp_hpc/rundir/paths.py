@@ -10,6 +10,9 @@ STAGES = ("prepare", "train", "infer", "collect", "publish")
 MODELS = ("base", "tuned")
 SPLITS = ("train", "validation", "test")
 
+Task = tuple[int, ...]
+"""The shards of one array task; () for a job without shards."""
+
 _SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)\.parquet$")
 _CHECKPOINT_NAME = re.compile(r"step-(\d+)$")
 
@@ -50,8 +53,9 @@ class RunPaths:
         """Snapshots of the code that jobs were submitted with."""
         return self.root / "code"
 
-    def stage_log(self, name: str) -> Path:
-        return self.logs / f"{name}.log"
+    def stage_log(self, name: str, task: Task = ()) -> Path:
+        """The log of a job's task, named after its first shard."""
+        return self.logs / (f"{name}-{task[0]:04d}.log" if task else f"{name}.log")
 
     # prepare
     @property

@@ -139,13 +139,13 @@ class Counting:
         return Tally(counts, values)
 
 
-def run(run: RunPaths, config: Config) -> None:
+def run(paths: RunPaths, config: Config) -> None:
     """Collect and print the table of base against tuned."""
-    print_outcome(collect(run, config))
-    say(f"wrote {run.metrics} and {run.report}")
+    print_outcome(collect(paths, config))
+    say(f"wrote {paths.metrics} and {paths.report}")
 
 
-def collect(run: RunPaths, config: Config) -> dict[str, Any]:
+def collect(paths: RunPaths, config: Config) -> dict[str, Any]:
     """Check coverage, compute every statistic, write metrics.json and report.html.
 
     Returns:
@@ -158,20 +158,20 @@ def collect(run: RunPaths, config: Config) -> dict[str, Any]:
     """
     from yelp_hpc.evaluation.report import report_page
 
-    metrics, counted = measure(run, config)
-    examples = {name: examples_of(run, counting) for name, counting in counted.items()}
-    page = report_page(run, metrics, examples)
-    write_json(run.metrics, metrics)
-    write_bytes(run.report, page.encode())
+    metrics, counted = measure(paths, config)
+    examples = {name: examples_of(paths, counting) for name, counting in counted.items()}
+    page = report_page(paths, metrics, examples)
+    write_json(paths.metrics, metrics)
+    write_bytes(paths.report, page.encode())
     return metrics
 
 
-def measure(run: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, Counting]]:
+def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, Counting]]:
     """The content of metrics.json from the shards; writes nothing. Raises as `collect` does."""
-    test = read_test_set(run.split("test"))
+    test = read_test_set(paths.split("test"))
     counted: dict[str, Counting] = {}
     for name in sorted(config.infer.models):
-        counted[name] = Counting(Coverage(run, name, config.infer.shards, test), config)
+        counted[name] = Counting(Coverage(paths, name, config.infer.shards, test), config)
         counted[name].read()
     refuse_unless_complete([counting.coverage for counting in counted.values()])
     metrics: dict[str, Any] = {
@@ -246,12 +246,12 @@ def comparison(base: Counting, tuned: Counting, config: Config) -> dict[str, Any
     }
 
 
-def examples_of(run: RunPaths, counting: Counting) -> dict[str, list[dict[str, Any]]]:
+def examples_of(paths: RunPaths, counting: Counting) -> dict[str, list[dict[str, Any]]]:
     """The worst mistakes and the first unparsed answers, with the review and what was generated."""
     chosen = {"mistakes": counting.mistakes, "unparsed": counting.unparsed}
     test = counting.coverage.test
     places = np.array([m.position for kind in chosen.values() for m in kind], dtype=np.int64)
-    reviews = _texts_at(run.split("test"), sorted(set(places.tolist())))
+    reviews = _texts_at(paths.split("test"), sorted(set(places.tolist())))
     ids = dict(zip(places.tolist(), test.row_ids(places), strict=True))
     return {
         kind: [

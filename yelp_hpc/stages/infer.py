@@ -58,7 +58,9 @@ PART_SECONDS = 15.0
 PROGRESS_SECONDS = 2.0
 
 
-def run(run: RunPaths, config: Config, model: ModelName = "base", shard: int | None = None) -> None:
+def run(
+    paths: RunPaths, config: Config, model: ModelName = "base", shard: int | None = None
+) -> None:
     """Predict one shard, or all of them one after the other in this process.
 
     Raises:
@@ -69,12 +71,12 @@ def run(run: RunPaths, config: Config, model: ModelName = "base", shard: int | N
     shards = config.infer.shards
     if shard is not None and not 0 <= shard < shards:
         raise RequestError(f"there is no shard {shard}: this run has shards 0 to {shards - 1}")
-    provenance = provenance_for(run, config, model)
-    tokens = read_json(run.tokens)
-    lengths = read_lengths(run.split("test"))
+    provenance = provenance_for(paths, config, model)
+    tokens = read_json(paths.tokens)
+    lengths = read_lengths(paths.split("test"))
     plan = plan_shards(lengths, shards)
     wanted = range(shards) if shard is None else [shard]
-    unfinished = [k for k in wanted if not _is_finished(run, model, k, plan, provenance)]
+    unfinished = [k for k in wanted if not _is_finished(paths, model, k, plan, provenance)]
     if not unfinished:
         what = "all shards are" if shard is None else f"shard {shard} is"
         say(f"infer {model}: {what} done, nothing to do")
@@ -82,41 +84,41 @@ def run(run: RunPaths, config: Config, model: ModelName = "base", shard: int | N
 
     @cache
     def predictor() -> Predictor:
-        return load_predictor(config, run.adapter if model == "tuned" else None, tokens)
+        return load_predictor(config, paths.adapter if model == "tuned" else None, tokens)
 
     with stop_signals() as stop:
         for k in unfinished:
-            job = _Shard(run, config, model, k, plan[k], provenance, stop)
+            job = _Shard(paths, config, model, k, plan[k], provenance, stop)
             job.finish(lengths, predictor)
 
 
-def provenance_for(run: RunPaths, config: Config, model: ModelName) -> Provenance:
+def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provenance:
     """What the predictions will depend on; checks that the stages before are complete and whole.
 
     Raises StageError naming what is missing, torn or altered and the command that makes it.
     """
-    marker = read_marker(run.prepare)
+    marker = read_marker(paths.prepare)
     files = {} if marker is None else marker["files"]
-    needed = (run.split("test"), run.tokens)
+    needed = (paths.split("test"), paths.tokens)
     for path in needed:
         if not path.is_file() or files.get(path.name) != sha256_file(path):
             raise StageError(
                 f"{path} is missing, torn or altered; run prepare first: "
-                f"python -m yelp_hpc run prepare --run {run.root}"
+                f"python -m yelp_hpc run prepare --run {paths.root}"
             )
     adapter = ""
     if model == "tuned":
-        problems = damaged_files(run.adapter)
-        trained = read_marker(run.adapter)
+        problems = damaged_files(paths.adapter)
+        trained = read_marker(paths.adapter)
         if problems or trained is None:
             raise StageError(
                 f"there is no complete adapter ({'; '.join(problems)}); run train first: "
-                f"python -m yelp_hpc run train --run {run.root}"
+                f"python -m yelp_hpc run train --run {paths.root}"
             )
         adapter = trained["files"].get("adapter_model.safetensors", "")
         if not adapter:
-            raise StageError(f"{run.adapter / MARKER} names no adapter_model.safetensors")
-    recorded = read_json(run.run_json) if run.run_json.is_file() else {}
+            raise StageError(f"{paths.adapter / MARKER} names no adapter_model.safetensors")
+    recorded = read_json(paths.run_json) if paths.run_json.is_file() else {}
     return Provenance(
         model=model,
         mode=config.infer.mode,
@@ -124,7 +126,7 @@ def provenance_for(run: RunPaths, config: Config, model: ModelName) -> Provenanc
         max_new_tokens=config.infer.max_new_tokens if config.infer.mode == "generate" else None,
         base_model=str((recorded.get("model") or {}).get("fingerprint") or config.model.path),
         adapter_sha256=adapter,
-        test_sha256=files[run.split("test").name],
+        test_sha256=files[paths.split("test").name],
     )
 
 
@@ -148,12 +150,12 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def _is_finished(
-    run: RunPaths, model: str, shard: int, plan: Sequence[range], provenance: Provenance
+    paths: RunPaths, model: str, shard: int, plan: Sequence[range], provenance: Provenance
 ) -> bool:
-    path = run.shard(model, shard, len(plan))
+    path = paths.shard(model, shard, len(plan))
     if not path.is_file():
         return False
-    row_ids = row_ids_of(run.split("test"), plan[shard])
+    row_ids = row_ids_of(paths.split("test"), plan[shard])
     damage = damage_of_shard(path, row_ids, provenance.identity)
     if damage:
         say(f"infer {model}: {path.name} is made again: {damage}")
@@ -165,7 +167,7 @@ class _Shard:
 
     def __init__(
         self,
-        run: RunPaths,
+        paths: RunPaths,
         config: Config,
         model: str,
         shard: int,
@@ -173,10 +175,10 @@ class _Shard:
         provenance: Provenance,
         stop: threading.Event,
     ) -> None:
-        self.test = run.split("test")
-        self.path = run.shard(model, shard, config.infer.shards)
-        self.folder = run.partial(model, shard, config.infer.shards)
-        self.progress = run.shard_progress(model, shard, config.infer.shards)
+        self.test = paths.split("test")
+        self.path = paths.shard(model, shard, config.infer.shards)
+        self.folder = paths.partial(model, shard, config.infer.shards)
+        self.progress = paths.shard_progress(model, shard, config.infer.shards)
         self.label = f"infer {model} shard {shard} of {config.infer.shards}"
         self.rows = rows
         self.window_tokens = WINDOW_BATCHES * config.infer.max_tokens

@@ -23,19 +23,19 @@ from yelp_hpc.rundir.paths import SPLITS, RunPaths
 CHUNK = 500  # reviews a call of the tokenizer
 
 
-def run(run: RunPaths, config: Config) -> None:
+def run(paths: RunPaths, config: Config) -> None:
     """Make the prepared sets, unless they are there and whole.
 
     Raises:
         RequestError: the source or the prompt cannot be used; every faulty row is named.
         StageError: a download or a write failed.
     """
-    if run.prepare.exists():
-        problems = damaged_files(run.prepare)
+    if paths.prepare.exists():
+        problems = damaged_files(paths.prepare)
         if not problems:
             say("prepare: done already, nothing to do")
             return
-        if read_marker(run.prepare) is not None:
+        if read_marker(paths.prepare) is not None:
             say("prepare: made again, because " + "; ".join(problems))
 
     train_rows, test_rows = read_source(config.data)
@@ -70,7 +70,7 @@ def run(run: RunPaths, config: Config) -> None:
         tables[name], cut = _tokenise(prompt, name, chosen[name])
         truncated += cut
     prefix = _shared_prefix(prompt, tables)
-    _write(run, config, prompt, tables)
+    _write(paths, config, prompt, tables)
     tokens = {
         "prefix": prefix,
         "label_ids": prompt.label_ids,
@@ -81,8 +81,8 @@ def run(run: RunPaths, config: Config) -> None:
         "labels": list(LABELS),
         "cutoff": config.data.cutoff,
     }
-    write_json(run.tokens, tokens)
-    names = [run.split(n).name for n in SPLITS] + [run.alpaca(n).name for n in SPLITS]
+    write_json(paths.tokens, tokens)
+    names = [paths.split(n).name for n in SPLITS] + [paths.alpaca(n).name for n in SPLITS]
     summary: dict[str, Any] = {
         "rows": {name: len(tables[name]["row"]) for name in SPLITS},
         "tokens": {name: sum(tables[name]["length"]) for name in SPLITS},
@@ -90,9 +90,11 @@ def run(run: RunPaths, config: Config) -> None:
         "duplicates": twins,
         "fingerprint": _fingerprint(tables),
     }
-    write_marker(run.prepare, [*names, run.dataset_info.name, run.tokens.name], summary=summary)
+    write_marker(
+        paths.prepare, [*names, paths.dataset_info.name, paths.tokens.name], summary=summary
+    )
     update_run(
-        run,
+        paths,
         data=summary,
         model={
             "path": config.model.path,
@@ -151,7 +153,7 @@ def _shared_prefix(prompt: Prompt, tables: dict[str, dict[str, list[Any]]]) -> l
 
 
 def _write(
-    run: RunPaths, config: Config, prompt: Prompt, tables: dict[str, dict[str, list[Any]]]
+    paths: RunPaths, config: Config, prompt: Prompt, tables: dict[str, dict[str, list[Any]]]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -171,18 +173,18 @@ def _write(
     instruction, _, before = head.rpartition("\n")
     after = tail.removesuffix("{label}").rstrip()
     for name, columns in tables.items():
-        with atomic_path(run.split(name)) as path:
+        with atomic_path(paths.split(name)) as path:
             pq.write_table(pa.table(columns, schema=schema), path)
         records = [
             {"instruction": instruction, "input": before + text + after, "output": LABELS[label]}
             for text, label in zip(columns["text"], columns["label"], strict=True)
         ]
-        write_json(run.alpaca(name), records)
+        write_json(paths.alpaca(name), records)
     write_json(
-        run.dataset_info,
+        paths.dataset_info,
         {
             f"yelp_{name}": {
-                "file_name": run.alpaca(name).name,
+                "file_name": paths.alpaca(name).name,
                 "columns": {"prompt": "instruction", "query": "input", "response": "output"},
             }
             for name in SPLITS

@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
 
 
 def run(
-    run: RunPaths, config: Config, dry_run: bool = False, backoff: Backoff | None = None
+    paths: RunPaths, config: Config, dry_run: bool = False, backoff: Backoff | None = None
 ) -> None:
     """Publish the run, or do nothing when it is published already.
 
@@ -49,27 +49,27 @@ def run(
     publish = config.publish
     if publish.repo_id is None and not dry_run:
         say("publish: publish.repo_id is not set, so nothing is published")
-        if not run.published.exists():
-            write_json(run.published, {"repo_id": None, "skipped": "publish.repo_id is not set"})
+        if not paths.published.exists():
+            write_json(paths.published, {"repo_id": None, "skipped": "publish.repo_id is not set"})
         return
     if publish.branch and publish.pull_request:
         raise RequestError(
             "publish.branch and publish.pull_request exclude each other: a pull request is opened "
             "against the main branch; set one of them"
         )
-    check_finished(run)
+    check_finished(paths)
     with ExitStack() as stack:
-        files = collect_files(run, config, stack)
+        files = collect_files(paths, config, stack)
         if dry_run:
             print(preview(config, files), flush=True)
             return
         assert publish.repo_id is not None
         target = Target(publish.repo_id, publish.private, publish.branch, publish.pull_request)
-        before = _read_published(run)
+        before = _read_published(paths)
         if before.get("files") == describe_files(files) and before.get("target") == vars(target):
             say(
                 f"publish: already done, {before.get('url')} (commit {before.get('commit')}); "
-                f"delete {run.published} to look at the Hub again"
+                f"delete {paths.published} to look at the Hub again"
             )
             return
         token = find_token(publish.token_file)
@@ -86,65 +86,67 @@ def run(
         except OSError as error:
             # A fault outside the Hub's own errors; its text could quote a request.
             raise StageError(f"publish failed: {redact(error, token.secret)}") from None
-        write_json(run.published, record(done, target, files))
+        write_json(paths.published, record(done, target, files))
     where = done.pull_request or f"{done.url} (commit {done.commit})"
     say(f"publish: {'done' if done.committed else 'the Hub has all of it already'}, {where}")
 
 
-def check_finished(run: RunPaths) -> None:
+def check_finished(paths: RunPaths) -> None:
     """Raises StageError listing what earlier stages still owe."""
-    problems = damaged_files(run.adapter)
-    problems += [f"{path} is missing" for path in (run.metrics, run.run_json) if not path.is_file()]
+    problems = damaged_files(paths.adapter)
+    problems += [
+        f"{path} is missing" for path in (paths.metrics, paths.run_json) if not path.is_file()
+    ]
     if problems:
         raise StageError(
             all_problems("publish needs a finished run:", problems)
-            + f"\nSee `python -m yelp_hpc status --run {run.root}` for the stage to run first."
+            + f"\nSee `python -m yelp_hpc status --run {paths.root}` for the stage to run first."
         )
 
 
-def collect_files(run: RunPaths, config: Config, stack: ExitStack) -> list[HubFile]:
+def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[HubFile]:
     """Everything that is uploaded, by name; `stack` holds temporary folders open."""
     content: dict[str, Path | bytes] = {}
-    folder = base_folder(run, config)
+    folder = base_folder(paths, config)
     content |= {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     if config.publish.merged:
         from yelp_hpc.publishing.export import export_merged
 
         # Beside the run: as large as the base model, and node-local disks often are not.
         scratch = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix=".merged-", dir=run.root))
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=".merged-", dir=paths.root))
         )
         merged = scratch / "model"
-        export_merged(run, config, merged)
+        export_merged(paths, config, merged)
         content |= {p.name: p for p in merged.iterdir() if p.is_file() and p.name != MARKER}
     else:
-        marker = read_marker(run.adapter) or {"files": {}}
-        content |= {name: run.adapter / name for name in marker["files"]}
-        content["adapter_config.json"] = portable_adapter_config(run, config)
-    content["metrics.json"] = run.metrics
-    content["run.json"] = run.run_json
-    metrics = read_json(run.metrics)
+        marker = read_marker(paths.adapter) or {"files": {}}
+        content |= {name: paths.adapter / name for name in marker["files"]}
+        content["adapter_config.json"] = portable_adapter_config(paths, config)
+    content["metrics.json"] = paths.metrics
+    content["run.json"] = paths.run_json
+    metrics = read_json(paths.metrics)
     pictures: dict[str, Path | bytes] = {}
-    if run.loss_png.is_file():
-        pictures["loss.png"] = run.loss_png
+    if paths.loss_png.is_file():
+        pictures["loss.png"] = paths.loss_png
     if tuned := metrics["models"].get("tuned"):
         pictures["confusion.png"] = draw_confusion(tuned["confusion"], tuned["confusion_columns"])
     content |= pictures
     card = model_card(
         config,
         metrics,
-        read_json(run.run_json),
+        read_json(paths.run_json),
         pictures=sorted(pictures),
-        gpu_hours=gpu_hours(run),
+        gpu_hours=gpu_hours(paths),
         native=_model_type(folder) == "chatglm",
     )
     content["README.md"] = card.encode()
     return [HubFile.of(name, content[name]) for name in sorted(content)]
 
 
-def base_folder(run: RunPaths, config: Config) -> Path:
+def base_folder(paths: RunPaths, config: Config) -> Path:
     """The base model's folder: where prepare found it, else wherever it is found now."""
-    recorded = (read_json(run.run_json).get("model") or {}).get("folder")
+    recorded = (read_json(paths.run_json).get("model") or {}).get("folder")
     if recorded and Path(recorded).is_dir():
         return Path(recorded)
     from yelp_hpc.models.local import model_folder
@@ -152,18 +154,18 @@ def base_folder(run: RunPaths, config: Config) -> Path:
     return model_folder(config.model)
 
 
-def portable_adapter_config(run: RunPaths, config: Config) -> bytes:
+def portable_adapter_config(paths: RunPaths, config: Config) -> bytes:
     """adapter_config.json with the base model's Hub id in place of a path of this machine."""
-    values = read_json(run.adapter / "adapter_config.json")
+    values = read_json(paths.adapter / "adapter_config.json")
     path = config.model.path
     values["base_model_name_or_path"] = base_model_id(config) or Path(path).name
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def gpu_hours(run: RunPaths) -> GpuHours | None:
+def gpu_hours(paths: RunPaths) -> GpuHours | None:
     """GPU-hours of the starts of train that the supervisor recorded; None without a GPU."""
     used = lost = 0.0
-    for path in sorted((run.attempts / "train").glob("*.json")):
+    for path in sorted((paths.attempts / "train").glob("*.json")):
         try:
             attempt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             gpus, started, ended = attempt["gpus"], attempt["started"], attempt["ended"]
@@ -230,10 +232,10 @@ def preview(config: Config, files: Sequence[HubFile]) -> str:
     )
 
 
-def _read_published(run: RunPaths) -> dict[str, Any]:
+def _read_published(paths: RunPaths) -> dict[str, Any]:
     """published.json, {} when it is missing or torn (it is then made again)."""
     try:
-        found = read_json(run.published)
+        found = read_json(paths.published)
     except StageError:
         return {}
     return found if isinstance(found, dict) else {}

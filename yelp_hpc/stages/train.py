@@ -40,7 +40,7 @@ FREE_SETTINGS = {
 }
 
 
-def run(run: RunPaths, config: Config) -> None:
+def run(paths: RunPaths, config: Config) -> None:
     """Train the adapter, or go on where an earlier start stopped; does nothing when it is there.
 
     Raises:
@@ -49,32 +49,32 @@ def run(run: RunPaths, config: Config) -> None:
         StageError: a rank failed, the training diverged, the disk is full.
         SavedForRequeue: asked to stop by a signal or a deadline; the state is saved.
     """
-    check_request(run, config)
-    fingerprint = training_fingerprint(run, config)
-    if is_complete(run.adapter):
-        marker = read_marker(run.adapter) or {}
-        check_fingerprint(marker.get("fingerprint", {}), fingerprint, run.adapter)
-        _draw(run)
-        print(f"train: already done ({run.adapter}, step {marker.get('step')})", file=sys.stderr)
+    check_request(paths, config)
+    fingerprint = training_fingerprint(paths, config)
+    if is_complete(paths.adapter):
+        marker = read_marker(paths.adapter) or {}
+        check_fingerprint(marker.get("fingerprint", {}), fingerprint, paths.adapter)
+        _draw(paths)
+        print(f"train: already done ({paths.adapter}, step {marker.get('step')})", file=sys.stderr)
         return
     from yelp_hpc.models.local import model_folder
 
     payload = {
-        "run": str(run.root),
+        "run": str(paths.root),
         "config": config.model_dump(mode="json"),
         "model": str(model_folder(config.model)),
         "fingerprint": fingerprint,
     }
     command = [sys.executable, "-m", "yelp_hpc.stages.train"]
-    launch(command, json.dumps(payload).encode(), config.train.nproc, run.logs)
-    _draw(run)
+    launch(command, json.dumps(payload).encode(), config.train.nproc, paths.logs)
+    _draw(paths)
 
 
-def check_request(run: RunPaths, config: Config) -> None:
+def check_request(paths: RunPaths, config: Config) -> None:
     """Raises RequestError listing what is missing, before any rank starts."""
     problems = [
         f"{path} is missing: run prepare first"
-        for path in (run.tokens, run.split("train"), run.split("validation"))
+        for path in (paths.tokens, paths.split("train"), paths.split("validation"))
         if not path.is_file()
     ]
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -86,7 +86,7 @@ def check_request(run: RunPaths, config: Config) -> None:
         raise RequestError(all_problems("train cannot start:", problems))
 
 
-def training_fingerprint(run: RunPaths, config: Config) -> dict[str, Any]:
+def training_fingerprint(paths: RunPaths, config: Config) -> dict[str, Any]:
     """What a training depends on; a checkpoint of another one is never resumed."""
     train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
     return {
@@ -97,9 +97,9 @@ def training_fingerprint(run: RunPaths, config: Config) -> dict[str, Any]:
         "data": {
             name: sha256_file(path)
             for name, path in (
-                ("train", run.split("train")),
-                ("validation", run.split("validation")),
-                ("tokens", run.tokens),
+                ("train", paths.split("train")),
+                ("validation", paths.split("validation")),
+                ("tokens", paths.tokens),
             )
         },
     }
@@ -125,9 +125,9 @@ def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], where: Path
         raise RequestError(all_problems(headline, problems))
 
 
-def _draw(run: RunPaths) -> None:
+def _draw(paths: RunPaths) -> None:
     """Draw loss.png unless it is newer than the log."""
-    log, picture = run.train_log, run.loss_png
+    log, picture = paths.train_log, paths.loss_png
     if not log.exists() or (picture.exists() and picture.stat().st_mtime >= log.stat().st_mtime):
         return
     from yelp_hpc.training.loss_plot import draw_loss
@@ -140,7 +140,7 @@ def _draw(run: RunPaths) -> None:
 
 def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     """What each rank does: build, restore, train; rank 0 writes the adapter."""
-    run, config = RunPaths(payload["run"]), config_from_dict(payload["config"])
+    paths, config = RunPaths(payload["run"]), config_from_dict(payload["config"])
     import torch
 
     # New names that transformers 5.6 does not have yet.
@@ -150,7 +150,7 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     from yelp_hpc.training.log import truncate_log
 
     world = join_world(config)
-    training = build(run, config, Path(payload["model"]), payload["fingerprint"], world, stop)
+    training = build(paths, config, Path(payload["model"]), payload["fingerprint"], world, stop)
     step = torch.tensor([-1], device=world.device)
     if world.first:
         training.store.sweep()
@@ -164,30 +164,30 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     if world.size > 1:
         torch.distributed.broadcast(step, 0)
     if int(step) >= 0:
-        snapshot = read_checkpoint(run.checkpoint(int(step)))
+        snapshot = read_checkpoint(paths.checkpoint(int(step)))
         # A matrix product may round otherwise with another number of threads.
         torch.set_num_threads(snapshot.state["threads"])
         training.restore(snapshot)
         if world.first:
             print(f"train: going on from step {int(step)}", file=sys.stderr, flush=True)
     if world.first:
-        truncate_log(run, max(int(step), 0), training.progress.pending is not None)
-        training.board = _board(run, config, training)
+        truncate_log(paths, max(int(step), 0), training.progress.pending is not None)
+        training.board = _board(paths, config, training)
     training.run()
     if world.first:
         write_adapter(
-            run.adapter,
+            paths.adapter,
             training.adapter(),
             training.adapter_config,
             step=training.progress.step,
             best=training.progress.best,
             fingerprint=payload["fingerprint"],
         )
-        print(f"train: done, adapter in {run.adapter}", file=sys.stderr, flush=True)
+        print(f"train: done, adapter in {paths.adapter}", file=sys.stderr, flush=True)
 
 
 def build(
-    run: RunPaths,
+    paths: RunPaths,
     config: Config,
     model_path: Path,
     fingerprint: dict[str, Any],
@@ -212,10 +212,10 @@ def build(
     from yelp_hpc.training.loop import Training
 
     settings = config.train
-    tokens = read_json(run.tokens)
-    train, validation = (read_rows(run.split(s), tokens) for s in ("train", "validation"))
+    tokens = read_json(paths.tokens)
+    train, validation = (read_rows(paths.split(s), tokens) for s in ("train", "validation"))
     if not len(train):
-        raise RequestError(f"{run.split('train')} holds no rows")
+        raise RequestError(f"{paths.split('train')} holds no rows")
     plan = DataPlan(
         len(train), settings.global_batch, settings.epochs, config.seed, settings.max_steps
     )
@@ -247,7 +247,7 @@ def build(
         schedule = shape(optimizer, settings.warmup_steps, plan.steps)
     return Training(
         config=config,
-        paths=run,
+        paths=paths,
         world=world,
         model=model,
         dropout=dropout,
@@ -257,7 +257,7 @@ def build(
         plan=plan,
         train=train,
         validation=validation,
-        store=CheckpointStore(run.checkpoints, settings.keep_checkpoints),
+        store=CheckpointStore(paths.checkpoints, settings.keep_checkpoints),
         stop=stop,
         adapter_config=adapter_config(model, config),
         fingerprint=fingerprint,
@@ -295,13 +295,13 @@ def needs_checkpointing(model: Any, config: Config, world: World, tokens: int) -
     return bool(wanted > 0.8 * free)
 
 
-def _board(run: RunPaths, config: Config, training: Training) -> Any:
+def _board(paths: RunPaths, config: Config, training: Training) -> Any:
     if not config.train.tensorboard:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
     # Events of steps that are about to be repeated are hidden.
-    return SummaryWriter(run.train / "tensorboard", purge_step=training.progress.step + 1)
+    return SummaryWriter(paths.train / "tensorboard", purge_step=training.progress.step + 1)
 
 
 def main() -> int:
