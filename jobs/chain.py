@@ -6,13 +6,11 @@ directory and what is live from Slurm; writes RUN/submissions.jsonl, RUN/code an
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from yelp_hpc.config import Config
@@ -24,8 +22,10 @@ from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import local_alive, run_chain
 from yelp_hpc.jobs.progress import stage_done
 from yelp_hpc.jobs.submission import Submission, new_submission, record, records
+from yelp_hpc.progress import plain
+from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.files import read_json, write_failure
+from yelp_hpc.rundir.files import locked, read_json
 from yelp_hpc.rundir.manifest import update_run
 from yelp_hpc.rundir.paths import STAGES, RunPaths
 
@@ -68,7 +68,7 @@ def submit(
     executor: str = "slurm",
     dry_run: bool = False,
     wait: bool = False,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = tell,
 ) -> list[Submission]:
     """Submit what is still to be done of `stage` (or `all`); [] when there is nothing.
 
@@ -87,12 +87,12 @@ def submit(
     if dry_run:
         dry = list(_dry(planned, paths, cluster, executor))
         for submission in dry:
-            print(f"# {submission.name}\n{submission.script}\n$ {submission.command}\n")
+            print(plain(f"# {submission.name}\n{submission.script}\n$ {submission.command}\n"))
         return dry
     if not planned:
         say(f"{stage}: nothing to do, everything is there")
         return []
-    with _lock(paths):
+    with locked(paths.lock("submit")):  # one submission at a time
         live = _live(paths, with_slurm=executor == "slurm")
         _refuse_running(planned, live)
         _refuse_missing(planned, config, paths, live)
@@ -228,23 +228,6 @@ def _refuse_missing(
                 )
 
 
-@contextmanager
-def _lock(paths: RunPaths) -> Iterator[None]:
-    """One submission to a run directory at a time."""
-    path = paths.logs / ".submit.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise RequestError(write_failure(path, error)) from None
-    try:
-        with suppress(OSError):  # a file system without locks: squeue still tells
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[str], None]) -> None:
     """Wait until every job has ended, saying each change of state.
 
@@ -303,5 +286,5 @@ def cancel(run_dir: str | Path) -> list[str]:
         with suppress(ProcessLookupError):
             os.kill(int(job.removeprefix("local-")), signal.SIGTERM)
     for job in alive + local:
-        print(f"cancelled {job}")
+        print(plain(f"cancelled {job}"))
     return alive + local

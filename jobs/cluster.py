@@ -44,8 +44,8 @@ def _no_token(value: str) -> str:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 LocalPath = Annotated[Line, AfterValidator(_absolute)]
-_TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
-_OPTION = re.compile(r"^[a-z][a-z0-9-]*$")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # what the launchers set themselves: a second value in `sbatch:` would silently win over it
 _RESERVED = frozenset(
     {
@@ -57,7 +57,7 @@ _RESERVED = frozenset(
 
 def minutes(text: str) -> int:
     """Minutes of a Slurm time: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`."""
-    match = _TIME.match(text)
+    match = _TIME.fullmatch(text)
     if not match:
         raise ValueError("write it as minutes, H:M:S or D-H:M:S")
     days, *rest = (int(part) if part else 0 for part in match.groups())
@@ -106,7 +106,7 @@ class Resources(Frozen):
     @classmethod
     def _options(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not _OPTION.match(name):
+            if not _OPTION.fullmatch(name):
                 raise ValueError(f"{name!r} is no sbatch option; write it without dashes in front")
             if name in _RESERVED:
                 raise ValueError(f"{name} is set by the launchers and cannot be given here")

@@ -10,6 +10,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.progress import fingerprint, newest, shards_done
+from yelp_hpc.rundir.collected import collected
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -22,7 +23,7 @@ def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
 
 def _up_to_date(config: Config, paths: RunPaths) -> bool:
     shards = config.infer.shards
-    if not paths.metrics.exists() or not paths.report.exists():
+    if not collected(paths):
         return False
     if any(len(shards_done(paths, m, shards)) < shards for m in config.infer.models):
         return False

@@ -18,6 +18,7 @@ from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.submission import Submission, new_submission, record
+from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths, Task
 
@@ -105,7 +106,7 @@ def _copy_new(log: Path, offset: int) -> int:
     with suppress(OSError), log.open("rb") as file:
         file.seek(offset)
         new = file.read()
-        sys.stderr.write(new.decode(errors="replace"))
+        sys.stderr.write(plain(new.decode(errors="replace")))
         sys.stderr.flush()
         return offset + len(new)
     return offset

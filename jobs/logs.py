@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError
+from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -39,6 +40,6 @@ def show_logs(run_dir: str | Path, stage: str | None = None, lines: int = 40) ->
     """Print the end of the log to read first and name the others."""
     first, *others = find_logs(run_dir, stage)
     print(f"==> {first} <==")
-    print("\n".join(first.read_text(errors="replace").splitlines()[-lines:]))
+    print("\n".join(plain(first.read_text(errors="replace")).splitlines()[-lines:]))
     if others:
         print(f"also: {', '.join(path.name for path in others[:8])}")

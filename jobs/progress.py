@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import YelpHpcError
-from yelp_hpc.rundir.files import is_complete, read_json, read_marker
+from yelp_hpc.rundir.collected import collected
+from yelp_hpc.rundir.files import is_complete, read_marker, read_object
 from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -46,8 +47,11 @@ def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[
     `rows_per_second`, `updated` (seconds since the epoch); by shard."""
     found = {}
     for shard in range(shards):
-        with suppress(OSError, ValueError, YelpHpcError):
-            found[shard] = read_json(paths.shard_progress(model, shard, shards))
+        with suppress(YelpHpcError, KeyError, TypeError, ValueError):
+            line = read_object(paths.shard_progress(model, shard, shards))
+            numbers = [float(line[key] or 0) for key in ("rows", "done", "rows_per_second")]
+            if isinstance(line["state"], str) and all(0 <= n < 1e15 for n in numbers):
+                found[shard] = line
     return found
 
 
@@ -59,7 +63,7 @@ def stage_done(paths: RunPaths, stage: str, model: str = "", shards: int = 0) ->
         return trained(paths, careful=False)
     if stage == "infer":
         return len(shards_done(paths, model, shards)) == shards
-    return (paths.metrics if stage == "collect" else paths.published).exists()
+    return collected(paths) if stage == "collect" else paths.published.exists()
 
 
 def fingerprint(paths: RunPaths, stage: str, model: str, task: Task) -> Fingerprint:

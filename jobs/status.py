@@ -21,7 +21,7 @@ from yelp_hpc.jobs.local import local_alive
 from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import records
-from yelp_hpc.progress import clock
+from yelp_hpc.progress import clock, plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_jsonl
@@ -308,7 +308,7 @@ def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False)
             print(json.dumps({**value, "slurm": problem or None}), flush=True)
         else:
             clear = "\x1b[2J\x1b[H" if watch and sys.stdout.isatty() else ""
-            print(f"{clear}{render(lines, problem)}", flush=True)
+            print(f"{clear}{plain(render(lines, problem))}", flush=True)
         if not watch or not any(line.state in ("running", "waiting") for line in lines):
             return
         time.sleep(WATCH_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import time
@@ -16,6 +17,8 @@ from yelp_hpc.jobs.job import Job
 from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import append_jsonl, read_jsonl
 from yelp_hpc.rundir.paths import RunPaths, Task
+
+_JOB = re.compile(r"(local-)?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -64,4 +67,5 @@ def records(paths: RunPaths) -> list[dict[str, Any]]:
         line
         for line in read_jsonl(paths.submissions)
         if all(isinstance(line.get(key), str) for key in ("name", "job", "executor"))
+        and _JOB.fullmatch(line["job"])
     ]

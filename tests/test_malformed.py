@@ -178,6 +178,7 @@ CASES = [
     cluster("train: {gpus: two}\n", "train.gpus", "'two'"),
     cluster('train: {partition: "a\\nb"}\n', "train.partition", "line breaks"),
     cluster("train: {sbatch: {signal: USR1}}\n", "signal", "launchers"),
+    cluster('train: {sbatch: {"wrap\\n": x}}\n', "wrap", "no sbatch option"),
     cluster("train: {sbatch: {--mem: 3G}}\n", "--mem", "dashes"),
     cluster("container: {nv: true}\n", "container.image"),
     cluster("container: {image: a.sif}\ncommand: [x]\n", "container or command"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,26 @@ Item = TypeVar("Item")
 LOG_SECONDS = 5.0
 
 
+_SEQUENCE = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])"
+    r"|\x9b[0-?]*[ -/]*[@-~]"
+)
+"""What a terminal would obey (ECMA-48): colours, cursor moves, titles, links."""
+# C0 but tab and line end, DEL, C1, marks that turn the writing direction, halves of characters
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def plain(text: str) -> str:
+    """`text` of foreign origin without what a terminal would obey instead of show."""
+    text = _SEQUENCE.sub("", text.replace("\r\n", "\n"))
+    return _CONTROL.sub("", text.replace("\r", "\n"))
+
+
 def say(text: str) -> None:
-    """Print one line to standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line to standard error, at once, without control characters."""
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -45,6 +45,7 @@ from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.jobs.slurm import client
 from yelp_hpc.own_files import python_path
+from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import lock_hashes
 from yelp_hpc.rundir.paths import STAGES, RunPaths
@@ -66,7 +67,7 @@ def diagnose(
     config_file: str = "FILE",
     on_node: bool = False,
     wait_seconds: float = 900,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = tell,
 ) -> list[Finding]:
     """Every finding, in the order of the chain: Slurm, this machine, the run, the node, the image.
 

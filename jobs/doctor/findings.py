@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from yelp_hpc.progress import plain
+
 Level = Literal["ok", "warning", "failure"]
 WIDTH = 80
 _COLOURS = {"ok": "32", "warning": "33", "failure": "31"}
@@ -86,7 +88,7 @@ def print_findings(findings: Sequence[Finding], as_json_text: bool = False) -> N
     Exits with 1 when there is a failure.
     """
     if as_json_text:
-        print(json.dumps(as_json(findings), ensure_ascii=False))
+        print(json.dumps(as_json(findings)))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n".join(lines(findings, colour)))
@@ -100,7 +102,7 @@ def lines(findings: Sequence[Finding], colour: bool = False) -> list[str]:
     """
     result = []
     for where in dict.fromkeys(finding.where for finding in findings):
-        result.append(where)
+        result.append(plain(where))
         for finding in findings:
             if finding.where == where:
                 result += _entry(finding, colour)
@@ -130,7 +132,7 @@ def _entry(finding: Finding, colour: bool) -> list[str]:
 
 def _wrap(text: str, indent: str, spare: int = 0) -> list[str]:
     made = textwrap.wrap(
-        " ".join(text.split()),
+        " ".join(plain(text).split()),
         WIDTH - spare,
         initial_indent=indent,
         subsequent_indent=indent,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -32,7 +31,7 @@ from yelp_hpc.image.check import info
 from yelp_hpc.image.file import image_sha256
 from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Hub, Image, Look, Machine, Quota
 from yelp_hpc.own_files import SHARE
-from yelp_hpc.rundir.files import MARKER
+from yelp_hpc.rundir.files import MARKER, parse_json
 from yelp_hpc.rundir.manifest import package_versions
 
 WRITES, RACE_SECONDS = 9, 0.1
@@ -118,7 +117,7 @@ def all_reduced(text: str, problem: str) -> AllReduce:
     """What `all_reduce_argv` found; an image may hold another version, which says more."""
     if problem:
         return AllReduce(problem=problem)
-    known = {k: v for k, v in json.loads(text).items() if k in AllReduce.model_fields}
+    known = {k: v for k, v in parse_json(text).items() if k in AllReduce.model_fields}
     return AllReduce.model_validate(known)
 
 
@@ -386,8 +385,8 @@ def model_problem(path: Path) -> str:
         return "it has no config.json"
     needed = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
     for index in [name for name in names if name.endswith(".index.json")]:
-        with suppress(ValueError, OSError, KeyError):
-            needed += sorted(set(json.loads((path / index).read_text())["weight_map"].values()))
+        with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
+            needed += sorted(set(parse_json((path / index).read_bytes())["weight_map"].values()))
     missing = [name for name in dict.fromkeys(needed) if not names.get(name)]
     if not needed:
         return "it has no weights (*.safetensors or *.bin)"
@@ -404,7 +403,7 @@ def data_columns(path: Path) -> list[str] | None:
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8", errors="replace") as file:
             with suppress(ValueError):
-                record = json.loads(file.readline())
+                record = parse_json(file.readline())
                 return list(record) if isinstance(record, dict) else []
             return []
     return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.jobs.doctor.accounts import clock, qos_in_force
 from yelp_hpc.jobs.doctor.findings import listed
 from yelp_hpc.jobs.site.slurm_facts import Node, Partition, SlurmFacts, ask_slurm
+from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import write_bytes
 
 DAY = 24 * 60
@@ -257,7 +257,7 @@ def init(
     cluster: Path,
     config: Path,
     force: bool = False,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = tell,
 ) -> None:
     """Ask Slurm and write both files.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +17,12 @@ from yelp_hpc.rundir.files import (
     append_jsonl,
     damaged_files,
     is_complete,
+    locked,
+    parse_json,
     read_jsonl,
+    sweep,
+    sync_directory,
+    temporary_name,
     write_bytes,
     write_json,
     write_marker,
@@ -87,3 +95,130 @@ def test_concurrent_appends_do_not_mix_and_torn_lines_are_left_out(tmp_path: Pat
     records = read_jsonl(path)
     assert len(records) == 200
     assert {(r["writer"], r["i"]) for r in records} == {(w, i) for w in range(4) for i in range(50)}
+
+
+def test_a_torn_tail_is_healed_before_the_next_record(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, {"n": 1})
+    with path.open("a") as file:
+        file.write('{"n": 2, "text": "half of')
+    append_jsonl(path, {"n": 3})
+    append_jsonl(path, {"n": 4})
+    assert [record["n"] for record in read_jsonl(path)] == [1, 3, 4]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_record_that_a_full_disk_does_not_take_is_named_and_harms_no_other(
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+    try:
+        path = disk / "log.jsonl"
+        append_jsonl(path, {"job": "1"})
+        filler = disk / "filler"
+        with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+        with pytest.raises(StageError, match=r"No space left.*not kept.*\"job\": \"2\""):
+            append_jsonl(path, {"job": "2", "pad": "x" * 20_000})
+        filler.unlink()
+        append_jsonl(path, {"job": "3"})
+        assert [record["job"] for record in read_jsonl(path)] == ["1", "3"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_only_the_temporaries_of_dead_writers_are_swept(tmp_path: Path) -> None:
+    code = f"import sys; sys.path[:0] = {sys.path!r}\nfrom pathlib import Path\n"
+    code += "from yelp_hpc.rundir.files import temporary_name\n"
+    code += f"print(temporary_name(Path({str(tmp_path / 'a.json')!r})))"
+    dead = Path(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
+    other = tmp_path / f".a.json.another-host.{os.getpid()}.tmp"
+    kept = [temporary_name(tmp_path / "a.json"), other, tmp_path / ".tmp", tmp_path / "a.tmp"]
+    old = [tmp_path / ".b.json.another-host.77.tmp", tmp_path / ".c.json.99999.tmp"]
+    for path in [dead, *kept, *old]:
+        path.write_text("x")
+    for path in old:
+        os.utime(path, (1.0, 1.0))
+    folder = tmp_path / dead.name.replace("a.json", "step-1")
+    (folder / "inner").mkdir(parents=True)
+    sweep(tmp_path, tmp_path / "not there")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert socket.gethostname().partition(".")[0] in dead.name
+
+
+def test_a_lock_is_held_by_one_writer_where_the_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    count = tmp_path / "count"
+    count.write_text("0")
+
+    def add() -> None:
+        for _ in range(20):
+            with locked(tmp_path / "lock"):
+                count.write_text(str(int(count.read_text()) + 1))
+
+    threads = [threading.Thread(target=add) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert count.read_text() == "60"
+    assert not (tmp_path / "lock.held").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)]
+)
+def test_a_folder_that_cannot_be_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").resolve() == tmp_path:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if passes:
+        sync_directory(tmp_path)
+    else:
+        with pytest.raises(StageError, match="holds its new content, but") as caught:
+            write_bytes(tmp_path / "file", b"new")
+        assert "Nothing was overwritten" not in str(caught.value)
+        assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret", "a/../../secret", "", "a\nb"])
+def test_a_marker_that_names_a_file_elsewhere_covers_nothing(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / "complete.json", {"files": {name: "0" * 64}})
+    assert len(damaged_files(tmp_path)) == 1 and not is_complete(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 1_000_000, "nested too deeply"),
+        ('{"a":' * 1_000_000, "nested too deeply"),
+        ("1e309", "too large"),
+        ("-1e999", "too large"),
+        ("[NaN]", "NaN"),
+        ("Infinity", "Infinity"),
+        ("9" * 400, "too large"),
+        ("", "Expecting value"),
+        (b"\xff\xfe\x00", "codec"),
+    ],
+    ids=range(9),
+)
+def test_json_that_no_reader_should_meet_is_a_value_error(text: str | bytes, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_json(text)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.progress import plain
+
 IMAGE = click.argument(
     "image", default="yelp_hpc.sif", type=click.Path(path_type=Path, dir_okay=False)
 )
@@ -77,4 +79,4 @@ def info(image: Path, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     for name, value in found.items():
-        click.echo(f"{name:<12} {value}")
+        click.echo(plain(f"{name:<12} {value}"))

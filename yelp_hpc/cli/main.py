@@ -24,6 +24,7 @@ from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.record import export, reproduce, verify
 from yelp_hpc.cli.site import doctor, init
 from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.progress import plain
 from yelp_hpc.rundir.paths import MODELS, STAGES
 
 
@@ -256,7 +257,7 @@ def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> 
     rows = [(key, value_of(key), loaded.origin.get(key, "default")) for key in dotted_keys(Config)]
     widths = [min(48, max(len(row[i]) for row in rows)) for i in (0, 1)]
     for key, value, origin in rows:
-        click.echo(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+        click.echo(plain(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}"))
 
 
 @cli.command()
@@ -323,7 +324,7 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE)
     except YelpHpcError as error:
-        click.echo(f"{error}", err=True)
+        click.echo(plain(str(error)), err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         click.echo(interrupted(sys.argv[1:]), err=True)

@@ -11,6 +11,7 @@ import click
 
 from yelp_hpc.cli.completion import complete_cards
 from yelp_hpc.cli.options import JSON, SET
+from yelp_hpc.progress import plain
 
 if TYPE_CHECKING:
     from yelp_hpc.config import Config
@@ -173,7 +174,7 @@ def _show(found: Forecast, happened: Happened | None, as_json: bool) -> None:
     from yelp_hpc.forecast.page import comparison, comparison_page, page
 
     if happened is None:
-        click.echo(json.dumps(asdict(found)) if as_json else page(found))
+        click.echo(json.dumps(asdict(found)) if as_json else plain(page(found)))
     elif as_json:
         rows: list[dict[str, Any]] = [
             {"what": what, "forecast": before, "happened": after}
@@ -181,4 +182,4 @@ def _show(found: Forecast, happened: Happened | None, as_json: bool) -> None:
         ]
         click.echo(json.dumps({"rows": rows, "restarts": happened.restarts}))
     else:
-        click.echo(comparison_page(found, happened))
+        click.echo(plain(comparison_page(found, happened)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from yelp_hpc.cli.options import RUN
+from yelp_hpc.progress import plain
 
 
 @click.command()
@@ -66,7 +67,7 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
     if not compare:
         prepared = again.reproduce(source, run_dir)
         for warning in prepared.warnings:
-            click.echo(f"warning: {warning}", err=True)
+            click.echo(plain(f"warning: {warning}"), err=True)
         click.echo(prepared.command)
         return
     root = Path(source)
@@ -76,4 +77,4 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
     if not found.identical:
         problems = [*found.differences, *found.missing]
         raise StageError(all_problems(f"{second.root} differs from {first.root}:", problems))
-    click.echo("the same: " + ", ".join(found.same))
+    click.echo(plain("the same: " + ", ".join(found.same)))

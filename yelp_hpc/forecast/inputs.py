@@ -5,7 +5,6 @@ Reads a model's config.json, a run's `prepare/` or the configured source; import
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -18,7 +17,7 @@ from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
 from yelp_hpc.forecast.forecast import Lengths
 from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape
-from yelp_hpc.rundir.files import read_json
+from yelp_hpc.rundir.files import parse_json, read_json
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
 
 # English prose in a tokenizer of 50,000 or more entries; a rule of thumb for what is not prepared.
@@ -39,8 +38,8 @@ def read_shape(config: Config) -> ModelShape:
         file = folder / "config.json"
         if file.is_file():
             try:
-                values = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                values = parse_json(file.read_bytes())
+            except (ValueError, OSError) as error:
                 raise RequestError(f"{file} is not JSON: {error}") from None
             if not isinstance(values, dict):
                 raise RequestError(f"{file} is not a JSON object")

@@ -6,13 +6,12 @@ Host side; reads and changes .sif files, writes `.NAME.sha256.json` beside them.
 
 from __future__ import annotations
 
-import json
 import struct
 from contextlib import suppress
 from pathlib import Path
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.files import sha256_file, write_json
+from yelp_hpc.rundir.files import parse_json, sha256_file, write_json
 
 EPOCH = 315532800
 """1980-01-01, the time of everything in an image (seconds since 1970)."""
@@ -31,7 +30,7 @@ def image_sha256(image: Path) -> str:
         stat = image.stat()
         key = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         with suppress(OSError, ValueError, AttributeError):
-            known = json.loads(memo.read_text())
+            known = parse_json(memo.read_bytes())
             if {name: known.get(name) for name in key} == key and len(known["sha256"]) == 64:
                 return str(known["sha256"])
         digest = sha256_file(image)

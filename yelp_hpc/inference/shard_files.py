@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-_PART = re.compile(r"part-(\d{5})-(\d{5})-([0-9a-f]{16})\.parquet$")
+_PART = re.compile(r"part-(\d{5})-(\d{5})-([0-9a-f]{16})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -154,14 +154,14 @@ def parts_of(folder: Path) -> dict[int, list[Path]]:
     """The parts in a folder by window, in the order of their batches; nothing is opened."""
     found: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("part-*.parquet")):
-        if match := _PART.match(path.name):
+        if match := _PART.fullmatch(path.name):
             found.setdefault(int(match[1]), []).append(path)
     return found
 
 
 def damage_of_part(path: Path, identity: str) -> str | None:
     """Why a part cannot be used; None when it can."""
-    match = _PART.match(path.name)
+    match = _PART.fullmatch(path.name)
     if match is None or sha256_file(path)[:16] != match[3]:
         return "torn or altered (its SHA-256 is not the one in its name)"
     found = provenance_of(pq.read_schema(path)).get("identity")

@@ -8,22 +8,24 @@ torch, and nothing runs code of the folder.
 
 from __future__ import annotations
 
-import json
 import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.rundir.files import parse_json
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors format itself."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises RequestError if the file is missing, torn or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise RequestError(f"{path.parent} is no model folder: {path.name} is missing") from None
     except (OSError, ValueError) as error:
@@ -150,7 +152,12 @@ def _safetensors_damage(path: Path) -> str | None:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length + 8 > size:
             return f"truncated: {size} bytes"
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if length > LONGEST_HEADER:
+            return f"no safetensors file: its header would have {length} bytes"
+        header = parse_json(file.read(length))
+    try:
+        ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError):
+        return "its header is not that of a safetensors file"
     expected = 8 + length + max(ends, default=0)
     return None if size == expected else f"{size} bytes instead of {expected}"

@@ -281,7 +281,7 @@ def verdict(failed: list[tuple[_Rank, int]]) -> YelpHpcError:
 def _report(path: Path) -> dict[str, Any] | None:
     try:
         report = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) else None
 

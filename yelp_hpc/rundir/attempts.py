@@ -7,7 +7,6 @@ it ran, and nothing is appended to by two nodes at once.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -15,8 +14,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from yelp_hpc.rundir.files import write_json
+from yelp_hpc.errors import StageError
+from yelp_hpc.rundir.files import read_object, write_json
 from yelp_hpc.rundir.paths import RunPaths, Task
+
+_LATEST = 1e11  # seconds since 1970 that a date can still be made of
 
 
 @dataclass
@@ -75,8 +77,8 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
     folder = paths.attempts / name
     found = []
     for path in folder.glob(f"{job}-*.json" if job else "*.json") if folder.is_dir() else ():
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            values = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError, AttributeError, StageError):
+            values = read_object(path)
             attempt = Attempt(task=task_of(values.pop("shards", "")), **values)
             if not _plausible(attempt):
                 continue
@@ -88,10 +90,13 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
 
 def _plausible(attempt: Attempt) -> bool:
     """Whether the numbers are numbers: a damaged record must not take the table away."""
-    numbers = (attempt.started, attempt.restart, attempt.gpus, attempt.lost, attempt.ended or 0.0)
-    texts = (attempt.name, attempt.job, attempt.verdict, attempt.reason)
-    return all(isinstance(n, int | float) for n in numbers) and all(
-        isinstance(text, str) for text in texts
+    whole = (attempt.restart, attempt.gpus, attempt.pid, attempt.stalled)
+    times = (attempt.started, attempt.lost, attempt.ended or 0.0)
+    texts = (attempt.name, attempt.job, attempt.node, attempt.verdict, attempt.reason)
+    return (
+        all(isinstance(n, int) for n in whole)
+        and all(isinstance(n, int | float) and 0 <= n < _LATEST for n in (*whole, *times))
+        and all(isinstance(text, str) for text in (*texts, attempt.before))
     )
 
 

@@ -1,23 +1,41 @@
-"""Files that are whole or absent: atomic writes, hashes and completion markers.
+"""Files that are whole or absent: atomic writes, hashes, completion markers, one reader of JSON.
 
 Every file is written beside itself, flushed to disk and renamed. A directory is complete when its
-marker, written last and holding the SHA-256 of what it covers, is there.
+marker, written last and holding the SHA-256 of what it covers, is there. A temporary file's name
+says who writes it, so that those of killed writers are known and swept.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from yelp_hpc.errors import StageError
 
 MARKER = "complete.json"
+TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOTALL)
+"""`.NAME.HOST.PID.tmp`; see `temporary_name`."""
+_DAY = 86_400.0
+_NOT_FLUSHABLE = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
+"""What some network file systems answer when a folder is to be flushed."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
+
+
+def temporary_name(path: Path) -> Path:
+    """The name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -28,40 +46,156 @@ def atomic_path(path: Path) -> Iterator[Path]:
     raises, `path` keeps its old content and the temporary file is removed.
 
     Raises:
-        StageError: the disk is full, the quota is used up or the folder cannot be written.
+        StageError: the disk is full, the quota is used up or the folder cannot be written; the
+            message says what is at `path` now.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
+    written = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        written = True
         temporary.replace(path)
-        sync_directory(path.parent)
     except OSError as error:
-        raise StageError(write_failure(path, error)) from error
+        # a network file system may have renamed the file and lost the answer
+        replaced = written and not os.path.lexists(temporary) and os.path.lexists(path)
+        raise StageError(write_failure(path, error, replaced)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    try:
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StageError(write_failure(path, error, replaced=True)) from error
 
 
-def write_failure(path: Path, error: OSError) -> str:
-    """A sentence for a failed write: what, where and what to do."""
+def write_failure(path: Path, error: OSError, replaced: bool = False) -> str:
+    """A sentence for a failed write: what, where, what is there now and what to do.
+
+    Args:
+        replaced: the new content stands at `path` already, but it may not be on the disk.
+    """
+    why = error.strerror or error
+    if replaced:
+        return (
+            f"{path} holds its new content, but it could not be flushed to disk: {why}. A crash of "
+            "the machine may undo it; run the same command again."
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"cannot write {path}: {error.strerror}. Nothing was overwritten; free some space "
+            f"cannot write {path}: {why}. Nothing was overwritten; free some space "
             "(or quota) and run the same command again."
         )
-    return f"cannot write {path}: {error.strerror or error}. Nothing was overwritten."
+    return f"cannot write {path}: {why}. Nothing was overwritten."
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a crash of the node."""
+    """Flush a directory's entries, so that a rename survives a crash of the node.
+
+    Some network file systems cannot flush a folder, and say EINVAL: that is let pass.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FLUSHABLE:
+            raise
     finally:
         os.close(descriptor)
+
+
+def sweep(*folders: Path) -> None:
+    """Remove what killed writers left in `folders` (not below them).
+
+    A temporary goes when its writer is surely dead: a process of this machine that is gone, or one
+    of any machine that has not touched it for a day.
+    """
+    for folder in folders:
+        try:
+            paths = list(folder.iterdir())
+        except OSError:
+            continue
+        for path in paths:
+            match = TEMPORARY.fullmatch(path.name)
+            if match and _abandoned(path, match):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _abandoned(path: Path, writer: re.Match[str] | None) -> bool:
+    """Whether the process that `writer` names, see `TEMPORARY`, is surely gone."""
+    if writer and writer["host"] == _host() and int(writer["pid"]) != os.getpid():
+        try:
+            os.kill(int(writer["pid"]), 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except OSError:
+            pass  # somebody else's, and alive
+    with suppress(OSError):
+        return time.time() - path.lstat().st_mtime > _DAY
+    return False
+
+
+def _host() -> str:
+    """This machine's name as a part of a file's name."""
+    return re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which stays; others wait.
+
+    On a file system without locks the file `path`.held, which only one can make, stands in; that
+    of a dead writer is taken over.
+
+    Raises:
+        StageError: the lock file cannot be made.
+    """
+    held = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StageError(write_failure(path, error)) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise StageError(f"cannot lock {path}: {error.strerror}") from error
+            held = _hold(path.with_name(f"{path.name}.held"))
+        yield
+    finally:
+        os.close(descriptor)
+        if held is not None:
+            held.unlink(missing_ok=True)
+
+
+def _hold(path: Path) -> Path:
+    while True:
+        try:
+            with path.open("x") as file:
+                file.write(f".lock.{_host()}.{os.getpid()}.tmp")
+            return path
+        except FileExistsError:
+            with suppress(OSError):
+                writer = TEMPORARY.fullmatch(path.read_text(errors="replace"))
+                if _abandoned(path, writer):
+                    path.unlink()
+                    continue
+            time.sleep(0.05)
+        except OSError as error:
+            raise StageError(write_failure(path, error)) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -72,47 +206,127 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON: what `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text from a file that anybody may have changed.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply for a reader, or holds a number that no
+            float can (1e309, NaN, an integer of 400 digits).
+    """
+    try:
+        return json.loads(
+            text, parse_float=_finite_float, parse_int=_finite_int, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _finite_int(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"the number {text[:20]}… is too large")
+    return int(text)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read JSON; see `parse_json` for what is refused.
 
     Raises:
         StageError: the file is missing or torn.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise StageError(f"{path} is missing") from error
     except (ValueError, OSError) as error:
         raise StageError(f"{path} cannot be read as JSON: {error}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises `StageError` as `read_json` does, and for any other value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise StageError(f"{path} holds no JSON object")
+    return value
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record with a single write, so that concurrent writers do not mix lines."""
+    """Append one record whole: a line end first where a killed writer left a torn line.
+
+    Raises:
+        StageError: the record could not be kept; the message says which.
+    """
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            os.write(descriptor, line)
-            os.fsync(descriptor)
+            alone = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # given back when the file is closed
+            except OSError:
+                alone = False
+            end = os.lseek(descriptor, 0, os.SEEK_END)
+            if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                line = b"\n" + line
+            try:
+                _write_all(descriptor, line)
+                os.fsync(descriptor)
+            except OSError:
+                if alone:  # nobody has written behind it
+                    with suppress(OSError):
+                        os.ftruncate(descriptor, end)
+                raise
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StageError(write_failure(path, error)) from error
+        shown = json.dumps(record, ensure_ascii=True)
+        raise StageError(
+            f"cannot append to {path}: {error.strerror or error}. This record is not kept: "
+            f"{shown[:300]}{'…' if len(shown) > 300 else ''}"
+        ) from error
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """Write all of it: a disk that fills up takes a part first and says so at the next call."""
+    rest = memoryview(content)
+    while rest:
+        count = os.write(descriptor, rest)
+        if not count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest = rest[count:]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a JSON-lines file; a torn line is left out, no file gives []."""
-    if not path.exists():
-        return []
     records = []
-    for line in path.read_bytes().splitlines():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StageError(f"{path} cannot be read: {error.strerror}") from error
+    for line in lines:
         with suppress(ValueError):
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict):
                 records.append(record)
     return records
@@ -131,12 +345,21 @@ def write_marker(folder: Path, names: list[str], **extra: Any) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """The marker of `folder`, or None when there is none or it is torn."""
+    """The marker of `folder`, or None when there is none, it is torn or names a file elsewhere."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        marker = read_object(folder / MARKER)
+    except StageError:
         return None
-    return marker if isinstance(marker, dict) and isinstance(marker.get("files"), dict) else None
+    files = marker.get("files")
+    if not isinstance(files, dict) or any(_leads_out(name) for name in files):
+        return None
+    return marker if all(isinstance(digest, str) for digest in files.values()) else None
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a marker's name is not that of a file below its folder."""
+    path = PurePath(name)
+    return not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable()
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -146,7 +369,7 @@ def damaged_files(folder: Path) -> list[str]:
     """
     marker = read_marker(folder)
     if marker is None:
-        return [f"{folder / MARKER} is missing or torn"]
+        return [f"{folder / MARKER} is missing or torn (or names a file outside of its folder)"]
     problems = []
     for name, digest in marker["files"].items():
         path = folder / name

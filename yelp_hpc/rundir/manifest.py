@@ -20,7 +20,7 @@ from yelp_hpc import __version__
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE
-from yelp_hpc.rundir.files import read_json, write_json
+from yelp_hpc.rundir.files import locked, read_json, read_object, sweep, write_json
 from yelp_hpc.rundir.paths import RunPaths
 
 PACKAGES = (
@@ -50,12 +50,15 @@ def load_run(root: str | Path) -> tuple[RunPaths, Config]:
 def record_run(root: str | Path, loaded: LoadedConfig, file: str, overrides: list[str]) -> RunPaths:
     """Write run.json, or check that the one that is there asks for the same.
 
+    Sweeps what killed writers left in the run directory's top.
+
     Raises:
         RequestError: the run directory was made with another configuration; each differing key is
             named with both values.
     """
     run = RunPaths(Path(root).resolve())
     resolved = absolute_paths(loaded.config).model_dump(mode="json")
+    sweep(run.root)
     if run.run_json.exists():
         existing = read_json(run.run_json)
         try:
@@ -77,7 +80,7 @@ def record_run(root: str | Path, loaded: LoadedConfig, file: str, overrides: lis
             )
         if before.get("publish") != resolved["publish"]:
             existing["config"]["resolved"]["publish"] = resolved["publish"]
-            write_json(run.run_json, existing)
+            update_run(run, config=existing["config"])
         return run
     write_json(
         run.run_json,
@@ -103,8 +106,9 @@ def record_run(root: str | Path, loaded: LoadedConfig, file: str, overrides: lis
 
 
 def update_run(run: RunPaths, **sections: Any) -> None:
-    """Replace top-level sections of run.json."""
-    write_json(run.run_json, {**read_json(run.run_json), **sections})
+    """Replace top-level sections of run.json; two writers wait for each other."""
+    with locked(run.lock("run.json")):
+        write_json(run.run_json, {**read_object(run.run_json), **sections})
 
 
 def absolute_paths(config: Config) -> Config:

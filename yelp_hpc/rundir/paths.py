@@ -13,8 +13,8 @@ SPLITS = ("train", "validation", "test")
 Task = tuple[int, ...]
 """The shards of one array task; () for a job without shards."""
 
-_SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)\.parquet$")
-_CHECKPOINT_NAME = re.compile(r"step-(\d+)$")
+_SHARD_NAME = re.compile(r"shard-(\d+)-of-(\d+)\.parquet")
+_CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class RunPaths:
     @property
     def logs(self) -> Path:
         return self.root / "logs"
+
+    def lock(self, name: str) -> Path:
+        """The lock file of what only one process may change at a time."""
+        return self.logs / f".{name}.lock"
 
     @property
     def attempts(self) -> Path:
@@ -131,11 +135,11 @@ class RunPaths:
 
 def shard_of(path: Path) -> tuple[int, int] | None:
     """`(shard, shards)` of a shard's file name, or None for any other file."""
-    match = _SHARD_NAME.match(path.name)
+    match = _SHARD_NAME.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def step_of(path: Path) -> int | None:
     """The step of a checkpoint directory's name, or None for any other name."""
-    match = _CHECKPOINT_NAME.match(path.name)
+    match = _CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match else None

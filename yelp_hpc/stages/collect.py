@@ -44,7 +44,8 @@ from yelp_hpc.evaluation.significance import (
     paired_statistics,
 )
 from yelp_hpc.progress import say
-from yelp_hpc.rundir.files import write_bytes, write_json
+from yelp_hpc.rundir.collected import write_collected
+from yelp_hpc.rundir.files import sweep
 from yelp_hpc.rundir.paths import RunPaths
 
 REPORT = {
@@ -158,11 +159,11 @@ def collect(paths: RunPaths, config: Config) -> dict[str, Any]:
     """
     from yelp_hpc.evaluation.report import report_page
 
+    sweep(paths.root)
     metrics, counted = measure(paths, config)
     examples = {name: examples_of(paths, counting) for name, counting in counted.items()}
     page = report_page(paths, metrics, examples)
-    write_json(paths.metrics, metrics)
-    write_bytes(paths.report, page.encode())
+    write_collected(paths, metrics, page)
     return metrics
 
 

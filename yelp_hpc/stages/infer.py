@@ -45,6 +45,7 @@ from yelp_hpc.rundir.files import (
     read_json,
     read_marker,
     sha256_file,
+    sweep,
     write_json,
 )
 from yelp_hpc.rundir.paths import RunPaths
@@ -76,6 +77,7 @@ def run(
     lengths = read_lengths(paths.split("test"))
     plan = plan_shards(lengths, shards)
     wanted = range(shards) if shard is None else [shard]
+    sweep(paths.predictions(model), paths.shard_progress(model, 0, shards).parent)
     unfinished = [k for k in wanted if not _is_finished(paths, model, k, plan, provenance)]
     if not unfinished:
         what = "all shards are" if shard is None else f"shard {shard} is"
@@ -159,6 +161,8 @@ def _is_finished(
     damage = damage_of_shard(path, row_ids, provenance.identity)
     if damage:
         say(f"infer {model}: {path.name} is made again: {damage}")
+    else:  # a kill may have come between the shard and the end of its parts
+        shutil.rmtree(paths.partial(model, shard, len(plan)), ignore_errors=True)
     return damage is None
 
 
@@ -190,6 +194,7 @@ class _Shard:
     def finish(self, lengths: Sequence[int], predictor: Callable[[], Predictor]) -> None:
         """Predict what is not predicted yet and write the shard's file."""
         windows = plan_windows(lengths, self.rows, self.window_tokens)
+        sweep(self.folder)
         found = self._usable_parts()
         counts = [read_parts(found.get(w, [])).num_rows for w in range(len(windows))]
         pending = [w for w, rows in enumerate(windows) if counts[w] < len(rows)]

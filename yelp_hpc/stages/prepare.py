@@ -16,7 +16,7 @@ from yelp_hpc.data.prompt import Prompt, common_prefix
 from yelp_hpc.data.sampling import duplicates, split_rows
 from yelp_hpc.data.sources import Row, read_source
 from yelp_hpc.progress import say, track
-from yelp_hpc.rundir.files import damaged_files, read_marker, write_json, write_marker
+from yelp_hpc.rundir.files import damaged_files, read_marker, sweep, write_json, write_marker
 from yelp_hpc.rundir.manifest import update_run
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
 
@@ -30,6 +30,7 @@ def run(paths: RunPaths, config: Config) -> None:
         RequestError: the source or the prompt cannot be used; every faulty row is named.
         StageError: a download or a write failed.
     """
+    sweep(paths.prepare, paths.root)
     if paths.prepare.exists():
         problems = damaged_files(paths.prepare)
         if not problems:
@@ -90,9 +91,6 @@ def run(paths: RunPaths, config: Config) -> None:
         "duplicates": twins,
         "fingerprint": _fingerprint(tables),
     }
-    write_marker(
-        paths.prepare, [*names, paths.dataset_info.name, paths.tokens.name], summary=summary
-    )
     update_run(
         paths,
         data=summary,
@@ -103,6 +101,9 @@ def run(paths: RunPaths, config: Config) -> None:
             "fingerprint": folder_fingerprint(folder),
         },
     )
+    # last: who finds it finds run.json filled in too
+    covered = [*names, paths.dataset_info.name, paths.tokens.name]
+    write_marker(paths.prepare, covered, summary=summary)
     counts = ", ".join(f"{count} {name}" for name, count in summary["rows"].items())
     mean = sum(summary["tokens"].values()) / sum(summary["rows"].values())
     say(f"prepare: {counts} rows, {mean:.0f} tokens each, {len(prefix)} of them shared by all")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,11 +17,20 @@ from typing import Any
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
-from yelp_hpc.progress import say
+from yelp_hpc.progress import plain, say
 from yelp_hpc.publishing.card import GpuHours, base_model_id, model_card
 from yelp_hpc.publishing.hub import Backoff, HubFile, Published, Target, publish_files
 from yelp_hpc.publishing.token import Token, find_token, redact
-from yelp_hpc.rundir.files import MARKER, damaged_files, read_json, read_marker, write_json
+from yelp_hpc.rundir.files import (
+    MARKER,
+    damaged_files,
+    read_json,
+    read_marker,
+    remove,
+    sweep,
+    temporary_name,
+    write_json,
+)
 from yelp_hpc.rundir.paths import RunPaths
 
 TOKENIZER_FILES = (
@@ -47,6 +55,8 @@ def run(
         StageError: an earlier stage is not done, or the Hub keeps failing.
     """
     publish = config.publish
+    if not dry_run:
+        sweep(paths.root)
     if publish.repo_id is None and not dry_run:
         say("publish: publish.repo_id is not set, so nothing is published")
         if not paths.published.exists():
@@ -61,7 +71,7 @@ def run(
     with ExitStack() as stack:
         files = collect_files(paths, config, stack)
         if dry_run:
-            print(preview(config, files), flush=True)
+            print(plain(preview(config, files)), flush=True)
             return
         assert publish.repo_id is not None
         target = Target(publish.repo_id, publish.private, publish.branch, publish.pull_request)
@@ -113,9 +123,9 @@ def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[Hub
         from yelp_hpc.publishing.export import export_merged
 
         # Beside the run: as large as the base model, and node-local disks often are not.
-        scratch = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix=".merged-", dir=paths.root))
-        )
+        scratch = temporary_name(paths.root / "merged")
+        stack.callback(remove, scratch)
+        scratch.mkdir()
         merged = scratch / "model"
         export_merged(paths, config, merged)
         content |= {p.name: p for p in merged.iterdir() if p.is_file() and p.name != MARKER}

@@ -19,7 +19,14 @@ from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.ranks.launch import launch
 from yelp_hpc.ranks.rank import StopRequest, run_rank
-from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl, read_marker, sha256_file
+from yelp_hpc.rundir.files import (
+    is_complete,
+    read_json,
+    read_jsonl,
+    read_marker,
+    sha256_file,
+    sweep,
+)
 from yelp_hpc.rundir.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -50,6 +57,7 @@ def run(paths: RunPaths, config: Config) -> None:
         SavedForRequeue: asked to stop by a signal or a deadline; the state is saved.
     """
     check_request(paths, config)
+    sweep(paths.root, paths.train, paths.adapter, paths.checkpoints)
     fingerprint = training_fingerprint(paths, config)
     if is_complete(paths.adapter):
         marker = read_marker(paths.adapter) or {}

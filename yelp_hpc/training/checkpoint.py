@@ -26,6 +26,7 @@ from yelp_hpc.rundir.files import (
     damaged_files,
     read_json,
     sync_directory,
+    temporary_name,
     write_bytes,
     write_failure,
     write_json,
@@ -200,7 +201,7 @@ class CheckpointStore:
     def _write(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
         target = self.folder / f"step-{snapshot.step:06d}"
-        temporary = self.folder / f".{target.name}.{os.getpid()}.tmp"
+        temporary = temporary_name(target)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

@@ -1,0 +1,37 @@
+"""metrics.json and report.html as one result: the page names the metrics that it shows.
+
+collect writes the page first and the metrics last. When it was killed in between, the page's last
+line names other metrics than those that are there, so that nobody takes the pair for finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import suppress
+
+from yelp_hpc.rundir.files import json_bytes, sha256_file, write_bytes
+from yelp_hpc.rundir.paths import RunPaths
+
+_SIGN = re.compile(rb"<!-- of metrics\.json sha256:([0-9a-f]{64}) -->\s*$")
+_END = 200  # bytes of a page that hold its last line
+
+
+def write_collected(paths: RunPaths, metrics: object, page: str) -> None:
+    """Write report.html, then metrics.json. Raises `StageError` as `write_bytes` does."""
+    content = json_bytes(metrics)
+    sign = f"<!-- of metrics.json sha256:{hashlib.sha256(content).hexdigest()} -->\n"
+    write_bytes(paths.report, f"{page.rstrip()}\n{sign}".encode())
+    write_bytes(paths.metrics, content)
+
+
+def collected(paths: RunPaths) -> bool:
+    """Whether both are there and belong together; pages without a sign are taken at their word."""
+    with suppress(OSError):
+        with paths.report.open("rb") as file:
+            file.seek(max(0, paths.report.stat().st_size - _END))
+            sign = _SIGN.search(file.read())
+        return paths.metrics.is_file() and (
+            sign is None or sign[1].decode() == sha256_file(paths.metrics)
+        )
+    return False
