@@ -1,4 +1,4 @@
-"""What starting a stage in the image costs against bare: python -m benchmarks.image_start IMAGE
+"""What starting a stage in the image costs against bare: `python -m benchmarks.image_start IMAGE`.
 
 Starts the same Python work bare and in the image, in turn, and prints the median seconds of each:
 the command line alone, and what a training stage imports. The image must hold the same packages as

@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     sequences, prefix = load_sequences(args)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     per_token = flops_per_token(model)
     lora = LoraConfig(
         r=8,
@@ -123,9 +123,7 @@ def parse() -> argparse.Namespace:
 
 
 def load_sequences(args: argparse.Namespace) -> tuple[list[list[int]], int]:
-    """Training sequences (prompt and answer) of at most 1024 tokens, and their shared prefix's
-    length.
-    """
+    """Training sequences (prompt and answer) of at most 1024 tokens; the length they share."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if args.reviews is None:
         dice = random.Random(1)
@@ -202,10 +200,10 @@ def count(config: Any, batch: PackedBatch, *, train: bool) -> float:
     attention = 4 * layers * heads * head_dim * pairs
     vocabulary = 2 * kept * hidden * (config.vocab_size if train else 5)
     if not train:
-        return 2 * forward + attention + vocabulary
+        return float(2 * forward + attention + vocabulary)
     # Nothing before the first layer's q/k/v is trained, so no gradient goes through them.
     backward = forward - total * qkv
-    return 2 * (forward + backward) + 3 * attention + 2 * vocabulary
+    return float(2 * (forward + backward) + 3 * attention + 2 * vocabulary)
 
 
 def rate(call: Any, operations: float, seconds: float = 0.3) -> float:

@@ -112,7 +112,7 @@ def install_peer(venv: Path) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraint:
         constraint.write(TORCH + "\n")
         constraint.flush()
-        pip = [python, "-m", "pip"]
+        pip = [str(python), "-m", "pip"]
         subprocess.run([*pip, "install", "-q", "-c", constraint.name, TORCH, *PEER], check=True)
     # The registry's builds of these do not load beside a CPU torch and break `import transformers`;
     # the worker puts an empty torchaudio in place.
@@ -260,8 +260,7 @@ def peer_worker(request: dict[str, Any]) -> None:
     from transformers import Trainer, TrainerCallback
 
     def hand_over(**message: Any) -> None:
-        """Say this and halt until it is the peer's turn again: whatever it did
-        meanwhile would run beside our step."""
+        """Say this and halt until our turn; what it did meanwhile would run beside our step."""
         print("@" + json.dumps(message), flush=True)
         if not sys.stdin.readline():
             os._exit(1)  # the other side is gone
@@ -275,9 +274,9 @@ def peer_worker(request: dict[str, Any]) -> None:
             taken.append(index[tuple(ids[mask.bool()].tolist())])
         return training_step(trainer, model, inputs, *rest, **named)
 
-    Trainer.training_step = recorded
+    Trainer.training_step = recorded  # type: ignore[method-assign,assignment]
 
-    class InTurn(TrainerCallback):  # type: ignore[misc]
+    class InTurn(TrainerCallback):
         seconds = cpu_seconds = began = cpu = 0.0
 
         def on_train_begin(self, *_: Any, train_dataloader: Any = None, **__: Any) -> None:
@@ -296,8 +295,8 @@ def peer_worker(request: dict[str, Any]) -> None:
             self.seconds = time.perf_counter() - self.began
             self.cpu_seconds = time.process_time() - self.cpu
 
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            if "loss" in logs:
+        def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+            if logs and "loss" in logs:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 hand_over(
                     seconds=self.seconds,

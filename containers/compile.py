@@ -13,6 +13,7 @@ OWN = "yelp_hpc"
 
 
 def main(site: Path, part: int, of: int) -> int:
+    """Compile every `of`-th file of `site`, from `part` on; returns 1 if one did not compile."""
     problems = 0
     for path in sorted(site.rglob("*.py"))[part::of]:
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH  # the file system is read-only

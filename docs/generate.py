@@ -26,7 +26,7 @@ from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
 from yelp_hpc.jobs.cluster import ClusterConfig
 
-SETTINGS = {"Config": Config, "ClusterConfig": ClusterConfig}
+SETTINGS: dict[str, type[BaseModel]] = {"Config": Config, "ClusterConfig": ClusterConfig}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -60,6 +60,7 @@ def key_tables(model: type[BaseModel]) -> str:
 
 
 def anchor(model: type[BaseModel], name: str) -> str:
+    """The id of a section's heading."""
     return f"{model.__name__.lower()}-{name}"
 
 
@@ -72,6 +73,7 @@ def section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def table(rows: list[tuple[str, FieldInfo]]) -> str:
+    """One row a key: name, type with limits, default, description."""
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for key, field in rows:
         value = "**needed**" if field.is_required() else f"`{shown_default(field.default)}`"
@@ -81,6 +83,7 @@ def table(rows: list[tuple[str, FieldInfo]]) -> str:
 
 
 def shown_default(value: Any) -> str:
+    """The default as JSON, cut short where it is a text of many words."""
     if isinstance(value, tuple):
         value = list(value)
     text = json.dumps(value, ensure_ascii=False)
@@ -88,12 +91,14 @@ def shown_default(value: Any) -> str:
 
 
 def shown_type(field: FieldInfo) -> str:
+    """The type in words, with its limits, and whether null is allowed."""
     limits = [text for item in field.metadata for text in limit(item)]
     kind, null, _ = type_name(field.annotation).partition(" or null")
     return " ".join([kind, *limits]).replace("|", "\\|") + null
 
 
 def limit(item: Any) -> Iterator[str]:
+    """The comparison that pydantic makes, as a sign and a number."""
     for kind, sign in ((Ge, "≥"), (Gt, ">"), (Le, "≤"), (Lt, "<")):
         if isinstance(item, kind):
             yield f"{sign} {getattr(item, kind.__name__.lower())}"
@@ -136,6 +141,7 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 
 
 def command_help() -> str:
+    """Every command's help text, a heading each."""
     parts = []
     for name, command in commands():
         context = click.Context(

@@ -22,6 +22,7 @@ class Job:
 
     @property
     def name(self) -> str:
+        """What Slurm shows and `after` refers to."""
         return f"{self.stage}-{self.model}" if self.model else self.stage
 
 

@@ -22,10 +22,12 @@ _NO_PROGRESS = (".jsonl", ".log", ".png", ".tmp")
 
 
 def prepared(paths: RunPaths, careful: bool = True) -> bool:
+    """Whether `prepare` is done; `careful` compares what its marker covers with the hashes."""
     return _marked(paths.prepare, careful)
 
 
 def trained(paths: RunPaths, careful: bool = True) -> bool:
+    """Whether `train` is done; `careful` as in `prepared`."""
     return _marked(paths.adapter, careful)
 
 
@@ -43,8 +45,10 @@ def shards_done(paths: RunPaths, model: str, shards: int) -> list[int]:
 
 
 def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[str, Any]]:
-    """What each shard that ever began says of itself: `state`, `rows`, `done`,
-    `rows_per_second`, `updated` (seconds since the epoch); by shard."""
+    """What each shard that ever began says of itself, by shard.
+
+    `state`, `rows`, `done`, `rows_per_second`, `updated` (seconds since the epoch).
+    """
     found = {}
     for shard in range(shards):
         with suppress(YelpHpcError, KeyError, TypeError, ValueError):

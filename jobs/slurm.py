@@ -40,6 +40,7 @@ class Row:
 
     @property
     def parent(self) -> str:
+        """The id of the array; of a single job its own."""
         return self.job.partition("_")[0]
 
 
@@ -156,7 +157,11 @@ def end_time(job: str) -> float | None:
 
 
 def requeue(job: str) -> None:
-    """Ask for the job, or the one array task, to be run again. Raises StageError if refused."""
+    """Ask for the job, or the one array task, to be run again.
+
+    Raises:
+        StageError: Slurm refused.
+    """
     client(["scontrol", "requeue", job])
 
 

@@ -133,7 +133,7 @@ def total_steps(line: dict[str, Any], config: Config) -> int | None:
     step, epoch = line.get("step"), line.get("epoch")
     if not step or not epoch:
         return config.train.max_steps
-    steps = round(step / epoch * config.train.epochs)
+    steps: int = round(step / epoch * config.train.epochs)
     return min(steps, config.train.max_steps or steps)
 
 

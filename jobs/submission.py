@@ -37,6 +37,7 @@ class Submission:
 
 
 def new_submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfig) -> Submission:
+    """What was queued or started as `job_id`, with the command of its first task."""
     first = next(iter(job.tasks[0]), None)
     argv = command(cluster, paths.root, stage_argv(job.stage, paths.root, job.model, first), {})
     return Submission(job.name, job.stage, job_id, job.tasks, shlex.join(argv))
@@ -45,6 +46,7 @@ def new_submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfi
 def record(
     paths: RunPaths, submission: Submission, executor: str, frozen: Path, code: Path
 ) -> None:
+    """Append one line to the run's `submissions.jsonl`."""
     line: dict[str, Any] = {
         "time": time.time(),
         "name": submission.name,

@@ -67,6 +67,7 @@ class Stop:
         self._pass_on()
 
     def watch(self, child: subprocess.Popen[bytes] | None) -> None:
+        """Pass what was and will be received on to this process; None: to nobody."""
         self._child, self._passed = child, False
         if child is not None and self.signal is not None:
             self._pass_on()
@@ -301,6 +302,7 @@ def _remove_torn_pickles() -> None:
 
 
 def on_slurm() -> bool:
+    """Whether submitit started this process through Slurm."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 

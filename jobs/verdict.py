@@ -12,8 +12,10 @@ _STOPS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Verdict:
-    """`done`, `requeued`, `again` (here, at once), `stopped` (saved, not run again) or
-    `failed`; `ask` when the supervisor has to ask Slurm for the requeue."""
+    """`done`, `requeued`, `again` (here, at once), `stopped` (saved, not run again) or `failed`.
+
+    `ask`: the supervisor has to ask Slurm for the requeue.
+    """
 
     action: str
     reason: str

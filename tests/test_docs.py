@@ -26,7 +26,7 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from tiny import make_model, reviews
+from tests.tiny import make_model, reviews
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -35,7 +35,6 @@ from yelp_hpc.settings import dotted_keys
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOOLS = "bash sh cat cp env grep head ls mkdir mv printf rm sed sleep touch chmod".split()  # noqa: SIM905
-# described already; checked like the others from the day that the command is there
 FENCE = re.compile(
     r"(?:<!-- test: ([^\n]*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -185,7 +184,7 @@ def texts(source: Path) -> str:
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             found.append(
-                "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
             )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(node.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def broken(
     return Case(name, line, expected, files, code, {})
 
 
-def parquet(rows: dict[str, list[object]]) -> bytes:
+def parquet(rows: Mapping[str, Sequence[object]]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(rows), sink)
     return bytes(sink.getvalue())
@@ -101,11 +101,21 @@ def prepared(root: Path) -> None:
     """A prepare/ that is whole, for what comes after it."""
     folder = root / "run" / "prepare"
     folder.mkdir(parents=True)
-    table = {"row": [0, 1], "label": [0, 1], "text": ["a", "b"], "input_ids": [[1, 2], [1, 3]]}
+    table: dict[str, Sequence[object]] = {
+        "row": [0, 1],
+        "label": [0, 1],
+        "text": ["a", "b"],
+        "input_ids": [[1, 2], [1, 3]],
+    }
     for split in ("train", "validation", "test"):
         (folder / f"{split}.parquet").write_bytes(parquet({**table, "length": [2, 2]}))
     write_json(folder / "tokens.json", {"prefix": [1], "label_ids": [5, 6, 7, 8, 9], "eos_id": 0})
     write_marker(folder, ["test.parquet", "train.parquet", "validation.parquet", "tokens.json"])
+
+
+def prepared_with_altered_adapter(root: Path) -> None:
+    prepared(root)
+    marked("run/train/adapter")(root)
 
 
 NESTED = "[" * 10_000
@@ -312,7 +322,7 @@ CASES = [
         ("adapter_model.safetensors", "run train first"),
         code=1,
         run={},
-        prepare=lambda root: (prepared(root), marked("run/train/adapter")(root))[0],
+        prepare=prepared_with_altered_adapter,
     ),
     Case(
         "run directory: a torn shard",

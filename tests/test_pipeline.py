@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import make_model, reviews
+from tests.tiny import make_model, reviews
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.paths import RunPaths
 

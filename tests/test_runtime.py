@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def child(run: Path, **given: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this kernel has no transparent huge pages")
-def test_large_tensors_lie_in_huge_pages_where_the_kernel_gives_them_on_request(run):
+def test_large_tensors_lie_in_huge_pages_where_the_kernel_gives_them_on_request(run: Any) -> None:
     mode = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
     assert mode
     spins, huge = child(run)
@@ -59,5 +60,5 @@ def test_large_tensors_lie_in_huge_pages_where_the_kernel_gives_them_on_request(
         assert child(run, THP_MEM_ALLOC_ENABLE="0")[1] == 0
 
 
-def test_what_the_user_set_stays(run):
+def test_what_the_user_set_stays(run: Any) -> None:
     assert child(run, GOMP_SPINCOUNT="7")[0] == "7"

@@ -1,5 +1,6 @@
-"""Where downloads and built images are kept: the one cache folder of the toolkit, and the model
-folders in it. Looks only: nothing is fetched or made here.
+"""The one cache folder of the toolkit: downloads, built images, and the model folders in it.
+
+Looks only: nothing is fetched or made here.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def partitions_of(slurm: SlurmFacts, want: Resources) -> list[Partition]:
 def check_account(
     slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
+    """Whether the account may be charged by this user on the partitions of the stage."""
     if slurm.associations is None:
         return
     want = cluster.resources(stage)
@@ -65,6 +66,7 @@ def check_account(
 def check_qos(
     slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
+    """Whether the QOS is one that this user, account and partition may use."""
     want = cluster.resources(stage)
     where = key(cluster, stage, "qos")
     account = want.account or slurm.default_account

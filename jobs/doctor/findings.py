@@ -39,6 +39,7 @@ class Finding:
 
 
 def ok(check: str, text: str) -> Finding:
+    """What was looked at and is as it should be."""
     return Finding(check, "ok", text)
 
 
@@ -73,6 +74,7 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 def failed(findings: Sequence[Finding]) -> bool:
+    """Whether anything found would make a job fail."""
     return any(finding.level == "failure" for finding in findings)
 
 
@@ -97,8 +99,9 @@ def print_findings(findings: Sequence[Finding], as_json_text: bool = False) -> N
 
 
 def lines(findings: Sequence[Finding], colour: bool = False) -> list[str]:
-    """A heading a place, a line or more a finding, a summary. Only an unbreakable path or word
-    makes a line longer than 80 columns.
+    """A heading a place, a line or more a finding, a summary.
+
+    Only an unbreakable path or word makes a line longer than 80 columns.
     """
     result = []
     for where in dict.fromkeys(finding.where for finding in findings):

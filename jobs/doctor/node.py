@@ -56,8 +56,9 @@ class _Exchange:
         return self.folder / f"{name}.json"
 
     def has(self, path: Path) -> bool:
-        """Whether `path` is there; listing asks the server, where a look at the name would be
-        answered from NFS's cache of absent ones.
+        """Whether `path` is there, asked of the server.
+
+        A look at the name itself would be answered from NFS's cache of absent ones.
         """
         return path.name in os.listdir(self.folder)  # noqa: PTH208
 

@@ -271,6 +271,7 @@ def _lock() -> str:
 
 
 def apptainer_version() -> str | None:
+    """As `apptainer --version` says it; None where there is none."""
     match = re.search(r"\d+(\.\d+)+", answer(["apptainer", "--version"]) or "")
     return match[0] if match else None
 

@@ -47,6 +47,7 @@ class Request:
 
     @property
     def gpus(self) -> int:
+        """That each node of the training gets."""
         return self.cluster.resources("train").gpus or 0
 
     @property
@@ -56,6 +57,7 @@ class Request:
 
     @property
     def fetch(self) -> str:
+        """The command that downloads what the config names."""
         return f"python -m yelp_hpc fetch --config {self.config_file}"
 
 

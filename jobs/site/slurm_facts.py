@@ -92,9 +92,11 @@ class SlurmFacts(Frozen):
     """Stage → what `sbatch --test-only` says against it; "" when nothing."""
 
     def partition(self, name: str) -> Partition | None:
+        """The partition of that name, if there is one."""
         return next((p for p in self.partitions if p.name == name), None)
 
     def nodes_of(self, partition: str) -> list[Node]:
+        """Nodes that the partition holds."""
         return [node for node in self.nodes if partition in node.partitions]
 
     def gpus_of(self, partition: str) -> dict[str, int]:

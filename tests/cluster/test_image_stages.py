@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -84,7 +85,7 @@ def outcome(slurm: Cluster, image_sif: Path, open_folder: Path) -> Iterator[Outc
     values["publish"] = {"repo_id": REPO, "token_file": str(token)}
     config.write_text(yaml.safe_dump(values))
     with serving(Hub(top / "hub")) as hub:
-        env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        env: dict[str, Any] = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
         made = Outcome(top, image_sif, hub)
 
         def submit(stage: str, name: str, run: Path) -> None:

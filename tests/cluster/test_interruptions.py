@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -42,7 +44,7 @@ REPO = "me/faults"
 CLUSTER_FILES = ("/var/lib/yelp-hpc-cluster", "/var/log/yelp-hpc-cluster")
 
 # fault → where it runs; the GPUs make the preempting jobs want exactly these two nodes
-PLACES = {
+PLACES: dict[str, dict[str, object]] = {
     "time-limit": {"partition": "cpu", "time": "1", "save_seconds": 35, "nodelist": "c1"},
     "requeue": {"partition": "cpu", "nodelist": "c1"},
     "node-failure": {"partition": "cpu", "nodelist": "c2"},
@@ -96,7 +98,7 @@ def watching() -> Iterator[list[str]]:
         thread.join()
 
 
-def interrupted_runs(slurm: Cluster, top: Path, env: dict[str, str]) -> Outcome:
+def interrupted_runs(slurm: Cluster, top: Path, env: dict[str, Any]) -> Outcome:
     """Submit with `env`, strike, wait until nothing is queued any more."""
     config = write_config(top)
     reference = RunPaths(top / "reference")
@@ -121,7 +123,7 @@ def interrupted_runs(slurm: Cluster, top: Path, env: dict[str, str]) -> Outcome:
         result.jobs[fault] = next(line["job"] for line in lines if line["name"] == "train")
     for fault in ("grace", "no-grace", "node-failure", "requeue"):
         checkpoints = result.runs[fault].checkpoints
-        wait_for(lambda d=checkpoints: list(d.glob("step-*")), 240, f"{fault}: a checkpoint")
+        wait_for(partial(written, checkpoints), 240, f"{fault}: a checkpoint")
     slurm.preempt()
     slurm.kill_node("c2", result.jobs["node-failure"])
     slurm.sh("scontrol", "requeue", result.jobs["requeue"])
@@ -152,6 +154,10 @@ def write_config(top: Path) -> Path:
     path = top / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def written(checkpoints: Path) -> list[Path]:
+    return list(checkpoints.glob("step-*"))
 
 
 def write_cluster(path: Path, place: dict[str, object]) -> Path:

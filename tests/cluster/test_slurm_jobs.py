@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ def test_a_signal_before_the_supervisor_is_ready_is_not_lost(
         wait_for(lambda: step_of(job), 60, "the job's step")  # Python has not begun or only starts
         # scancel tries again for up to 11 s while the step starts, so it is not waited for
         with subprocess.Popen(["scancel", "--signal=TERM", job]) as scancel:
-            wait_for(lambda r=restart: restarts(job) > r, 60, "the requeue")
+            wait_for(partial(restarted, job, restart), 60, "the requeue")
             scancel.kill()
         wait_for(lambda: not step_of(job), 30, "the step to end")
     wait_ended([job], 60)
@@ -173,6 +174,10 @@ def test_a_signal_that_ends_the_step_before_it_began_is_not_lost(
     wait_ended(list(ids.values()), 180)
     assert set(states(run).values()) == {"done"}
     assert all(run.predictions(model) for model in ("base", "tuned"))
+
+
+def restarted(job: str, times: int) -> bool:
+    return restarts(job) > times
 
 
 def restarts(job: str) -> int:

@@ -17,7 +17,7 @@ from yelp_hpc.data.packing import (
 @pytest.mark.parametrize(
     ("rows", "batch", "epochs"), [(1, 4, 2), (10, 3, 3), (32, 8, 1), (7, 9, 2)]
 )
-def test_every_row_once_an_epoch(rows, batch, epochs):
+def test_every_row_once_an_epoch(rows: int, batch: int, epochs: int) -> None:
     plan = DataPlan(rows, batch, epochs, seed=3)
     batches = [plan.batch(step) for step in range(plan.steps)]
     assert plan.steps == epochs * -(-rows // batch)
@@ -28,7 +28,7 @@ def test_every_row_once_an_epoch(rows, batch, epochs):
         assert len(mine[-1]) == (rows % batch or batch)
 
 
-def test_epochs_and_seeds_differ_and_repeat():
+def test_epochs_and_seeds_differ_and_repeat() -> None:
     orders = {epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)}
     assert len(orders) == 6
     assert epoch_order(50, 0, 1) == epoch_order(50, 0, 1)
@@ -39,7 +39,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 ORDER_8_42_0 = (6, 3, 5, 0, 1, 4, 7, 2)
 
 
-def test_order_is_uniform():
+def test_order_is_uniform() -> None:
     """Where row 0 lands over many seeds: chi-square with 9 degrees of freedom, far tail."""
     counts = [0] * 10
     for seed in range(2000):
@@ -47,7 +47,7 @@ def test_order_is_uniform():
     assert sum((count - 200) ** 2 / 200 for count in counts) < 35
 
 
-def test_max_steps_and_bounds():
+def test_max_steps_and_bounds() -> None:
     plan = DataPlan(100, 10, 3, seed=0, max_steps=12)
     assert plan.steps == 12
     for step in (-1, 12):
@@ -58,7 +58,7 @@ def test_max_steps_and_bounds():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_dealing_is_a_partition_with_equal_work(world_size):
+def test_dealing_is_a_partition_with_equal_work(world_size: int) -> None:
     draw = random.Random(world_size)
     for _ in range(50):
         lengths = [draw.randint(1, 900) for _ in range(draw.randint(1, 40))]
@@ -73,7 +73,7 @@ def test_dealing_is_a_partition_with_equal_work(world_size):
     assert max(loads) <= 1.1 * sum(lengths) / world_size
 
 
-def test_shared_prefix_leaves_every_sequence_a_prompt_token():
+def test_shared_prefix_leaves_every_sequence_a_prompt_token() -> None:
     assert shared_prefix([5, 6, 7], shortest=9) == 3
     assert shared_prefix([5, 6, 7], shortest=3) == 2
     assert shared_prefix([], shortest=3) == 0
@@ -81,7 +81,7 @@ def test_shared_prefix_leaves_every_sequence_a_prompt_token():
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("max_tokens", [64, 300, 10_000])
-def test_no_microbatch_is_larger_than_foretold(world_size, max_tokens):
+def test_no_microbatch_is_larger_than_foretold(world_size: int, max_tokens: int) -> None:
     draw = random.Random(1)
     lengths = [draw.randint(2, 90) for _ in range(50)]
     plan = DataPlan(50, 8, 1, seed=4)

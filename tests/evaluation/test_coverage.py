@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fabricated import logits, shard_table, write_shards, write_test_set
+from tests.fabricated import logits, shard_table, write_shards, write_test_set
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.coverage import MISSING, Coverage, read_test_set, refuse_unless_complete
 from yelp_hpc.rundir.files import sha256_file
@@ -34,18 +37,18 @@ def cover(run: RunPaths, shards: int = SHARDS) -> Coverage:
     return coverage
 
 
-def rewrite(path: Path, change) -> None:
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(change(pq.read_table(path)), path)
 
 
-def test_whole_shards_have_no_problem(run):
+def test_whole_shards_have_no_problem(run: RunPaths) -> None:
     coverage = cover(run)
     assert coverage.problems() == []
     assert coverage.codes.tolist() == LABELS
     refuse_unless_complete([coverage])
 
 
-def test_rows_may_come_in_any_order_with_any_ids_and_any_answer(tmp_path):
+def test_rows_may_come_in_any_order_with_any_ids_and_any_answer(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
     ids = [int(i) for i in np.random.default_rng(1).permutation(10**6)[:100]]
     write_test_set(run, LABELS, ids)
@@ -60,7 +63,7 @@ def test_rows_may_come_in_any_order_with_any_ids_and_any_answer(tmp_path):
     assert coverage.test.row_ids(np.arange(100)) == ids
 
 
-def test_missing_shards_are_named_with_the_command_for_each(run):
+def test_missing_shards_are_named_with_the_command_for_each(run: RunPaths) -> None:
     for shard in (1, 2):
         run.shard("tuned", shard, SHARDS).unlink()
     coverage = cover(run)
@@ -71,7 +74,7 @@ def test_missing_shards_are_named_with_the_command_for_each(run):
     assert coverage.mend() == [f"{command} 1", f"{command} 2"]
 
 
-def test_no_shard_at_all_asks_for_the_whole_model(tmp_path):
+def test_no_shard_at_all_asks_for_the_whole_model(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
     write_test_set(run, LABELS)
     coverage = cover(run)
@@ -80,7 +83,7 @@ def test_no_shard_at_all_asks_for_the_whole_model(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.97])
-def test_a_shard_cut_short_is_named(run, keep):
+def test_a_shard_cut_short_is_named(run: RunPaths, keep: Any) -> None:
     path = run.shard("tuned", 2, SHARDS)
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
@@ -91,7 +94,7 @@ def test_a_shard_cut_short_is_named(run, keep):
     ]
 
 
-def test_doubled_rows_are_named_with_the_shards_that_hold_them(run):
+def test_doubled_rows_are_named_with_the_shards_that_hold_them(run: RunPaths) -> None:
     rewrite(run.shard("tuned", 3, SHARDS), lambda t: pa.concat_tables([
         t, pq.read_table(run.shard("tuned", 0, SHARDS)).slice(7, 1)]))  # fmt: skip
     coverage = cover(run)
@@ -102,17 +105,17 @@ def test_doubled_rows_are_named_with_the_shards_that_hold_them(run):
     assert any("--shard 3" in command for command in coverage.mend())
 
 
-def test_a_row_doubled_inside_one_shard_is_found(run):
+def test_a_row_doubled_inside_one_shard_is_found(run: RunPaths) -> None:
     rewrite(run.shard("tuned", 1, SHARDS), lambda t: pa.concat_tables([t, t.slice(0, 1)]))
     assert "row 25 (shard-0001-of-0004.parquet)" in cover(run).problems()[0]
 
 
-def test_a_missing_row_is_named(run):
+def test_a_missing_row_is_named(run: RunPaths) -> None:
     rewrite(run.shard("tuned", 0, SHARDS), lambda t: t.slice(2))
     assert cover(run).problems() == ["tuned: 2 of 100 test rows have no answer: 0-1"]
 
 
-def test_a_shard_of_another_division_is_named_and_removed_by_the_command(run):
+def test_a_shard_of_another_division_is_named_and_removed_by_the_command(run: RunPaths) -> None:
     left = run.shard("tuned", 0, 8)
     run.shard("tuned", 0, SHARDS).rename(left)
     coverage = cover(run)
@@ -120,7 +123,7 @@ def test_a_shard_of_another_division_is_named_and_removed_by_the_command(run):
     assert coverage.mend()[0] == f"rm {left.parent}/shard-*-of-0008.parquet"
 
 
-def test_rows_of_another_test_set_are_found_by_id_by_label_and_by_hash(run):
+def test_rows_of_another_test_set_are_found_by_id_by_label_and_by_hash(run: RunPaths) -> None:
     path = run.shard("tuned", 0, SHARDS)
     whole = pq.read_table(path)
     pq.write_table(shard_table([*range(24), 555], LABELS[:25], LABELS[:25]), path)
@@ -134,20 +137,19 @@ def test_rows_of_another_test_set_are_found_by_id_by_label_and_by_hash(run):
     assert cover(run).problems() == []
 
 
-def test_shards_of_two_adapters_do_not_mix(run):
+def test_shards_of_two_adapters_do_not_mix(run: RunPaths) -> None:
     for shard in range(SHARDS):
         identity = {"yelp_hpc.identity": "a" if shard else "b"}
-        rewrite(
-            run.shard("tuned", shard, SHARDS), lambda t, i=identity: t.replace_schema_metadata(i)
-        )
+        marked = methodcaller("replace_schema_metadata", identity)
+        rewrite(run.shard("tuned", shard, SHARDS), marked)
     assert any("another model, adapter or setting" in line for line in cover(run).problems())
 
 
-def test_scores_are_checked(run):
+def test_scores_are_checked(run: RunPaths) -> None:
     path = run.shard("tuned", 0, SHARDS)
     scores = logits(LABELS[:25], 1, 3.0)
 
-    def found(scores, predictions) -> str:
+    def found(scores: Any, predictions: Any) -> str:
         pq.write_table(shard_table(range(25), LABELS[:25], predictions, scores), path)
         return "\n".join(cover(run).problems())
 
@@ -159,13 +161,13 @@ def test_scores_are_checked(run):
     assert "some have none" in found([None, *scores.tolist()[1:]], best)
 
 
-def test_a_shard_with_other_columns_is_named(run):
+def test_a_shard_with_other_columns_is_named(run: RunPaths) -> None:
     path = run.shard("tuned", 0, SHARDS)
     rewrite(path, lambda t: t.drop_columns(["scores"]))
     assert any(str(path) in line and "columns" in line for line in cover(run).problems())
 
 
-def test_every_problem_of_every_model_is_in_the_one_message(run):
+def test_every_problem_of_every_model_is_in_the_one_message(run: RunPaths) -> None:
     run.shard("tuned", 0, SHARDS).unlink()
     base = Coverage(run, "base", SHARDS, read_test_set(run.split("test")))
     list(base.read())
@@ -177,7 +179,7 @@ def test_every_problem_of_every_model_is_in_the_one_message(run):
     assert (base.codes == MISSING).all()
 
 
-def test_a_bad_test_set_is_refused(tmp_path):
+def test_a_bad_test_set_is_refused(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
     path = run.split("test")
     with pytest.raises(StageError, match=r"missing; make it again: .* run prepare --run"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from yelp_hpc.evaluation.significance import (
 LABELS = [0, 1, 2, 3, 4]
 
 
-def random_answers(seed: int, rows: int, unparsed: float, stray: float, classes: list[int]):
+def random_answers(seed: int, rows: int, unparsed: float, stray: float, classes: list[int]) -> Any:
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, rows)
     answers: list[int | None] = [
@@ -59,11 +60,11 @@ CASES = {
 
 
 @pytest.fixture(params=CASES, ids=list(CASES))
-def case(request):
+def case(request: pytest.FixtureRequest) -> Any:
     return CASES[request.param]
 
 
-def test_honest_f1_is_scikit_learns_over_the_five_labels(case):
+def test_honest_f1_is_scikit_learns_over_the_five_labels(case: Any) -> None:
     labels, answers = case
     coded = [-1 if a is None else a for a in answers]
     found = m.f1_honest(m.tally(labels, answers).counts)
@@ -72,7 +73,7 @@ def test_honest_f1_is_scikit_learns_over_the_five_labels(case):
         assert float(found[average]) == pytest.approx(expected, abs=1e-12), average
 
 
-def test_report_f1_is_scikit_learns_over_the_labels_seen_in_parsed_rows(case):
+def test_report_f1_is_scikit_learns_over_the_labels_seen_in_parsed_rows(case: Any) -> None:
     labels, answers = case
     parsed = [(y, a) for y, a in zip(labels, answers, strict=True) if a is not None]
     found = m.f1_report(m.tally(labels, answers).counts)
@@ -85,7 +86,7 @@ def test_report_f1_is_scikit_learns_over_the_labels_seen_in_parsed_rows(case):
         assert float(found[average]) == pytest.approx(expected, abs=1e-12), average
 
 
-def test_the_other_point_statistics_are_scikit_learns(case):
+def test_the_other_point_statistics_are_scikit_learns(case: Any) -> None:
     labels, answers = case
     tally = m.tally(labels, answers)
     coded = [-1 if a is None else a for a in answers]
@@ -110,7 +111,7 @@ def test_the_other_point_statistics_are_scikit_learns(case):
     assert float(m.within_one_star(tally.counts)) == pytest.approx(near)
 
 
-def test_the_published_figures_come_out_of_stray_labels():
+def test_the_published_figures_come_out_of_stray_labels() -> None:
     labels = np.repeat(LABELS, 10_000)
 
     def published(right: float, strays: list[int]) -> dict[str, float]:
@@ -130,7 +131,7 @@ def test_the_published_figures_come_out_of_stray_labels():
     assert (base["macro"], base["weighted"]) == (0.183, 0.403)
 
 
-def test_micro_f1_exceeds_accuracy_by_the_unparsed_share():
+def test_micro_f1_exceeds_accuracy_by_the_unparsed_share() -> None:
     labels, answers = CASES["unparsed"]
     counts = m.tally(labels, answers).counts
     share = answers.count(None) / len(answers)
@@ -138,7 +139,7 @@ def test_micro_f1_exceeds_accuracy_by_the_unparsed_share():
     assert float(m.f1_honest(counts)["micro"]) == pytest.approx(expected)
 
 
-def test_tallies_of_parts_add_up_to_the_whole():
+def test_tallies_of_parts_add_up_to_the_whole() -> None:
     labels, answers = CASES["stray"]
     whole = m.tally(labels, answers)
     parts = m.add_tallies(m.tally(labels[:99], answers[:99]), m.tally(labels[99:], answers[99:]))
@@ -147,7 +148,7 @@ def test_tallies_of_parts_add_up_to_the_whole():
     assert whole.rows == 500
 
 
-def test_a_label_outside_0_to_4_is_refused():
+def test_a_label_outside_0_to_4_is_refused() -> None:
     with pytest.raises(ValueError, match="0-4"):
         m.tally([0, 5], [0, 0])
     with pytest.raises(ValueError, match="2 labels, 1 predictions"):
@@ -155,7 +156,7 @@ def test_a_label_outside_0_to_4_is_refused():
 
 
 @pytest.mark.parametrize("rows", [1, 37, 2000])
-def test_calibration_is_scikit_learns(rows):
+def test_calibration_is_scikit_learns(rows: int) -> None:
     rng = np.random.default_rng(rows)
     labels = rng.integers(0, 5, rows)
     scores = 2 * rng.normal(size=(rows, 5))
@@ -180,12 +181,12 @@ def test_calibration_is_scikit_learns(rows):
     assert found["expected_star_error"] == pytest.approx(expectation)
 
 
-def test_calibration_without_scores_is_undefined():
+def test_calibration_without_scores_is_undefined() -> None:
     assert m.Calibration().summary() is None
 
 
 @pytest.mark.parametrize("pair", [(0, 0), (1, 0), (0, 9), (5, 5), (3, 9), (120, 80), (900, 1100)])
-def test_mcnemar_is_scipys(pair):
+def test_mcnemar_is_scipys(pair: Any) -> None:
     found = mcnemar(*pair)
     total = sum(pair)
     exact = stats.binomtest(pair[0], total).pvalue if total else 1.0
@@ -196,18 +197,18 @@ def test_mcnemar_is_scipys(pair):
     assert found["chi2_p"] == pytest.approx(stats.chi2.sf(chi2, 1))
 
 
-def test_mcnemar_does_not_underflow_in_its_logarithm():
+def test_mcnemar_does_not_underflow_in_its_logarithm() -> None:
     assert mcnemar(0, 10_000)["log10_exact_p"] == pytest.approx((1 - 10_000) * math.log10(2))
 
 
-def test_bootstrap_agrees_with_scipys_and_repeats_with_its_seed():
+def test_bootstrap_agrees_with_scipys_and_repeats_with_its_seed() -> None:
     labels, answers = (np.array(part) for part in CASES["plain"])
     counts = m.tally(labels, answers).counts
     found = bootstrap_intervals(counts, headline, resamples=4000, seed=1)
     assert found == bootstrap_intervals(counts, headline, resamples=4000, seed=1)
     assert found != bootstrap_intervals(counts, headline, resamples=4000, seed=2)
 
-    def macro(truth, said):
+    def macro(truth: Any, said: Any) -> Any:
         return float(m.f1_honest(m.tally(truth, said).counts)["macro"])
 
     expected = stats.bootstrap(
@@ -220,7 +221,7 @@ def test_bootstrap_agrees_with_scipys_and_repeats_with_its_seed():
     assert found["accuracy"] == pytest.approx([p - half, p + half], abs=0.006)
 
 
-def test_intervals_of_undefined_statistics_are_null_and_the_rest_is_json(case):
+def test_intervals_of_undefined_statistics_are_null_and_the_rest_is_json(case: Any) -> None:
     found = bootstrap_intervals(m.tally(*case).counts, headline, resamples=100, seed=0)
     json.dumps(found, allow_nan=False)
     parsed = any(answer is not None for answer in case[1])
@@ -228,7 +229,7 @@ def test_intervals_of_undefined_statistics_are_null_and_the_rest_is_json(case):
     assert found["accuracy"] is not None
 
 
-def test_pairs_are_counted_row_by_row():
+def test_pairs_are_counted_row_by_row() -> None:
     rng = np.random.default_rng(8)
     labels, base, tuned = rng.integers(0, 5, 900), rng.integers(0, 7, 900), rng.integers(0, 7, 900)
     joint = joint_table(labels, base, tuned)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fabricated import config_of, make_run, write_shards, write_test_set
+from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.evaluation import charts as charts
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect
@@ -21,7 +21,7 @@ BROWSER = next(
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, config = make_run(tmp_path_factory.mktemp("run"))
     collect(run, config)
     return run.report
@@ -37,7 +37,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_the_page_needs_nothing_but_itself(page):
+def test_the_page_needs_nothing_but_itself(page: Path) -> None:
     text = page.read_text()
     for tag, attributes in Tags(text).found:
         assert tag not in ("script", "iframe", "object", "embed")
@@ -47,7 +47,7 @@ def test_the_page_needs_nothing_but_itself(page):
     assert not re.search(r"url\(|@import|https?://", text)
 
 
-def test_every_picture_has_a_text_alternative(page):
+def test_every_picture_has_a_text_alternative(page: Path) -> None:
     pictures = [a for tag, a in Tags(page.read_text()).found if tag == "svg"]
     assert len(pictures) == 8  # two confusions, two calibrations, three curves, the timeline
     for attributes in pictures:
@@ -55,7 +55,7 @@ def test_every_picture_has_a_text_alternative(page):
         assert len(attributes["aria-label"] or "") > 30
 
 
-def test_every_section_is_there(page):
+def test_every_section_is_there(page: Path) -> None:
     text = page.read_text()
     for title in ("Outcome", "The two F1 conventions", "Confusion and calibration", "Training",
                   "Jobs", "Throughput", "Mistakes, tuned", "Provenance"):  # fmt: skip
@@ -64,13 +64,13 @@ def test_every_section_is_there(page):
     assert "0.579" in text
 
 
-def test_text_from_data_is_escaped(page):
+def test_text_from_data_is_escaped(page: Path) -> None:
     text = page.read_text()
     assert "&lt;b&gt;&amp;amp; so on&lt;/b&gt;" in text
     assert "out of memory &lt;script&gt;" in text
 
 
-def test_a_run_with_nothing_but_predictions_gets_a_page(tmp_path):
+def test_a_run_with_nothing_but_predictions_gets_a_page(tmp_path: Path) -> None:
     run, config = RunPaths(tmp_path), config_of(models=["base"])
     labels = [0, 1, 2, 3, 4]
     write_test_set(run, labels)
@@ -81,7 +81,7 @@ def test_a_run_with_nothing_but_predictions_gets_a_page(tmp_path):
     assert "<h2>Jobs</h2>" not in text and "<h2>Training</h2>" not in text
 
 
-def test_ticks_are_round_and_inside():
+def test_ticks_are_round_and_inside() -> None:
     assert charts.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert charts.ticks(3, 3) == [3]
     assert all(0.1 <= t <= 0.9 for t in charts.ticks(0.1, 0.9))
@@ -89,7 +89,7 @@ def test_ticks_are_round_and_inside():
         "0", "5e-4", "0.25", "1.2k", "12.3k", "2.5M"]  # fmt: skip
 
 
-def test_a_long_log_is_thinned_without_losing_its_mean():
+def test_a_long_log_is_thinned_without_losing_its_mean() -> None:
     points = [(float(i), float(i % 3)) for i in range(30_000)]
     thinned = charts.thin(points)
     assert len(thinned) == 300
@@ -98,7 +98,9 @@ def test_a_long_log_is_thinned_without_losing_its_mean():
 
 @pytest.mark.skipif(BROWSER is None, reason="no headless browser: apt install chromium")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_opens_it_without_an_error_or_a_request(page, tmp_path, scheme):
+def test_a_browser_opens_it_without_an_error_or_a_request(
+    page: Path, tmp_path: Path, scheme: str
+) -> None:
     """Measures inside the page at 390 px and writes what it found into the document."""
     probe = tmp_path / "probe.html"
     probe.write_text(f"""<iframe id="f" width="390" height="4000" src="{page.as_uri()}"></iframe>

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import make_model, prepare_run, reviews, tiny_config
+from tests.tiny import make_model, prepare_run, reviews, tiny_config
 from yelp_hpc.config import load_config
 from yelp_hpc.data.packing import DataPlan, deal, plan_microbatches
 from yelp_hpc.errors import RequestError

@@ -87,7 +87,9 @@ class Hub:
     def resolve(self, state: dict[str, Any], revision: str) -> str | None:
         if revision in state["commits"]:
             return revision
-        found = state["refs"].get(revision) or state["refs"].get(f"refs/heads/{revision}")
+        found: str | None = state["refs"].get(revision) or state["refs"].get(
+            f"refs/heads/{revision}"
+        )
         return found
 
     def put_blob(self, content: bytes) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Hub:
 
     def content(self, entry: dict[str, Any]) -> bytes:
         lfs = entry.get("lfs")
-        path = self.root / ("lfs/" + lfs["oid"] if lfs else "blobs/" + entry["oid"])
+        path: Path = self.root / ("lfs/" + lfs["oid"] if lfs else "blobs/" + entry["oid"])
         return path.read_bytes()
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:

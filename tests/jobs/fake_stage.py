@@ -19,13 +19,13 @@ model, shard = options.get("--model", ""), options.get("--shard", "")
 name = "-".join(part for part in (stage, model, shard) if part)
 root = Path(run)
 plan = json.loads((root / "fake.json").read_text())
-stop = []
+stop: list[int] = []
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda signum, frame: stop.append(signum))
 config = json.loads((root / "run.json").read_text())["shards"]
 
 
-def put(path, value):
+def put(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value))

@@ -27,7 +27,7 @@ from yelp_hpc.jobs.doctor.probes import folder, model_problem, quotas, seen
 from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request
 from yelp_hpc.jobs.doctor.run import binds_line, check_inputs, check_visit
 
-Change = Callable[[Site], None]
+Change = Callable[[Site], object]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def go(run: FakeRun, stage: str = "all") -> int:
     return len(submit(stage, run.root, run.config, run.cluster, "local", say=lambda text: None))
 
 
-def once_started(run: FakeRun, name: str, act: Callable[[int], None]) -> threading.Thread:
+def once_started(run: FakeRun, name: str, act: Callable[[int], object]) -> threading.Thread:
     """Call `act` with the supervisor's pid a moment after the stage `name` began."""
 
     def wait() -> None:
@@ -105,7 +105,7 @@ def test_a_signal_to_save_runs_the_stage_again_where_it_was(fake_run: MakeRun) -
 
 def test_cancel_saves_and_stops(fake_run: MakeRun) -> None:
     run = fake_run(steps=200).prepared()
-    thread = once_started(run, "train", lambda pid: cancel(run.root) and None)
+    thread = once_started(run, "train", lambda pid: cancel(run.root))
     with pytest.raises(SavedForRequeue):
         go(run, "train")
     thread.join()

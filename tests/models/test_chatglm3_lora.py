@@ -21,7 +21,7 @@ def adapted(adapter: str) -> PeftModel:
     return PeftModel.from_pretrained(base, GOLDEN / "lora" / adapter, is_trainable=True)
 
 
-def test_one_step_gives_the_published_loss_gradients_and_adapter(tmp_path):
+def test_one_step_gives_the_published_loss_gradients_and_adapter(tmp_path: Path) -> None:
     model = adapted("init").train()
     loss = model(**BATCH).loss
     assert abs(loss.item() - STEP["loss0"].item()) < 1e-6
@@ -29,10 +29,11 @@ def test_one_step_gives_the_published_loss_gradients_and_adapter(tmp_path):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {f"grad.{name}" for name in trained} == {n for n in STEP if n.startswith("grad.")}
     for name, parameter in trained.items():
+        assert parameter.grad is not None
         assert (parameter.grad - STEP[f"grad.{name}"]).abs().max() < 1e-6
 
     torch.optim.SGD(trained.values(), lr=0.5).step()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     saved = load_file(tmp_path / "adapter_model.safetensors")
     expected = load_file(GOLDEN / "lora" / "after_sgd1" / "adapter_model.safetensors")
     assert saved.keys() == expected.keys()
@@ -42,7 +43,7 @@ def test_one_step_gives_the_published_loss_gradients_and_adapter(tmp_path):
         assert abs(model.eval()(**BATCH).loss.item() - STEP["loss1"].item()) < 1e-6
 
 
-def test_merged_adapter_gives_the_published_logits():
+def test_merged_adapter_gives_the_published_logits() -> None:
     merged = adapted("after_sgd1").merge_and_unload().eval()
     real = BATCH["attention_mask"].bool()
     with torch.no_grad():
@@ -50,7 +51,7 @@ def test_merged_adapter_gives_the_published_logits():
     assert (logits[real] - STEP["logits1_merged"][real]).abs().max() < 1e-5
 
 
-def test_trainable_parameters_at_6b_are_those_of_the_report():
+def test_trainable_parameters_at_6b_are_those_of_the_report() -> None:
     from peft import LoraConfig, get_peft_model
 
     from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM

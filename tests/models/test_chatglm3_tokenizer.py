@@ -38,11 +38,12 @@ def published_folder(folder: Path, vocabulary: int = 6144) -> Path:
 
 
 @pytest.fixture(params=["load_tokenizer", "AutoTokenizer", "saved and loaded"])
-def tokenizer(request, tmp_path):
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> ChatGLMTokenizer:
     folder = published_folder(tmp_path)
     if request.param == "load_tokenizer":
-        return load_tokenizer(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if request.param == "saved and loaded":
         tokenizer.save_pretrained(folder / "again")
         shutil.copyfile(folder / "config.json", folder / "again" / "config.json")
@@ -51,7 +52,7 @@ def tokenizer(request, tmp_path):
     return tokenizer
 
 
-def test_ids_and_decodes_are_the_published_ones(tokenizer):
+def test_ids_and_decodes_are_the_published_ones(tokenizer: ChatGLMTokenizer) -> None:
     prefix = META["prefix"]
     for text, ids, decoded in zip(STRINGS, IDS, EXPECTED["decode"], strict=True):
         assert tokenizer.encode(text, add_special_tokens=False) == ids
@@ -61,7 +62,7 @@ def test_ids_and_decodes_are_the_published_ones(tokenizer):
     assert tokenizer(STRINGS)["input_ids"] == [prefix + ids for ids in IDS]
 
 
-def test_special_tokens_are_the_published_ones(tokenizer):
+def test_special_tokens_are_the_published_ones(tokenizer: ChatGLMTokenizer) -> None:
     assert tokenizer.convert_tokens_to_ids(list(META["specials"])) == list(
         META["specials"].values()
     )
@@ -72,12 +73,14 @@ def test_special_tokens_are_the_published_ones(tokenizer):
     assert tokenizer("a", "b")["input_ids"] == META["pair_a_b"]
 
 
-def test_special_strings_in_a_text_are_text(tokenizer):
+def test_special_strings_in_a_text_are_text(tokenizer: ChatGLMTokenizer) -> None:
     for special in META["specials"]:
         assert META["specials"][special] not in tokenizer(f"x {special} y")["input_ids"][2:]
 
 
-def test_batches_are_padded_on_the_left_with_positions_of_real_tokens(tokenizer):
+def test_batches_are_padded_on_the_left_with_positions_of_real_tokens(
+    tokenizer: ChatGLMTokenizer,
+) -> None:
     batch = tokenizer(EXPECTED["batch"]["texts"], padding=True)
     for name in ("input_ids", "attention_mask", "position_ids"):
         assert batch[name] == EXPECTED["batch"][name]
@@ -85,25 +88,25 @@ def test_batches_are_padded_on_the_left_with_positions_of_real_tokens(tokenizer)
     assert right["attention_mask"][0] == batch["attention_mask"][0][::-1]
 
 
-def test_truncation_keeps_the_prefix(tokenizer):
+def test_truncation_keeps_the_prefix(tokenizer: ChatGLMTokenizer) -> None:
     ids = tokenizer("a long review", truncation=True, max_length=4)["input_ids"]
     assert len(ids) == 4 and ids[:2] == META["prefix"]
 
 
-def test_setting_a_special_token_moves_no_id(tokenizer):
-    tokenizer.pad_token = "<pad>"
-    tokenizer.eos_token = "[gMASK]"
+def test_setting_a_special_token_moves_no_id(tokenizer: ChatGLMTokenizer) -> None:
+    tokenizer.pad_token = "<pad>"  # type: ignore[misc]
+    tokenizer.eos_token = "[gMASK]"  # type: ignore[misc]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (META["pad"], META["eos"])
 
 
-def test_chat_input_is_made_of_role_tokens(tokenizer):
+def test_chat_input_is_made_of_role_tokens(tokenizer: ChatGLMTokenizer) -> None:
     ids = tokenizer.build_chat_input("hi", [{"role": "system", "content": "be brief"}])
     first, last = ids["input_ids"][0, :3].tolist(), ids["input_ids"][0, -1].item()
     assert first == [*META["prefix"], META["specials"]["<|system|>"]]
     assert last == META["specials"]["<|assistant|>"]
 
 
-def test_a_piece_spelled_like_a_special_token_is_that_token(tmp_path):
+def test_a_piece_spelled_like_a_special_token_is_that_token(tmp_path: Path) -> None:
     """The published code looks pieces up by name, special tokens first."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("sopor eopen xsop aeop sopranos\n" * 200)
@@ -122,7 +125,7 @@ def test_a_piece_spelled_like_a_special_token_is_that_token(tmp_path):
     assert own not in ids and tokenizer.special_ids["sop"] in ids
 
 
-def test_missing_torn_and_foreign_tokenizers_are_named(tmp_path):
+def test_missing_torn_and_foreign_tokenizers_are_named(tmp_path: Path) -> None:
     folder = published_folder(tmp_path, vocabulary=6000)
     with pytest.raises(RequestError, match=r"6009 tokens.*6000"):
         load_tokenizer(folder)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from yelp_hpc.models.packed.dropout import use_sequence_dropout
 from yelp_hpc.models.packed.linear import keep_mask
 
 VOCAB = 97
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -46,7 +49,13 @@ CONFIGS = {
 LENGTHS = (5, 19, 1, 8, 8, 14)
 
 
-def tiny(name, *, lora=True, dropout=0.0, targets=("q_proj", "k_proj", "v_proj")):
+def tiny(
+    name: str,
+    *,
+    lora: bool = True,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+) -> Any:
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
     for parameter in model.parameters():  # norm weights of one and zero biases would hide mistakes
@@ -66,32 +75,32 @@ def tiny(name, *, lora=True, dropout=0.0, targets=("q_proj", "k_proj", "v_proj")
     return model
 
 
-def sequences(prefix_length, lengths=LENGTHS):
+def sequences(prefix_length: int, lengths: Sequence[int] = LENGTHS) -> Any:
     generator = torch.Generator().manual_seed(5)
 
-    def tokens(n):
+    def tokens(n: int) -> Any:
         return torch.randint(2, VOCAB, (n,), generator=generator).tolist()
 
     prefix = tokens(prefix_length)
     return [prefix + tokens(n) for n in lengths]
 
 
-def plain_logits(model, rows, last):
+def plain_logits(model: Any, rows: Sequence[Sequence[int]], last: int) -> Any:
     """The reference: the untouched model, one sequence at a time."""
     return torch.cat([model(input_ids=torch.tensor([row])).logits[0, -last:] for row in rows])
 
 
-def gradients(model):
+def gradients(model: Any) -> Any:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_gradients(got, wanted):
+def assert_equal_gradients(got: Any, wanted: Any) -> None:
     assert wanted.keys() == got.keys() and wanted
     for key in wanted:
         assert (got[key] - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key
 
 
-def loss_of(logits):
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
     targets = torch.arange(logits.shape[0]) % VOCAB
     return torch.nn.functional.cross_entropy(logits, targets)
 
@@ -99,7 +108,9 @@ def loss_of(logits):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("prefix_length", [0, 7])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_lora_gradients_equal_the_plain_model(name, prefix_length, fused):
+def test_logits_and_lora_gradients_equal_the_plain_model(
+    name: str, prefix_length: int, fused: bool
+) -> None:
     rows = sequences(prefix_length)
     plain = tiny(name)
     fast = prepare_model(copy.deepcopy(plain), fused=fused)
@@ -119,7 +130,7 @@ def test_logits_and_lora_gradients_equal_the_plain_model(name, prefix_length, fu
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["llama", "glm4"])
-def test_lora_on_every_linear_layer(name, fused):
+def test_lora_on_every_linear_layer(name: str, fused: bool) -> None:
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     targets += ["gate_up_proj"] if name == "glm4" else ["gate_proj", "up_proj"]
     rows = sequences(4)
@@ -131,7 +142,7 @@ def test_lora_on_every_linear_layer(name, fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_vocabulary_rows_and_last_two_positions(fused):
+def test_vocabulary_rows_and_last_two_positions(fused: bool) -> None:
     rows = sequences(3, lengths=(5, 2, 9))
     plain = tiny("llama")
     fast = prepare_model(copy.deepcopy(plain), fused=fused)
@@ -143,7 +154,7 @@ def test_vocabulary_rows_and_last_two_positions(fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_sequence_does_not_see_its_neighbours(fused):
+def test_a_sequence_does_not_see_its_neighbours(fused: bool) -> None:
     rows = sequences(6)
     model = prepare_model(tiny("llama"), fused=fused)
     other = [list(row) for row in rows]
@@ -157,7 +168,7 @@ def test_a_sequence_does_not_see_its_neighbours(fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_predictions_do_not_depend_on_the_batching(fused):
+def test_predictions_do_not_depend_on_the_batching(fused: bool) -> None:
     rows = sequences(6, lengths=(3, 11, 30, 7, 7, 2, 25, 14))
     model = prepare_model(tiny("llama"), fused=fused).eval()
     answers = []
@@ -173,7 +184,7 @@ def test_predictions_do_not_depend_on_the_batching(fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_dropout_follows_torch_seed(fused):
+def test_dropout_follows_torch_seed(fused: bool) -> None:
     rows = sequences(4)
     model = prepare_model(tiny("llama", dropout=0.3), fused=fused).train()
     results = []
@@ -189,7 +200,7 @@ def test_dropout_follows_torch_seed(fused):
     assert not torch.allclose(first, another)
 
 
-def test_ordinary_calls_still_work_after_prepare():
+def test_ordinary_calls_still_work_after_prepare() -> None:
     rows = sequences(0, lengths=(6, 9))
     plain = tiny("llama").eval()
     fast = prepare_model(copy.deepcopy(plain)).eval()
@@ -207,8 +218,18 @@ def test_ordinary_calls_still_work_after_prepare():
 
 
 def varlen_reference(
-    query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa
-):
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: Any,
+    max_k: Any,
+    *,
+    scale: Any,
+    window_size: Any,
+    enable_gqa: Any,
+) -> Any:
     """What `torch.nn.attention.varlen.varlen_attn` computes, which runs on CUDA only."""
     assert window_size == (-1, 0)
     assert (cu_q.diff().max(), cu_k.diff().max()) == (max_q, max_k)
@@ -230,7 +251,7 @@ def varlen_reference(
 
 
 @pytest.mark.parametrize("prefix_length", [0, 1, 7])
-def test_padded_rows_and_variable_length_arguments_agree(prefix_length):
+def test_padded_rows_and_variable_length_arguments_agree(prefix_length: int) -> None:
     layout = Layout(prefix_length, LENGTHS, torch.device("cpu"))
     torch.manual_seed(3)
     query = torch.randn(layout.total, 6, 8, dtype=torch.float64)
@@ -239,7 +260,7 @@ def test_padded_rows_and_variable_length_arguments_agree(prefix_length):
     torch.testing.assert_close(attend(query, key, value, layout, scale=0.3), expected)
 
 
-def test_pack_lays_out_prefix_then_remainders():
+def test_pack_lays_out_prefix_then_remainders() -> None:
     batch = pack([[9, 8, 1, 2], [9, 8, 3, 4, 5]], prefix_length=2, last=2)
     assert batch.input_ids.tolist() == [9, 8, 1, 2, 3, 4, 5]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4]
@@ -256,12 +277,14 @@ def test_pack_lays_out_prefix_then_remainders():
         ([[1, 2, 3]], 0, 0, "at least 1"),
     ],
 )
-def test_pack_refuses_what_it_cannot_represent(rows, prefix_length, last, message):
+def test_pack_refuses_what_it_cannot_represent(
+    rows: Sequence[Sequence[int]], prefix_length: int, last: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         pack(rows, prefix_length, last)
 
 
-def test_plan_keeps_the_budget_and_every_sequence():
+def test_plan_keeps_the_budget_and_every_sequence() -> None:
     lengths = [30, 5, 200, 40, 40, 7, 90]
     plan = plan_microbatches(lengths, max_tokens=110, prefix_length=10)
     assert sorted(i for group in plan for i in group) == list(range(len(lengths)))
@@ -275,19 +298,19 @@ class FixedMask(torch.nn.Module):
 
     p = 0.5
 
-    def __init__(self, features, seed):
+    def __init__(self, features: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.row = 1.0 * (torch.rand(features, generator=generator) < 0.5)
 
-    def kept(self, states):
+    def kept(self, states: torch.Tensor) -> torch.Tensor:
         return self.row.expand(states.shape).contiguous()
 
-    def forward(self, states):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
         return states * self.row / (1 - self.p)
 
 
-def test_gradients_through_dropout_equal_the_plain_model():
+def test_gradients_through_dropout_equal_the_plain_model() -> None:
     rows = sequences(4)
     plain = tiny("llama")
     for seed, module in enumerate(plain.modules()):
@@ -299,7 +322,7 @@ def test_gradients_through_dropout_equal_the_plain_model():
     assert_equal_gradients(gradients(fast), gradients(plain))
 
 
-def test_layers_that_read_the_same_input_share_a_dropout_mask():
+def test_layers_that_read_the_same_input_share_a_dropout_mask() -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = tiny("llama", dropout=0.3, targets=targets).train()
     context = use_sequence_dropout(model, seed=1)
@@ -320,7 +343,7 @@ def test_layers_that_read_the_same_input_share_a_dropout_mask():
             assert torch.equal(mask, other_mask) == expected, (layer, one, other_layer, other)
 
 
-def test_gradients_through_a_shared_mask_do_not_depend_on_fusing():
+def test_gradients_through_a_shared_mask_do_not_depend_on_fusing() -> None:
     batch = pack(sequences(4), 4)
     results = []
     for fused in (False, True):
@@ -334,7 +357,7 @@ def test_gradients_through_a_shared_mask_do_not_depend_on_fusing():
     assert_equal_gradients(fast, plain)
 
 
-def test_keep_mask_keeps_the_share_it_should_and_is_reproducible():
+def test_keep_mask_keeps_the_share_it_should_and_is_reproducible() -> None:
     mask = keep_mask(500, 401, p=0.08, seed=3)
     assert mask.shape == (500, 401)
     assert torch.equal(mask.unique(), torch.tensor([0.0, 1.0]))
@@ -344,7 +367,7 @@ def test_keep_mask_keeps_the_share_it_should_and_is_reproducible():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_merging_and_switching_off_an_adapter_is_seen(name):
+def test_merging_and_switching_off_an_adapter_is_seen(name: str) -> None:
     rows = sequences(4)
     model = prepare_model(tiny(name)).eval()
     batch = pack(rows, 4)
@@ -361,7 +384,7 @@ def test_merging_and_switching_off_an_adapter_is_seen(name):
     assert not torch.allclose(base, adapted, atol=1e-3)
 
 
-def test_a_prepared_adapter_is_saved_and_loaded_by_peft(tmp_path):
+def test_a_prepared_adapter_is_saved_and_loaded_by_peft(tmp_path: Path) -> None:
     rows = sequences(4)
     model = prepare_model(tiny("llama")).eval()
     with torch.no_grad():
@@ -373,6 +396,6 @@ def test_a_prepared_adapter_is_saved_and_loaded_by_peft(tmp_path):
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_that_was_not_prepared_is_refused():
+def test_a_model_that_was_not_prepared_is_refused() -> None:
     with pytest.raises(ValueError, match="prepare_model"):
         forward_selected(tiny("llama"), pack(sequences(4), 4))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from fabricated import config_of, make_run, write_shards, write_test_set
+from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect, measure
@@ -24,7 +26,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_metrics_equal_scikit_learn_in_both_conventions(tmp_path):
+def test_metrics_equal_scikit_learn_in_both_conventions(tmp_path: Path) -> None:
     run, config = RunPaths(tmp_path), config_of(shards=5)
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 5, 1000).tolist()
@@ -67,7 +69,7 @@ def test_metrics_equal_scikit_learn_in_both_conventions(tmp_path):
     assert "0.695 × 5/6 = 0.579" in metrics["report"]["why_conventions_differ"]
 
 
-def test_the_same_predictions_give_the_same_bytes_whatever_the_shards(tmp_path):
+def test_the_same_predictions_give_the_same_bytes_whatever_the_shards(tmp_path: Path) -> None:
     one, config = make_run(tmp_path / "a", shards=1)
     many, other = make_run(tmp_path / "b", shards=7)
     collect(one, config)
@@ -84,7 +86,7 @@ def test_the_same_predictions_give_the_same_bytes_whatever_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["base", "tuned"])
-def test_one_model_alone_is_enough_when_only_it_was_asked_for(tmp_path, model):
+def test_one_model_alone_is_enough_when_only_it_was_asked_for(tmp_path: Path, model: str) -> None:
     run, config = make_run(tmp_path, models=[model])
     metrics = collect(run, config)
     assert list(metrics["models"]) == [model]
@@ -93,7 +95,7 @@ def test_one_model_alone_is_enough_when_only_it_was_asked_for(tmp_path, model):
 
 
 @pytest.mark.parametrize("answers", [[None], [3], [99]], ids=["unparsed", "right", "stray"])
-def test_a_single_row_and_nothing_parsed(tmp_path, answers):
+def test_a_single_row_and_nothing_parsed(tmp_path: Path, answers: Any) -> None:
     run, config = RunPaths(tmp_path), config_of(models=["tuned"])
     write_test_set(run, [3])
     write_shards(run, "tuned", [3], answers)
@@ -102,17 +104,17 @@ def test_a_single_row_and_nothing_parsed(tmp_path, answers):
     assert found["f1_report"]["macro"] == (None if answers == [None] else float(answers == [3]))
 
 
-def test_the_worst_mistakes_are_the_farthest_then_the_surest(tmp_path):
+def test_the_worst_mistakes_are_the_farthest_then_the_surest(tmp_path: Path) -> None:
     run, config = make_run(tmp_path)
     _, counted = measure(run, config)
     mistakes = counted["base"].mistakes
     assert len(mistakes) == 20
     assert all(m.prediction != m.label for m in mistakes)
-    keys = [(abs(m.prediction - m.label), m.confidence) for m in mistakes]
+    keys = [(abs((m.prediction or 0) - m.label), m.confidence) for m in mistakes]
     assert keys == sorted(keys, reverse=True)
 
 
-def test_an_incomplete_run_writes_nothing_and_exits_1_with_the_command(tmp_path):
+def test_an_incomplete_run_writes_nothing_and_exits_1_with_the_command(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run")
     run.shard("base", 1, 3).unlink()
     torn = run.shard("tuned", 2, 3)
@@ -127,7 +129,7 @@ def test_an_incomplete_run_writes_nothing_and_exits_1_with_the_command(tmp_path)
     assert not run.metrics.exists() and not run.report.exists()
 
 
-def test_a_refusal_leaves_older_results_alone(tmp_path):
+def test_a_refusal_leaves_older_results_alone(tmp_path: Path) -> None:
     run, config = make_run(tmp_path)
     collect(run, config)
     before = run.metrics.read_bytes(), run.report.read_bytes()
@@ -137,7 +139,7 @@ def test_a_refusal_leaves_older_results_alone(tmp_path):
     assert (run.metrics.read_bytes(), run.report.read_bytes()) == before
 
 
-def test_the_command_prints_base_against_tuned(tmp_path):
+def test_the_command_prints_base_against_tuned(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run")
     done = command("collect", "--run", str(run.root))
     assert done.returncode == 0, done.stderr
@@ -150,7 +152,7 @@ def test_the_command_prints_base_against_tuned(tmp_path):
     assert json.loads(quiet.stdout)["models"] == found
 
 
-def test_collecting_imports_neither_torch_nor_pandas(tmp_path):
+def test_collecting_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path / "run")
     code = (
         "import sys\n"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,7 +115,7 @@ def save_adapter(run: RunPaths, model_folder: Path, seed: int, std: float = 0.5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(run.adapter)
+    model.save_pretrained(str(run.adapter))
     write_marker(run.adapter, ["adapter_config.json", "adapter_model.safetensors"])
 
 
@@ -149,7 +150,8 @@ def predictions(run: RunPaths, model: str = "base") -> pa.Table:
 
 
 def prompts_of(run: RunPaths) -> list[list[int]]:
-    return pq.read_table(run.split("test"))["input_ids"].to_pylist()
+    ids: list[list[int]] = pq.read_table(run.split("test"))["input_ids"].to_pylist()
+    return ids
 
 
 def test_scores_are_the_plain_models_logits(run: RunPaths, model_folder: Path) -> None:
@@ -295,7 +297,8 @@ def test_every_architecture_generates_as_transformers_does(kind: str, prefix_len
             eos_token_id=1,
             pad_token_id=0,
         )
-        model = ChatGLMForCausalLM(config).eval()
+        model: Any = ChatGLMForCausalLM(config)
+        model.eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.4)

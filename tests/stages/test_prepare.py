@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tiny import make_model, reviews
+from tests.tiny import make_model, reviews
 from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.files import is_complete, read_json
@@ -97,7 +97,8 @@ def test_long_reviews_are_counted(
 
 def pq_lengths(run: RunPaths, config: Config) -> list[int]:
     prepare.run(run, config)
-    return pq.read_table(run.split("train"))["length"].to_pylist()
+    lengths: list[int] = pq.read_table(run.split("train"))["length"].to_pylist()
+    return lengths
 
 
 def test_a_faulty_source_leaves_nothing_behind(tmp_path: Path, model: Path) -> None:

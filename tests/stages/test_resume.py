@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tiny import make_model, prepare_run, tiny_config
+from tests.tiny import make_model, prepare_run, tiny_config
+from yelp_hpc.config import Config
 from yelp_hpc.rundir.files import damaged_files, read_jsonl
 from yelp_hpc.rundir.paths import RunPaths, step_of
 
@@ -38,7 +40,7 @@ LAUNCHED: list[Launch] = []
 class Launch:
     """A training in processes of its own."""
 
-    def __init__(self, run: RunPaths, config, **environ: str) -> None:
+    def __init__(self, run: RunPaths, config: Config, **environ: str) -> None:
         self.run = run
         LAUNCHED.append(self)
         self.output = run.root / f"output-{time.monotonic_ns()}"
@@ -56,17 +58,18 @@ class Launch:
 
     def until_step(self, step: int) -> int:
         """Wait until the log holds `step`; returns the last step there."""
-        return self._until(lambda: (last := last_step(self.run)) >= step and last)
+        self._until(lambda: last_step(self.run) >= step)
+        return last_step(self.run)
 
     def until_writing(self) -> None:
         """Wait until a checkpoint is being written."""
         self._until(lambda: any(self.run.checkpoints.glob(".step-*.tmp/state.json")), 2e-4)
 
-    def _until(self, condition, pause=0.01):
+    def _until(self, condition: Callable[[], bool], pause: float = 0.01) -> None:
         end = time.monotonic() + WAIT
         while time.monotonic() < end:
-            if result := condition():
-                return result
+            if condition():
+                return
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(pause)  # the ranks want the cores
         pytest.fail(f"waited too long:\n{self.output.read_text()}")
@@ -89,7 +92,7 @@ class Launch:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_running():
+def _nothing_left_running() -> Iterator[None]:
     yield
     while LAUNCHED:
         launch = LAUNCHED.pop()
@@ -119,7 +122,7 @@ def digest(run: RunPaths) -> str:
 
 
 @pytest.mark.timeout(1800)
-def test_ten_interruptions_change_no_byte(tmp_path):
+def test_ten_interruptions_change_no_byte(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     calm, rough = prepare_run(tmp_path / "calm", model), RunPaths(tmp_path / "rough")
     shutil.copytree(calm.root, rough.root)
@@ -205,7 +208,7 @@ def test_ten_interruptions_change_no_byte(tmp_path):
     assert not list(rough.checkpoints.glob(".*"))
 
 
-def test_any_world_size_and_packing_trains_the_same_adapter(tmp_path):
+def test_any_world_size_and_packing_trains_the_same_adapter(tmp_path: Path) -> None:
     """1, 2 and 4 ranks, other token budgets; dropout is on; the last batch of an epoch is small."""
     from safetensors.numpy import load_file
 

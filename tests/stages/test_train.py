@@ -6,6 +6,7 @@ import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiny import make_model, prepare_run, tiny_config
+from tests.tiny import make_model, prepare_run, tiny_config
+from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.publishing.export import export_merged
 from yelp_hpc.ranks.launch import first_host, rendezvous
@@ -25,13 +27,16 @@ from yelp_hpc.training.checkpoint import read_checkpoint
 from yelp_hpc.training.data import f1_macro, read_rows
 from yelp_hpc.training.log import truncate_log
 
+Trained = tuple[RunPaths, Config]
+KEPT_OR_PACKED: list[dict[str, Any]] = [{"gradient_checkpointing": "on"}, {"max_tokens": 4096}]
+
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def train_here(run, config, stop=None):
+def train_here(run: RunPaths, config: Config, stop: Any = None) -> None:
     """One rank in this process, without the launcher."""
     payload = {
         "run": str(run.root),
@@ -47,7 +52,7 @@ def train_here(run, config, stop=None):
 
 
 @pytest.fixture(scope="module")
-def trained(model, tmp_path_factory):
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A finished training through the launcher, and its settings."""
     run = prepare_run(tmp_path_factory.mktemp("run"), model)
     config = tiny_config(model, train={"epochs": 2, "evaluate_every": 5})
@@ -55,11 +60,11 @@ def trained(model, tmp_path_factory):
     return run, config
 
 
-def losses(run):
+def losses(run: RunPaths) -> list[float]:
     return [line["loss"] for line in read_jsonl(run.train_log)]
 
 
-def test_the_log_holds_every_step_once_and_the_loss_falls(trained):
+def test_the_log_holds_every_step_once_and_the_loss_falls(trained: Trained) -> None:
     run, _ = trained
     lines = read_jsonl(run.train_log)
     assert [line["step"] for line in lines] == list(range(1, 23))
@@ -74,7 +79,7 @@ def test_the_log_holds_every_step_once_and_the_loss_falls(trained):
         assert all(line[key] > 0 for line in lines), key
 
 
-def test_peft_alone_finds_the_logged_validation_loss(trained):
+def test_peft_alone_finds_the_logged_validation_loss(trained: Trained) -> None:
     """The adapter on the plain model, one padded-free sequence at a time, no code of ours."""
     run, config = trained
     base = AutoModelForCausalLM.from_pretrained(config.model.path)
@@ -93,7 +98,7 @@ def test_peft_alone_finds_the_logged_validation_loss(trained):
     assert last["validation_f1_macro"] == pytest.approx(f1_macro(confusion))
 
 
-def test_the_adapter_folder_is_pefts_and_whole(trained):
+def test_the_adapter_folder_is_pefts_and_whole(trained: Trained) -> None:
     run, config = trained
     assert is_complete(run.adapter)
     settings = read_json(run.adapter / "adapter_config.json")
@@ -106,7 +111,9 @@ def test_the_adapter_folder_is_pefts_and_whole(trained):
     PeftModel.from_pretrained(base, str(run.checkpoint(22)))
 
 
-def test_a_finished_training_does_nothing(trained, capfd):
+def test_a_finished_training_does_nothing(
+    trained: Trained, capfd: pytest.CaptureFixture[str]
+) -> None:
     run, config = trained
     before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*")}
     train.run(run, config)
@@ -114,25 +121,29 @@ def test_a_finished_training_does_nothing(trained, capfd):
     assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*")} == before
 
 
-def test_another_training_in_the_same_folder_is_refused(trained):
+def test_another_training_in_the_same_folder_is_refused(trained: Trained) -> None:
     run, config = trained
     other = tiny_config(
-        config.model.path, lora={"rank": 2}, train={"epochs": 2, "evaluate_every": 5}
+        Path(config.model.path), lora={"rank": 2}, train={"epochs": 2, "evaluate_every": 5}
     )
     with pytest.raises(RequestError, match=r"lora.rank: 4 there, 2 now"):
         train.run(run, other)
 
 
-def test_gradients_checkpointed_or_not_and_any_packing_are_equal(model, trained, tmp_path):
+def test_gradients_checkpointed_or_not_and_any_packing_are_equal(
+    model: Path, trained: Trained, tmp_path: Path
+) -> None:
     straight = losses(trained[0])
-    for number, settings in enumerate([{"gradient_checkpointing": "on"}, {"max_tokens": 4096}]):
+    for number, settings in enumerate(KEPT_OR_PACKED):
         run = prepare_run(tmp_path / str(number), model)
         train_here(run, tiny_config(model, train={"epochs": 2, "evaluate_every": 5, **settings}))
         assert losses(run) == pytest.approx(straight, abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_starts_like_fp32(model, trained, tmp_path, precision):
+def test_half_precision_starts_like_fp32(
+    model: Path, trained: Trained, tmp_path: Path, precision: str
+) -> None:
     run = prepare_run(tmp_path, model)
     train_here(run, tiny_config(model, train={"epochs": 2, "precision": precision, "max_steps": 5}))
     assert losses(run) == pytest.approx(losses(trained[0])[:5], rel=5e-3)
@@ -140,7 +151,7 @@ def test_half_precision_starts_like_fp32(model, trained, tmp_path, precision):
     assert (state.get("scale") == 65536) == (precision == "fp16")
 
 
-def test_fp16_skips_a_step_that_overflows(model, tmp_path):
+def test_fp16_skips_a_step_that_overflows(model: Path, tmp_path: Path) -> None:
     """A scale far too large: the steps are skipped, the scale halves, the rate stays."""
     run = prepare_run(tmp_path, model)
     config = tiny_config(model, train={"precision": "fp16", "max_steps": 1, "evaluate_every": 99})
@@ -162,7 +173,9 @@ def test_fp16_skips_a_step_that_overflows(model, tmp_path):
     assert lines[2]["learning_rate"] == lines[1]["learning_rate"]
 
 
-def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(model, tmp_path):
+def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(
+    model: Path, tmp_path: Path
+) -> None:
     run = prepare_run(tmp_path, model)
     config = tiny_config(
         model,
@@ -176,7 +189,9 @@ def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(model, tmp_pa
     assert not run.adapter.exists()
 
 
-def test_a_stop_in_the_middle_of_a_step_repeats_that_step(model, trained, tmp_path):
+def test_a_stop_in_the_middle_of_a_step_repeats_that_step(
+    model: Path, trained: Trained, tmp_path: Path
+) -> None:
     """Asked to stop at every check in turn: no step is applied twice, none is lost."""
     run = prepare_run(tmp_path, model)
     config = tiny_config(model, train={"epochs": 2, "evaluate_every": 5})
@@ -185,7 +200,7 @@ def test_a_stop_in_the_middle_of_a_step_repeats_that_step(model, trained, tmp_pa
         checks = 7
 
         @property
-        def pending(self):
+        def pending(self) -> Any:
             self.checks -= 1
             return self.checks < 0
 
@@ -208,7 +223,7 @@ def test_a_stop_in_the_middle_of_a_step_repeats_that_step(model, trained, tmp_pa
     ]
 
 
-def test_merged_export_equals_the_adapter_on_its_base(trained, tmp_path):
+def test_merged_export_equals_the_adapter_on_its_base(trained: Trained, tmp_path: Path) -> None:
     run, config = trained
     out = tmp_path / "merged"
     export_merged(run, config, out)
@@ -227,27 +242,27 @@ def test_merged_export_equals_the_adapter_on_its_base(trained, tmp_path):
         export_merged(RunPaths(tmp_path / "nothing"), config, tmp_path / "other")
 
 
-def test_missing_input_is_one_message(model, tmp_path):
+def test_missing_input_is_one_message(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="run prepare first") as caught:
         train.run(RunPaths(tmp_path), tiny_config(model))
     assert str(caught.value).count("is missing") == 3
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_of_a_rank_is_the_launchers(model, tmp_path):
+def test_an_error_of_a_rank_is_the_launchers(model: Path, tmp_path: Path) -> None:
     run = prepare_run(tmp_path, model)
     with pytest.raises(RequestError, match=r"lora.target nonsense .*\n.*train-rank-0.log"):
         train.run(run, tiny_config(model, lora={"target": ["nonsense"]}))
 
 
-def test_tensorboard_without_its_package_is_refused(model, tmp_path):
+def test_tensorboard_without_its_package_is_refused(model: Path, tmp_path: Path) -> None:
     if find_spec("tensorboard") is not None:
         pytest.skip("tensorboard is installed")
     with pytest.raises(RequestError, match="tensorboard is not installed"):
         train.run(prepare_run(tmp_path, model), tiny_config(model, train={"tensorboard": True}))
 
 
-def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
     run.train.mkdir()
     run.train_log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
@@ -265,7 +280,7 @@ STEP = {
 }
 
 
-def test_several_nodes_meet_by_slurms_variables_or_by_ours():
+def test_several_nodes_meet_by_slurms_variables_or_by_ours() -> None:
     place = rendezvous(STEP)
     assert (place.nodes, place.node_rank, place.address) == (2, 1, "gpu03")
     assert place.port == 20000 + 123456 % 20000
@@ -296,11 +311,11 @@ def test_several_nodes_meet_by_slurms_variables_or_by_ours():
         ("x,n[1-2]", "x"),
     ],
 )
-def test_first_host(nodelist, first):
+def test_first_host(nodelist: str, first: str) -> None:
     assert first_host(nodelist) == first
 
 
-def test_a_passed_deadline_is_none():
+def test_a_passed_deadline_is_none() -> None:
     assert deadline({"YELP_HPC_DEADLINE": "50", "SLURM_JOB_END_TIME": "80"}, now=10) == 50
     assert deadline({"SLURM_JOB_END_TIME": "80"}, now=10) == 80
     assert deadline({"SLURM_JOB_END_TIME": "80"}, now=90) is None
@@ -313,7 +328,9 @@ GLM = Path(__file__).parents[1] / "models" / "golden" / "model"
 
 
 @pytest.mark.parametrize(("weights", "precision"), [("fp32", "fp32"), ("fp16", "fp16")])
-def test_chatglm3_trains_alike_however_it_is_packed(model, tmp_path, weights, precision):
+def test_chatglm3_trains_alike_however_it_is_packed(
+    model: Path, tmp_path: Path, weights: str, precision: str
+) -> None:
     """The report's architecture, number formats and adapted module."""
     found = []
     for max_tokens in (64, 4096):

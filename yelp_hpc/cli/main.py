@@ -32,6 +32,7 @@ class Commands(click.Group):
     """Lists the commands in the order of a user's day."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are used, not by name."""
         return list(self.commands)
 
 

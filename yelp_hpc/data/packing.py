@@ -1,5 +1,4 @@
-"""The plan of the training data: which rows form which step, which rank computes them, and in
-which micro-batches.
+"""The plan of the training data: rows of each step, their ranks and their micro-batches.
 
 A pure function of (seed, epoch, step): nothing is stored, so a resumed run finds its place in the
 data by its step number alone. The sequence of global batches never depends on the world size or on
@@ -33,6 +32,7 @@ class DataPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """The last global batch of an epoch may be smaller."""
         return -(-self.rows // self.global_batch)
 
     @property
@@ -44,7 +44,8 @@ class DataPlan:
     def batch(self, step: int) -> tuple[int, ...]:
         """The rows (0 to rows-1) of step `step`'s global batch.
 
-        Raises IndexError for a step outside the run.
+        Raises:
+            IndexError: a step outside the run.
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is outside 0..{self.steps - 1}")
@@ -89,12 +90,11 @@ def deal(lengths: Sequence[int], world_size: int) -> list[list[int]]:
 def plan_microbatches(
     lengths: Sequence[int], max_tokens: int, prefix_length: int
 ) -> list[list[int]]:
-    """Group sequences (by index; `lengths` without the prefix) so that prefix plus remainders fit
-    `max_tokens`.
+    """Group sequences so that the shared prefix and their remainders fit `max_tokens`.
 
-    Longest first, neighbours in length together, so that a group needs little padding inside
-    attention. A sequence over the budget is a group of its own. Deterministic: ties keep their
-    order.
+    `lengths` are those of the remainders; the groups hold indices into them. Longest first,
+    neighbours in length together, so that a group needs little padding inside attention. A sequence
+    over the budget is a group of its own. Deterministic: ties keep their order.
     """
     groups: list[list[int]] = []
     used = 0

@@ -13,8 +13,11 @@ from yelp_hpc.errors import RequestError
 
 @dataclass(frozen=True)
 class Splits:
-    """Row ids of each set. `test` counts in the test source, or in the training source when the
-    test set was drawn from it; the other two count in the training source."""
+    """Row ids of each set.
+
+    `test` counts in the test source, or in the training source when the
+    test set was drawn from it; the other two count in the training source.
+    """
 
     train: list[int]
     validation: list[int]
@@ -91,7 +94,6 @@ def _draw(
 
 def duplicates(train: Sequence[str], test: Sequence[str]) -> int:
     """How many test texts stand in training too, letter case and spacing aside."""
-
     seen = {text_key(text) for text in train}
     return sum(text_key(text) in seen for text in test)
 

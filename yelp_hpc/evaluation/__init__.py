@@ -1,0 +1,1 @@
+"""From predictions to counts, metrics, their uncertainty and the report; no torch."""

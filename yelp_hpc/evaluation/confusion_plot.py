@@ -10,8 +10,7 @@ from io import BytesIO
 
 
 def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> bytes:
-    """Draw counts `[labels, columns]`; a column that nobody answered and no label names is left
-    out.
+    """Draw counts `[labels, columns]`; empty columns that no label names are left out.
 
     Args:
         columns: a title for each column: the labels, then "unparsed" and what else was answered.

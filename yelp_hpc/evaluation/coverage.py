@@ -55,6 +55,7 @@ class TestSet:
         return np.where(self.ids[found] == rows, self.order[found], -1)
 
     def row_ids(self, positions: Counts) -> list[int]:
+        """The row ids that stand at these places; the way back from `positions`."""
         if self.ids is None or self.order is None:
             return [int(place) + self.first for place in positions]
         inverse = np.empty_like(self.order)
@@ -308,7 +309,7 @@ def integers(column: pa.Array) -> Counts:
 
 
 def _values(column: pa.Array, dtype: type[Any]) -> NDArray[Any]:
-    """A view of a column's buffer. (`to_numpy` imports pandas where it is installed: a second.)"""
+    """A view of a column's buffer; `to_numpy` would import pandas where it is there: a second."""
     buffer = column.buffers()[1]
     if buffer is None:
         return np.zeros(len(column), dtype=dtype)

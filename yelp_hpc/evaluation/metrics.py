@@ -44,10 +44,12 @@ class Tally:
 
     @property
     def rows(self) -> int:
+        """All rows, answered or not."""
         return int(self.counts.sum())
 
     @property
     def unparsed(self) -> int:
+        """Rows without an answer that could be read."""
         return int(self.counts[:, UNPARSED].sum())
 
 
@@ -93,7 +95,8 @@ def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float) -> Floats
     top, bottom = np.broadcast_arrays(
         np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     )
-    return np.divide(top, bottom, out=np.full(top.shape, empty), where=bottom > 0)
+    result: Floats = np.divide(top, bottom, out=np.full(top.shape, empty), where=bottom > 0)
+    return result
 
 
 def accuracy(counts: Counts) -> Floats:
@@ -141,7 +144,8 @@ def f1_report(counts: Counts) -> dict[str, Floats]:
 
 def _distance() -> Counts:
     stars = np.arange(CLASSES)
-    return np.abs(stars[:, None] - stars[None, :])
+    distance: Counts = np.abs(stars[:, None] - stars[None, :])
+    return distance
 
 
 def mean_absolute_error(counts: Counts) -> Floats:

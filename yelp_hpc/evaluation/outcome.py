@@ -21,6 +21,7 @@ def figure(value: float | int | None, signed: bool = False) -> str:
 
 
 def interval(ends: list[float] | None) -> str:
+    """`[0.653, 0.711]`; nothing where there is no interval."""
     return "" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
 
 

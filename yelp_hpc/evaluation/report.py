@@ -105,6 +105,7 @@ def outcome(metrics: Mapping[str, Any]) -> str:
 
 
 def per_class(metrics: Mapping[str, Any]) -> str:
+    """A table of precision, recall and F1 for each model."""
     cards = []
     for name, model in metrics["models"].items():
         rows = (

@@ -228,7 +228,8 @@ def forecast(
 ) -> Forecast:
     """The plan of a run on `nodes` × `train.nproc` ranks of `card`, or on the probed machine.
 
-    Raises ValueError if there are no training rows.
+    Raises:
+        ValueError: there are no training rows.
     """
     ranks = nodes * config.train.nproc
     work = training_work(config, lengths, ranks)

@@ -31,7 +31,8 @@ HUB_ROWS = {"Yelp/yelp_review_full": (650_000, 50_000)}
 def read_shape(config: Config) -> ModelShape:
     """The configured model's shape: its folder, the cache of `fetch`, or a model known here.
 
-    Raises RequestError if none of them has it, or its config.json describes no decoder.
+    Raises:
+        RequestError: none of them has it, or its config.json describes no decoder.
     """
     path = config.model.path
     for folder in _model_folders(path, config.model.revision):
@@ -62,7 +63,8 @@ def _model_folders(path: str, revision: str | None) -> list[Path]:
 def prepared_lengths(run: RunPaths) -> Lengths | None:
     """The lengths in a run's `prepare/`, None where it is not complete.
 
-    Raises StageError if a file is torn.
+    Raises:
+        StageError: a file is torn.
     """
     if not run.tokens.is_file() or not all(run.split(name).is_file() for name in SPLITS):
         return None

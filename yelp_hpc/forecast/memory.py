@@ -29,6 +29,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak of a step."""
         return self.weights + self.adapter + self.activations + self.runtime
 
 

@@ -107,7 +107,8 @@ class ModelShape:
 def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:
     """The shape that a config.json describes. `where` names it in the error.
 
-    Raises RequestError naming every size that is missing or no positive whole number.
+    Raises:
+        RequestError: names every size that is missing or no positive whole number.
     """
     problems: list[str] = []
 

@@ -1,7 +1,7 @@
-"""The image as a file: its SHA-256, remembered beside it, and a form in which equal contents are
-equal files.
+"""The image as a file: its SHA-256, and a form in which equal contents are equal files.
 
-Host side; reads and changes .sif files, writes `.NAME.sha256.json` beside them.
+Host side; reads and changes .sif files, writes `.NAME.sha256.json` beside them, which remembers the
+SHA-256.
 """
 
 from __future__ import annotations

@@ -127,6 +127,7 @@ def sole_builder(path: Path) -> Iterator[None]:
 
 
 def folder_of(name: str) -> Path:
+    """A folder of the image build's own in the cache, made if need be."""
     folder = cache_folder() / "image" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

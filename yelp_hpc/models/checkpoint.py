@@ -1,9 +1,8 @@
-"""What lies in a model folder: its configuration and its weight files, judged before anything is
-loaded.
+"""What lies in a model folder, judged before anything is loaded: configuration, weight files.
 
 Reads `config.json`, `tokenizer_config.json`, the weight index and the weight files (safetensors:
-their headers; `.bin`: all, for they carry checksums). Nothing here imports
-torch, and nothing runs code of the folder.
+their headers; `.bin`: all, for they carry checksums). Nothing here imports torch, and nothing runs
+code of the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +22,11 @@ LONGEST_HEADER = 100_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises RequestError if the file is missing, torn or something else."""
+    """A JSON object.
+
+    Raises:
+        RequestError: the file is missing, torn or something else.
+    """
     try:
         value = parse_json(path.read_bytes())
     except FileNotFoundError:
@@ -36,8 +39,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a local model folder. Raises RequestError if there is none or it names no
-    model_type.
+    """`config.json` of a local model folder.
+
+    Raises:
+        RequestError: there is none, or it names no model_type.
     """
     if not folder.is_dir():
         raise RequestError(f"model folder {folder} does not exist; fetch the model first")
@@ -97,10 +102,10 @@ def check_family(folder: Path, config: dict[str, Any]) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, safetensors preferred; checks that each is there and whole
-    at its ends.
+    """The files that hold the weights, safetensors preferred, each there and whole at its ends.
 
-    Raises RequestError naming every file that is missing, truncated or torn.
+    Raises:
+        RequestError: names every file that is missing, truncated or torn.
     """
     for name in (SINGLE_WEIGHTS[0], WEIGHT_INDEXES[0], SINGLE_WEIGHTS[1], WEIGHT_INDEXES[1]):
         if not (folder / name).is_file():

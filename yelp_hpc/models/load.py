@@ -50,8 +50,9 @@ _UNUSED_WEIGHTS = re.compile(r"rotary.*inv_freq$")
 def check_native(folder: Path) -> dict[str, Any]:
     """The folder's config, if a native class of here or of transformers loads it as a causal LM.
 
-    Raises RequestError for a model that needs its own code, for ChatGLM2 and GLM-4 under ChatGLM3's
-    model_type, and for a model that is no causal LM.
+    Raises:
+        RequestError: the model needs its own code, is ChatGLM2 or GLM-4 under ChatGLM3's
+            model_type, or is no causal LM.
     """
     config = read_config(folder)
     kind = config["model_type"]
@@ -69,8 +70,10 @@ def check_native(folder: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a local model folder. Raises RequestError naming what is missing or does not
-    fit.
+    """The tokenizer of a local model folder.
+
+    Raises:
+        RequestError: names what is missing or does not fit.
     """
     folder = Path(path)
     config = check_native(folder)
@@ -98,8 +101,11 @@ def load_model(
 ) -> Any:
     """The causal LM of a local model folder, in evaluation mode, on the CPU.
 
-    `dtype`: a torch dtype, or fp32, fp16, bf16. Raises RequestError naming a damaged or missing
-    shard, weights that the config does not fit, and a model that would need its own code.
+    `dtype`: a torch dtype, or fp32, fp16, bf16.
+
+    Raises:
+        RequestError: a shard is damaged or missing, the config does not fit the weights, or the
+            model would need its own code.
     """
     folder = Path(path)
     check_native(folder)
@@ -172,11 +178,12 @@ def _line(error: BaseException) -> str:
 
 
 def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
-    """Names of the modules to adapt: those requested, or the architecture's query, key and value
-    projections.
+    """Modules to adapt: those requested, or the architecture's query, key and value projections.
 
-    A name stands for every module of that name, as in peft. Raises RequestError that lists the
-    model's names when one matches nothing.
+    A name stands for every module of that name, as in peft.
+
+    Raises:
+        RequestError: a name matches nothing; lists the model's names.
     """
     names = [n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     leaves = sorted({name.rpartition(".")[2] for name in names})
@@ -200,12 +207,14 @@ def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
 def fetch_model(
     path_or_id: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """A model folder: a local one as it is, a Hub model downloaded (resumable, with progress) and
-    verified.
+    """A model folder: a local one as it is, a Hub model downloaded and verified.
 
-    The result of a download lies in the Hub's cache and ends with the commit. Raises RequestError
-    for a model or revision that does not exist or may not be read, StageError if the download or a
-    checksum fails.
+    A download can be resumed and shows its progress; its result lies in the Hub's cache and ends
+    with the commit.
+
+    Raises:
+        RequestError: the model or revision does not exist or may not be read.
+        StageError: the download or a checksum fails.
     """
     local = Path(path_or_id).expanduser()
     if local.is_dir():
@@ -245,8 +254,9 @@ def fetch_model(
 
 
 def _intact(path: Path) -> bool:
-    """Whether a file of the Hub's cache has the hash that its blob is named after (sha256, or git's
-    sha1).
+    """Whether a file of the Hub's cache has the hash that its blob is named after.
+
+    SHA-256, or git's SHA-1.
     """
     blob = path.resolve()
     if not blob.is_file() or not re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", blob.name):

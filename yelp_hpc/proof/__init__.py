@@ -1,0 +1,1 @@
+"""Whether a finished run holds what it says, and whether it can be had again."""

@@ -55,6 +55,7 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
+        """Whether every file compared is there and equal."""
         return not self.differences and not self.missing
 
 

@@ -122,8 +122,10 @@ def _trained(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterat
 
 
 def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
-    """Every shard is there, whole, of this adapter and this test set, and names an answer that
-    follows from its scores."""
+    """Every shard is there, whole, of this adapter and this test set.
+
+    And names an answer that follows from its scores.
+    """
     for model in config.infer.models:
         folder, shards = run.predictions(model), config.infer.shards
         expected = {run.shard(model, k, shards) for k in range(shards)}
@@ -144,8 +146,10 @@ def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
 def _base_weights(
     run: RunPaths, paths: Sequence[Path], record: Mapping[str, Any], config: Config
 ) -> Iterator[str]:
-    """The shards were made with run.json's base weights; where all of them name others, it is
-    run.json that was altered."""
+    """The shards were made with run.json's base weights.
+
+    Where all of them name others, it is run.json that was altered.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -223,8 +227,10 @@ def _follows(prediction: int | None, scores: Any, text: str | None, mode: str) -
 
 
 def _provenance(run: RunPaths, config: Config, model: str) -> dict[str, str]:
-    """What a shard's metadata must say, by field of `shard_files.Provenance`; the base weights are
-    `_base_weights`'s."""
+    """What a shard's metadata must say, by field of `shard_files.Provenance`.
+
+    The base weights are left to `_base_weights`.
+    """
     prepared = (read_marker(run.prepare) or {"files": {}})["files"]
     adapter = (read_marker(run.adapter) or {"files": {}})["files"]
     limit = config.infer.max_new_tokens if config.infer.mode == "generate" else ""

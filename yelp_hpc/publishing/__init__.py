@@ -1,0 +1,1 @@
+"""The finished adapter on the Hub: card, token, upload and export."""

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, logging
+from huggingface_hub.utils import logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.progress import say
@@ -59,6 +60,7 @@ class HubFile:
 
     @classmethod
     def of(cls, name: str, content: Path | bytes) -> HubFile:
+        """`content` is a file to read, or the bytes themselves."""
         if isinstance(content, bytes):
             return cls(name, content, len(content), hashlib.sha256(content).hexdigest())
         return cls(name, content, content.stat().st_size, sha256_file(content))

@@ -1,0 +1,1 @@
+"""Processes of one training: started, connected, stopped together."""

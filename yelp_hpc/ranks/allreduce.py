@@ -127,6 +127,7 @@ def _one_rank() -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure on this machine, or be one of the processes that do."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rank", action="store_true", help="be one of them")

@@ -40,10 +40,12 @@ class StopRequest:
 
     @property
     def pending(self) -> bool:
+        """Whether to save and stop: a signal came, or the deadline is near."""
         late = self.deadline is not None and time.time() > self.deadline - self.margin
         return self.signalled or late
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Note the signal; before there is anything to save, leave at once."""
         self.signalled = True
         if not self.ready:
             os._exit(SAVED)
@@ -52,8 +54,10 @@ class StopRequest:
 def deadline(environ: Mapping[str, str], now: float) -> float | None:
     """Unix time by which the job must have saved: YELP_HPC_DEADLINE, else Slurm's end of the job.
 
-    One that has passed already is nobody's deadline any more. Raises RequestError if it is no
-    number.
+    One that has passed already is nobody's deadline any more.
+
+    Raises:
+        RequestError: it is no number.
     """
     value = environ.get("YELP_HPC_DEADLINE") or environ.get("SLURM_JOB_END_TIME")
     try:

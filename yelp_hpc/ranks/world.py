@@ -28,6 +28,7 @@ class World:
 
     @property
     def first(self) -> bool:
+        """Whether this rank is the one that writes files."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -40,7 +41,8 @@ class World:
 def join_world(config: Config) -> World:
     """Meet the other ranks; accelerate picks the device and NCCL or gloo.
 
-    Raises RequestError for more ranks than GPUs.
+    Raises:
+        RequestError: more ranks than GPUs.
     """
     gpus = torch.cuda.device_count()
     if gpus and config.train.nproc > gpus:

@@ -47,6 +47,7 @@ class Attempt:
     """Seconds of work that this attempt did after the last thing that was kept."""
 
     def path(self, paths: RunPaths) -> Path:
+        """The file of this attempt alone."""
         return paths.attempts / self.name / f"{self.job}-{self.restart}.json"
 
 
@@ -56,11 +57,16 @@ def task_text(task: Task) -> str:
 
 
 def task_of(text: str) -> Task:
-    """The shard numbers of `task_text`. Raises ValueError for any other text."""
+    """The shard numbers of `task_text`.
+
+    Raises:
+        ValueError: the text is another.
+    """
     return tuple(int(shard) for shard in text.split(",")) if text else ()
 
 
 def write(paths: RunPaths, attempt: Attempt) -> None:
+    """Write the attempt, in place of what stood there of it."""
     values = asdict(attempt)
     values["shards"] = task_text(values.pop("task"))
     write_json(attempt.path(paths), values)

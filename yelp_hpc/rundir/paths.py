@@ -28,10 +28,12 @@ class RunPaths:
 
     @property
     def run_json(self) -> Path:
+        """What was asked for and with what."""
         return self.root / "run.json"
 
     @property
     def submissions(self) -> Path:
+        """A line for every submission."""
         return self.root / "submissions.jsonl"
 
     @property
@@ -41,6 +43,7 @@ class RunPaths:
 
     @property
     def logs(self) -> Path:
+        """Everything that can say why something died, Slurm's own output included."""
         return self.root / "logs"
 
     def lock(self, name: str) -> Path:
@@ -64,51 +67,64 @@ class RunPaths:
     # prepare
     @property
     def prepare(self) -> Path:
+        """The tokenised sets and what LLaMA-Factory reads."""
         return self.root / "prepare"
 
     def split(self, name: str) -> Path:
+        """The tokenised rows of `train`, `validation` or `test`."""
         return self.prepare / f"{name}.parquet"
 
     def alpaca(self, name: str) -> Path:
+        """The same rows in LLaMA-Factory's alpaca format."""
         return self.prepare / f"alpaca_{name}.json"
 
     @property
     def dataset_info(self) -> Path:
+        """LLaMA-Factory's index of the alpaca files."""
         return self.prepare / "dataset_info.json"
 
     @property
     def tokens(self) -> Path:
+        """The shared prefix and the ids of the labels."""
         return self.prepare / "tokens.json"
 
     # train
     @property
     def train(self) -> Path:
+        """Checkpoints, the adapter, log and loss curve."""
         return self.root / "train"
 
     @property
     def checkpoints(self) -> Path:
+        """Folders that training can go on from."""
         return self.train / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:
+        """The state after `step` steps."""
         return self.checkpoints / f"step-{step:06d}"
 
     @property
     def adapter(self) -> Path:
+        """The finished adapter, in peft's format."""
         return self.train / "adapter"
 
     @property
     def train_log(self) -> Path:
+        """A line for every step and every evaluation."""
         return self.train / "log.jsonl"
 
     @property
     def loss_png(self) -> Path:
+        """The loss curve."""
         return self.train / "loss.png"
 
     # infer
     def predictions(self, model: str) -> Path:
+        """The model's shards and nothing else: pandas reads the folder."""
         return self.root / "infer" / model
 
     def shard(self, model: str, shard: int, shards: int) -> Path:
+        """Predictions of one shard of `shards`, counted from 0."""
         return self.predictions(model) / f"shard-{shard:04d}-of-{shards:04d}.parquet"
 
     def partial(self, model: str, shard: int, shards: int) -> Path:
@@ -122,14 +138,17 @@ class RunPaths:
     # collect and publish
     @property
     def metrics(self) -> Path:
+        """Figures of both models."""
         return self.root / "metrics.json"
 
     @property
     def report(self) -> Path:
+        """The report, one page that needs nothing but itself."""
         return self.root / "report.html"
 
     @property
     def published(self) -> Path:
+        """What was uploaded, and where it lies."""
         return self.root / "published.json"
 
 

@@ -86,6 +86,7 @@ class Counting:
         self.unparsed: list[Mistake] = []
 
     def read(self) -> None:
+        """Read every shard once."""
         for answers in self.coverage.read():
             self._take(answers)
 
@@ -126,6 +127,7 @@ class Counting:
         return Mistake(severity, position, label, prediction, confidence, answers.path)
 
     def tally(self) -> Tally:
+        """The confusion counts of what was read."""
         values = tuple(sorted({value for _, value in self.stray}))
         counts = np.zeros((CLASSES, UNPARSED + 1 + len(values)), dtype=np.int64)
         labels, codes = self.coverage.test.labels, self.coverage.codes

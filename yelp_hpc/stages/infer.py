@@ -97,7 +97,8 @@ def run(
 def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provenance:
     """What the predictions will depend on; checks that the stages before are complete and whole.
 
-    Raises StageError naming what is missing, torn or altered and the command that makes it.
+    Raises:
+        StageError: names what is missing, torn or altered and the command that makes it.
     """
     marker = read_marker(paths.prepare)
     files = {} if marker is None else marker["files"]

@@ -102,7 +102,11 @@ def run(
 
 
 def check_finished(paths: RunPaths) -> None:
-    """Raises StageError listing what earlier stages still owe."""
+    """Refuse a run that is not done.
+
+    Raises:
+        StageError: lists what earlier stages still owe.
+    """
     problems = damaged_files(paths.adapter)
     problems += [
         f"{path} is missing" for path in (paths.metrics, paths.run_json) if not path.is_file()
@@ -188,7 +192,11 @@ def gpu_hours(paths: RunPaths) -> GpuHours | None:
 
 
 def refuse_secrets(files: Sequence[HubFile], token: Token) -> None:
-    """Raises RequestError when a file that would be uploaded holds the token."""
+    """Look for the token in everything that would be uploaded.
+
+    Raises:
+        RequestError: a file holds it.
+    """
     secret = token.secret.encode()
     for file in files:
         if isinstance(file.content, bytes):
@@ -203,6 +211,7 @@ def refuse_secrets(files: Sequence[HubFile], token: Token) -> None:
 
 
 def describe_files(files: Sequence[HubFile]) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of each, for `published.json`."""
     return [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in files]
 
 

@@ -79,7 +79,11 @@ def run(paths: RunPaths, config: Config) -> None:
 
 
 def check_request(paths: RunPaths, config: Config) -> None:
-    """Raises RequestError listing what is missing, before any rank starts."""
+    """Look for what training needs, before any rank starts.
+
+    Raises:
+        RequestError: lists what is missing.
+    """
     problems = [
         f"{path} is missing: run prepare first"
         for path in (paths.tokens, paths.split("train"), paths.split("validation"))
@@ -114,7 +118,11 @@ def training_fingerprint(paths: RunPaths, config: Config) -> dict[str, Any]:
 
 
 def check_fingerprint(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Raises RequestError naming each setting in which `where` is another training's."""
+    """Compare the settings of the training that `where` holds with those wanted.
+
+    Raises:
+        RequestError: names each setting in which it is another training's.
+    """
     problems = []
     for section, value in wanted.items():
         other = found.get(section)
@@ -313,6 +321,7 @@ def _board(paths: RunPaths, config: Config, training: Training) -> Any:
 
 
 def main() -> int:
+    """One rank; what to train comes on standard input. Returns the exit code."""
     payload = json.loads(sys.stdin.buffer.read())
     return run_rank(lambda stop: train_rank(payload, stop))
 

@@ -19,7 +19,8 @@ from yelp_hpc.models.packed.dropout import derive_seed
 def add_lora(model: Any, config: Config) -> Any:
     """`model` in PEFT's wrapper with a fresh adapter (fp32 whatever the base is), seeded.
 
-    Raises RequestError if lora.target names nothing in the model.
+    Raises:
+        RequestError: lora.target names nothing in the model.
     """
     lora = config.lora
     targets = lora_targets(model, list(lora.target) if lora.target else None)

@@ -190,7 +190,11 @@ class CheckpointStore:
         self._writer.start()
 
     def wait(self) -> None:
-        """Wait for a write in the background. Raises StageError if it failed."""
+        """Wait for a write in the background.
+
+        Raises:
+            StageError: it failed.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None

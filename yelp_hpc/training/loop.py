@@ -341,7 +341,11 @@ class Training:
         }
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from `snapshot`. Raises StageError if a tensor does not fit."""
+        """Go on from `snapshot`.
+
+        Raises:
+            StageError: a tensor does not fit.
+        """
         names = list(self.parameters)
         load_adapter(
             {peft_name(name): parameter for name, parameter in self.parameters.items()},

@@ -84,9 +84,11 @@ class Meter:
         self.started = time.monotonic()
 
     def start(self) -> None:
+        """A step begins."""
         self.forget()
 
     def add(self, batch: PackedBatch) -> None:
+        """Count the tokens of a micro-batch of this step."""
         self.positions += batch.input_ids.numel()
         self.used += batch.prefix_length + sum(batch.lengths)
 

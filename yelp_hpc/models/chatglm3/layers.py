@@ -85,9 +85,7 @@ class RotaryEmbedding(nn.Module):
         return result
 
     def forward(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Cosine and sine of every position up to `seq_length`, `[seq_length, dim / 2, 2]` in
-        `dtype`.
-        """
+        """Cosine and sine of every position, `[seq_length, dim / 2, 2]` in `dtype`."""
         if self._table is None or self._table.dtype != dtype or self._table.device != device:
             # A table made inside inference_mode could not take part in training later.
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
@@ -296,12 +294,11 @@ class GLMTransformer(nn.Module):
 def attention_mask_of(
     mask: Tensor | None, position_ids: Tensor | None, embeds: Tensor, past: int
 ) -> Tensor | None:
-    """Which key each query sees, `[batch, 1, tokens, past + tokens]` bool, or None where plain
-    causality says it all.
+    """Which key each query sees, bool; None where plain causality says it all.
 
-    `mask` is 1 for tokens and 0 for padding, `[batch, past + tokens]`, or a mask of the result's
-    shape, which is taken as it is. Padding rows see everything, as published: a row that sees
-    nothing would be NaN.
+    `[batch, 1, tokens, past + tokens]`. `mask` is 1 for tokens and 0 for padding, `[batch, past +
+    tokens]`, or a mask of the result's shape, which is taken as it is. Padding rows see everything,
+    as published: a row that sees nothing would be NaN.
     """
     if mask is not None and mask.dim() == 4:
         return mask
@@ -327,8 +324,9 @@ def attention_mask_of(
 
 
 def _packed_mask(position_ids: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """Sequences laid one after the other, each counting from 0, see themselves only (transformers'
-    convention).
+    """Sequences laid one after the other, each counting from 0, see themselves only.
+
+    This is the convention of transformers.
     """
     if position_ids is None or batch != 1 or tokens == 1:
         return None

@@ -1,7 +1,7 @@
 """ChatGLM3-6B-base as a native transformers model: the published weights load by their own names.
 
 The arithmetic is that of the published `modeling_chatglm.py`, so that logits agree with it to the
-last bit; the layers lie in `chatglm3_layers.py`. Registers configuration and model for model_type
+last bit; the layers lie in `layers.py`. Registers configuration and model for model_type
 `chatglm` with the Auto classes. Reads and writes tensors only.
 """
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -31,7 +31,8 @@ from yelp_hpc.models.chatglm3.layers import (
 class ChatGLMConfig(PretrainedConfig):
     """The published configuration; the defaults are chatglm3-6b-base.
 
-    Raises ValueError for what this model does not do: a quantized checkpoint or a P-tuning prefix.
+    Raises:
+        ValueError: what this model does not do: a quantized checkpoint or a P-tuning prefix.
     """
 
     model_type = "chatglm"
@@ -217,7 +218,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self, position_ids: Tensor | None, tokens: int, past: int, device: torch.device
     ) -> Tensor:
         """Cosines and sines of the positions, `[tokens, batch or 1, pairs, 2]`."""
-        table = self.rotary_pos_emb(self.embedding.word_embeddings.weight.dtype, device)
+        table: Tensor = self.rotary_pos_emb(self.embedding.word_embeddings.weight.dtype, device)
         if position_ids is not None:
             return table[position_ids].transpose(0, 1).contiguous()
         if past + tokens > len(table):
@@ -237,20 +238,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if self.config._attn_implementation in ("eager", "sdpa"):
             return attention_mask_of(attention_mask, position_ids, embeds, past)
         # Any other attention function comes with a mask function of its own.
-        mask: Any = create_causal_mask(
+        mask: Tensor | None = create_causal_mask(  # type: ignore[assignment]
             config=self.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,
         )
-        return mask  # type: ignore[no-any-return]
+        return mask
 
 
 class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM3 with its vocabulary projection; `transformer.encoder.layers` are the layers."""
 
-    _tied_weights_keys = {}  # type: ignore[var-annotated] # noqa: RUF012
+    _tied_weights_keys = {}  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -286,13 +287,15 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits `[batch, kept tokens, vocabulary]`, and the mean loss over `labels` that are not
-        -100.
+        """Logits `[batch, kept tokens, vocabulary]`, and the mean loss over `labels`.
 
         `logits_to_keep`: the last so many tokens (0: all), positions `[kept]` for every row,
         positions `[batch, kept]` for each row, or a bool mask `[batch, tokens]`, which gives logits
-        `[kept, vocabulary]`. `labels` (`[batch, tokens]`, shifted here) need the logits of all
-        tokens. Raises ValueError for labels beside `logits_to_keep`.
+        `[kept, vocabulary]`. `labels` (`[batch, tokens]`, shifted here, -100 left out) need the
+        logits of all tokens.
+
+        Raises:
+            ValueError: there are labels beside `logits_to_keep`.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
@@ -340,8 +343,9 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:
-        """Positions count padding where the caller gives none, as published (transformers counts
-        real tokens).
+        """Positions count padding where the caller gives none, as published.
+
+        The rule of transformers counts real tokens.
         """
         cache = model_kwargs.get("past_key_values")
         total = inputs_tensor.shape[1] + (cache.get_seq_length() if cache is not None else 0)

@@ -1,5 +1,4 @@
-"""ChatGLM3's tokenizer: a sentencepiece model, nine special tokens behind it, `[gMASK] sop` in
-front of every text.
+"""ChatGLM3's tokenizer: sentencepiece, nine special tokens, `[gMASK] sop` before every text.
 
 Equals the published `tokenization_chatglm.py`: special strings inside a text are text, and pieces
 are looked up by name, so a piece spelled like a special token is that token. Reads and writes
@@ -18,7 +17,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizer
 from transformers.tokenization_utils_base import BatchEncoding
-from transformers.utils import PaddingStrategy, logging
+from transformers.utils import logging
+from transformers.utils.generic import PaddingStrategy
 
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig
 
@@ -125,7 +125,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return vocab
 
     def get_command(self, token: str) -> int:
-        """Id of a special token by its published name. Raises KeyError for any other."""
+        """Id of a special token by its published name.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
         names = {"<bos>": self.sp_model.bos_id(), "<eos>": self.eos_token_id}
         names |= {"<unk>": self.pad_token_id, "<pad>": self.pad_token_id}
         return int(names[token] if token in names else self.special_ids[token])
@@ -192,8 +196,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return mask if token_ids_1 is None else [*mask, *([0] * len(token_ids_1)), 1]
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """One message of a chat: role token, metadata line, text. Raises KeyError for an unknown
-        role.
+        """One message of a chat: role token, metadata line, text.
+
+        Raises:
+            KeyError: the role is unknown.
         """
         header = self.sp_model.encode(f"{metadata}\n")
         return [self.get_command(f"<|{role}|>"), *header, *self.sp_model.encode(message)]
@@ -222,9 +228,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
     ) -> Any:
-        """Pad one sequence; attention mask and positions are always given, positions count real
-        tokens.
-        """
+        """Pad one sequence; mask and positions are always given, positions count real tokens."""
         ids = encoded_inputs["input_ids"]
         encoded_inputs.setdefault("attention_mask", [1] * len(ids))
         encoded_inputs.setdefault("position_ids", list(range(len(ids))))

@@ -1,0 +1,1 @@
+"""Packed micro-batches for any decoder: attention, fused layers, LoRA and dropout."""

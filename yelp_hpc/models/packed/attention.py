@@ -1,12 +1,10 @@
-"""Attention over a packed micro-batch: every sequence sees the shared prefix and itself, nothing
-else.
+"""Attention over a packed micro-batch: every sequence sees the shared prefix and itself.
 
 Registers `yelp_packed` with transformers, so that any decoder whose attention goes through
 `ALL_ATTENTION_FUNCTIONS` runs on packed tokens unchanged. On the CPU the sequences are laid out as
 causal rows `[prefix; own tokens; padding]` in groups of similar length (padding stands behind the
 tokens, so the causal mask alone hides it); on CUDA torch's variable-length kernel takes the tokens
-as
-they are. Reads and writes tensors only.
+as they are. Reads and writes tensors only.
 """
 
 from __future__ import annotations
@@ -32,10 +30,10 @@ _PADDING_ALLOWED = 0.04
 
 
 class Layout:
-    """Where the tokens of a packed micro-batch lie, and the index tensors made from it (made once,
-    used by every layer).
+    """Where the tokens of a packed micro-batch lie.
 
-    `prefix_length` shared tokens come first, then `lengths[i]` tokens of each sequence.
+    `prefix_length` shared tokens come first, then `lengths[i]` tokens of each sequence. Index
+    tensors are made from it once and used by every layer.
     """
 
     def __init__(self, prefix_length: int, lengths: tuple[int, ...], device: torch.device) -> None:
@@ -49,8 +47,9 @@ class Layout:
 
     @cached_property
     def grouped(self) -> list[list[int]]:
-        """Sequences of similar length, longest first; as rows of one width they are padded by at
-        most the share allowed.
+        """Sequences of similar length, longest first.
+
+        As rows of one width they are padded by at most the share allowed.
         """
         order = sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i))
         groups: list[list[int]] = []
@@ -64,10 +63,9 @@ class Layout:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, int, int]]:
-        """Rows for a padded causal kernel: `(tokens, rows, width)`; `tokens` is `[rows * width]`
-        positions in T.
+        """Rows for a padded causal kernel: `(tokens, rows, width)`.
 
-        Padding repeats the row's last token.
+        `tokens` is `[rows * width]` positions in T. Padding repeats the row's last token.
         """
         return [self._rows(group) for group in self.grouped]
 
@@ -97,12 +95,11 @@ class Layout:
 
     @cached_property
     def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
-        """`(key_tokens, cu_seq_q, cu_seq_k, max_q, max_k)` for a variable-length kernel, causal
-        from the lower right.
+        """`(key_tokens, cu_seq_q, cu_seq_k, max_q, max_k)` for a variable-length kernel.
 
-        Queries are the T tokens in order: the prefix, then each sequence. Keys of each sequence
-        are the
-        prefix and its own; without a prefix the keys are the T tokens too and `key_tokens` is None.
+        Causal from the lower right. Queries are the T tokens in order: the prefix, then each
+        sequence. Keys of each sequence are the prefix and its own; without a prefix the keys are
+        the T tokens too and `key_tokens` is None.
         """
         prefix = self.prefix_length
         queries = [prefix, *self.lengths] if prefix else list(self.lengths)
@@ -146,12 +143,12 @@ def packed_attention(
     packed: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]`
-    out.
+    """The interface of transformers: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]` out.
 
-    Outside a packed forward it is transformers' own sdpa. Raises NotImplementedError for attention
-    with
-    a soft cap or a sliding window shorter than a sequence.
+    Outside a packed forward it is transformers' own sdpa.
+
+    Raises:
+        NotImplementedError: attention has a soft cap, or a sliding window shorter than a sequence.
     """
     layout = packed if packed is not None else _layout.get()
     if layout is None:
@@ -178,8 +175,9 @@ def attend(
     scale: float | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Packed attention on `[T, heads, head_dim]` (fewer key and value heads allowed); returns the
-    same shape as `query`.
+    """Packed attention on `[T, heads, head_dim]`, fewer key and value heads allowed.
+
+    Returns the same shape as `query`.
     """
     if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
         kernel = _varlen_kernel()

@@ -1,12 +1,9 @@
-"""Packed micro-batches: no padding, the shared prompt prefix computed once, logits only where they
-are wanted.
+"""Packed micro-batches: no padding, the shared prefix computed once, few logits.
 
 `pack` lays sequences one after the other behind the prefix that they share, `prepare_model`
-switches a
-transformers causal LM (with or without peft's LoRA) to attention that keeps them apart, and
-`forward_selected` returns the logits of the chosen positions. The model stays numerically the one
-it
-was; its adapters stay peft's. Reads and writes tensors only.
+switches a transformers causal LM (with or without peft's LoRA) to attention that keeps them apart,
+and `forward_selected` returns the logits of the chosen positions. The model stays numerically the
+one it was; its adapters stay peft's. Reads and writes tensors only.
 """
 
 from __future__ import annotations
@@ -32,10 +29,8 @@ class PackedBatch:
     """One micro-batch of T tokens, batch dimension 1.
 
     `input_ids` `[T]`: the shared prefix (`prefix_length` tokens, may be 0), then each sequence's
-    remainder;
-    `position_ids` `[T]`: 0..P-1, then P..P+len-1 for each sequence; `lengths`: the remainders'
-    lengths;
-    `select` `[S]`: the positions in T whose logits are wanted.
+    remainder; `position_ids` `[T]`: 0..P-1, then P..P+len-1 for each sequence; `lengths`: the
+    remainders' lengths; `select` `[S]`: the positions in T whose logits are wanted.
     """
 
     input_ids: Tensor
@@ -55,11 +50,13 @@ class PackedBatch:
 
 
 def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) -> PackedBatch:
-    """Pack token sequences that share their first `prefix_length` tokens; select the last `last`
-    positions of each.
+    """Pack token sequences that share their first `prefix_length` tokens.
 
-    Raises ValueError if there is no sequence, if one does not share the prefix, or if one has fewer
-    than `last` tokens behind it (a shared position cannot be one sequence's answer).
+    Selects the last `last` positions of each.
+
+    Raises:
+        ValueError: there is no sequence, one does not share the prefix, or one has fewer than
+            `last` tokens behind it (a shared position cannot be one sequence's answer).
     """
     if not sequences:
         raise ValueError("nothing to pack: no sequences")
@@ -94,12 +91,11 @@ def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) 
 
 
 def prepare_model(model: ModelT, *, fused: bool = True) -> ModelT:
-    """Switch a transformers causal LM (or peft's wrapper of one) to packed attention; returns the
-    same model.
+    """Switch a transformers causal LM (or peft's wrapper of one) to packed attention.
 
-    `forward_selected` needs it. Ordinary calls (`generate`, padded batches) work as before.
-    `fused` also
-    replaces arithmetic by faster, equal one where the architecture is known.
+    `forward_selected` needs it. Ordinary calls (`generate`, padded batches) work as before. `fused`
+    also replaces arithmetic by faster, equal one where the architecture is known. Returns the same
+    model.
     """
     register()
     base = base_model(model)

@@ -63,6 +63,7 @@ class DropoutContext:
             self.rows, self.segments = (), ()
 
     def generator(self, device: torch.device) -> torch.Generator:
+        """A generator for each device; only its seed matters."""
         if device not in self.generators:
             self.generators[device] = torch.Generator(device)
         return self.generators[device]
@@ -81,10 +82,15 @@ class SequenceDropout(nn.Module):
         self.context = context
 
     def extra_repr(self) -> str:
+        """What torch's `repr` shows."""
         return f"p={self.p}"
 
     def forward(self, states: Tensor) -> Tensor:
-        """Raises RuntimeError for states that are neither all tokens nor the selected ones."""
+        """Drop as the masks of the sequences say.
+
+        Raises:
+            RuntimeError: states are neither all tokens nor the selected ones.
+        """
         if not self.training or self.p == 0:
             return states
         return states * self.kept(states).div_(1 - self.p).view_as(states)

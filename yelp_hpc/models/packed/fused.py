@@ -1,13 +1,10 @@
-"""The decoder of Llama and its like in few, wide steps: merged projections, fused norms, rotation
-and SwiGLU.
+"""The decoder of Llama and its like in few, wide steps.
 
-Recognised by its structure (RMS norms before attention and MLP, q/k/v/o and gate/up/down
-projections,
-rotation of half heads) and equal to transformers' own forward up to rounding. The last layer runs
-from
-its attention on for the wanted positions alone. Each step is an autograd function that keeps only
-what
-its backward needs. Reads and writes tensors only.
+Merged projections, fused norms, rotation and SwiGLU. Recognised by its structure (RMS norms before
+attention and MLP, q/k/v/o and gate/up/down projections, rotation of half heads) and equal to
+transformers' own forward up to rounding. The last layer runs from its attention on for the wanted
+positions alone. Each step is an autograd function that keeps only what its backward needs. Reads
+and writes tensors only.
 """
 
 from __future__ import annotations
@@ -46,8 +43,9 @@ class FusedDecoder:
         ]
 
     def _order(self, head_dim: int) -> Tensor:
-        """Columns of q/k/v with the two halves of each head of q and k interleaved: the pairs that
-        are rotated together then are complex numbers.
+        """Columns of q/k/v with the two halves of each head of q and k interleaved.
+
+        The pairs that are rotated together then are complex numbers.
         """
         columns = torch.arange((self.heads + 2 * self.key_heads) * head_dim).view(-1, head_dim)
         turned = columns[: -self.key_heads].view(-1, 2, head_dim // 2).transpose(1, 2)
@@ -55,9 +53,7 @@ class FusedDecoder:
 
     @staticmethod
     def supports(base: Any) -> bool:
-        """Whether the model is one that this class computes, on a device and in a dtype that it is
-        fast on.
-        """
+        """Whether this class computes the model, on a device and in a dtype that it is fast on."""
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
         if type(decoder).__name__ not in _ARCHITECTURES or not hasattr(base, "lm_head"):
             return False
@@ -131,14 +127,15 @@ class _RMSNorm(torch.autograd.Function):
     """`x / rms(x) * weight`; keeps x and one number a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        result: Tensor = (x * scale).mul_(weight)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         dx = dy * weight
         along = (dx * x).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
@@ -149,13 +146,13 @@ class _SwiGLU(torch.autograd.Function):
     """`silu(gate) * up` of `[T, 2 * inner]`, gate first (Shazeer 2020); keeps its input alone."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         result = torch.empty_like(gate_up)
@@ -166,8 +163,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, angle: Tensor, out: Tensor) -> None:
-    """Rotate the pairs of `[T, heads, head_dim]` by `[T, 1, head_dim / 2]` complex numbers (Su et
-    al. 2021).
+    """Rotate pairs of `[T, heads, head_dim]` by `[T, 1, head_dim / 2]` complex numbers.
+
+    Source: Su et al. 2021.
     """
     pairs, turned = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x, out))
     torch.mul(pairs, angle, out=turned)
@@ -187,9 +185,7 @@ class _RotatedAttention(torch.autograd.Function):
     """Rotation and packed attention of merged q/k/v `[T, (heads + 2 * groups) * head_dim]`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, mixed: Tensor, angle: Tensor, plan: RowPlan, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, mixed: Tensor, angle: Tensor, plan: RowPlan, scale: float) -> Tensor:
         groups = plan.key_heads
         states = mixed.view(mixed.shape[0], plan.heads + 2 * groups, -1)
         turned = torch.empty_like(states)
@@ -201,7 +197,7 @@ class _RotatedAttention(torch.autograd.Function):
         return out.view(mixed.shape[0], -1)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         plan, scale = ctx.args
         angle, *saved = ctx.saved_tensors
         groups = plan.key_heads

@@ -1,5 +1,4 @@
-"""Frozen linear layers with LoRA, and the random masks of its dropout, as fast as this CPU has
-them.
+"""Frozen linear layers with LoRA and the masks of its dropout, as fast as this CPU has them.
 
 torch multiplies fp32 matrices with MKL, which on processors of other makers reaches less than half
 of their rate; oneDNN, which torch carries too, does not have that gap. Frozen weights are laid out
@@ -94,8 +93,10 @@ class Branch:
         return torch.cat([part.a.detach() for part in self.parts])
 
     def up(self, features: int) -> Tensor:
-        """Every scaled B in its own rows and columns, `[features, rank]`, zero elsewhere: a few
-        multiplications by zero cost less than one thin product for each part."""
+        """Every scaled B in its own rows and columns, `[features, rank]`, zero elsewhere.
+
+        A few multiplications by zero cost less than one thin product for each part.
+        """
         up = self.parts[0].b.new_zeros(features, self.rank)
         for part in self.parts:
             torch.mul(part.b.detach(), part.scaling, out=up[part.columns, part.ranks])
@@ -106,8 +107,7 @@ class Projection:
     """Linear layers that read the same input, as one product; peft's LoRA on any of them.
 
     Holds laid-out copies of the frozen weights, made anew if a weight changes (as when an adapter
-    is
-    merged into it).
+    is merged into it).
     """
 
     def __init__(
@@ -221,7 +221,7 @@ def _kept(dropout: Any, x: Tensor) -> Tensor:
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, projection: Projection, branches: Sequence[Branch], *matrices: Tensor
     ) -> Tensor:
         y = matmul(x, projection.forward_weight, projection.bias)
@@ -241,7 +241,7 @@ class _Projection(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx = ctx.needs_input_grad[0]
         dx = matmul(dy, ctx.projection.backward_weight()) if needs_dx else None
         if not ctx.branches:
@@ -283,12 +283,12 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
         return matmul(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return matmul(dy, ctx.weight.t()), None
 
 

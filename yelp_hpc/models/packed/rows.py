@@ -142,9 +142,9 @@ def _cuts(width: int) -> list[tuple[int, int]]:
 def rows_forward(
     states: Tensor, plan: RowPlan, scale: float, *, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Packed attention without autograd: `states` `[T, heads + 2 * groups, head_dim]` holds
-    queries, keys and values side by side.
+    """Packed attention without autograd.
 
+    `states` `[T, heads + 2 * groups, head_dim]` holds queries, keys and values side by side.
     Returns `[T, heads, head_dim]` and, if `keep`, what `rows_backward` needs.
     """
     operands = states.view(-1, states.shape[-1]).index_select(0, plan.gather)
