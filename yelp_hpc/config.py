@@ -6,18 +6,86 @@ Reads a YAML file and `--set a.b=c` overrides. The types below are the documenta
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from yelp_hpc.settings import Frozen, read_settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
-LABELS = ("0", "1", "2", "3", "4")
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers of a YAML list as the text that stands there: labels are text."""
+    if not isinstance(value, list | tuple):
+        return value
+    if any(isinstance(item, bool) for item in value):
+        raise ValueError("quote yes, no, on, off, true and false: YAML reads them as truth values")
+    return tuple(str(item) if isinstance(item, int | float) else item for item in value)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_text)]
+_STARS = re.compile(r"(\d+)\s*(?:stars?|[★⭐])", re.IGNORECASE)
+
+
+class TaskConfig(Frozen):
+    """What is told apart: the labels are data."""
+
+    labels: Texts = Field(
+        min_length=2,
+        max_length=1000,
+        description="what the model answers, in the order of the classes",
+    )
+    values: Texts | None = Field(
+        None,
+        description="what stands in the data for each; null: the labels, their names, or 0, 1, …",
+    )
+    names: Texts | None = Field(None, description="of the classes, for people; null: the labels")
+    ordinal: bool = Field(False, description="the classes are ordered: distances mean something")
+    noun: str = Field("review", min_length=1, description="what one text is called")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> TaskConfig:
+        for key in ("labels", "values", "names"):
+            texts = getattr(self, key)
+            if texts is None:
+                continue
+            if len(texts) != len(self.labels):
+                raise ValueError(f"{key} holds {len(texts)} entries for {len(self.labels)} labels")
+            if twice := sorted({text for text in texts if texts.count(text) > 1}):
+                raise ValueError(f"{key} holds {', '.join(map(repr, twice))} twice")
+            odd = [text for text in texts if text != text.strip() or len(text.splitlines()) != 1]
+            if odd:
+                raise ValueError(
+                    f"{key} holds {', '.join(map(repr, odd))}: one line of text each, "
+                    "without spaces around it"
+                )
+        return self
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """A name for people of each class."""
+        return self.names or self.labels
+
+    @property
+    def stars(self) -> tuple[int, ...] | None:
+        """How many stars each class is, where the task is ordinal and its names say so."""
+        found = [_STARS.fullmatch(name) for name in self.shown]
+        counts = tuple(int(one[1]) for one in found if one)
+        return counts if self.ordinal and len(counts) == len(found) else None
+
+
+YELP = TaskConfig(
+    labels=("0", "1", "2", "3", "4"),
+    names=("1 star", "2 stars", "3 stars", "4 stars", "5 stars"),
+    ordinal=True,
+)
+"""The report's task: stars - 1."""
 
 
 class ModelConfig(Frozen):
@@ -42,6 +110,9 @@ class DataConfig(Frozen):
     )
     text_column: str = Field("text", description="column of the review")
     label_column: str = Field("label", description="column of the label, 0 to 4 (stars - 1)")
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, description="of the draw of the sets; null: the run's seed"
+    )
     train_rows: int | None = Field(
         None, ge=1, description="rows drawn for training and validation together; null: all"
     )
@@ -138,7 +209,7 @@ class InferConfig(Frozen):
         ("base", "tuned"), description="which are asked; without tuned nothing is trained"
     )
     mode: Literal["score", "generate"] = Field(
-        "score", description="compare the five labels' logits, or write and parse an answer"
+        "score", description="compare the labels' scores, or write and parse an answer"
     )
     shards: int = Field(1, ge=1, le=100_000, description="parts of the test set, a job each")
     max_tokens: int = Field(8192, ge=64, description="token budget of a batch")
@@ -193,10 +264,14 @@ class Config(Frozen):
         "yelp", description="a short name: letters, digits, . _ -"
     )
     seed: int = Field(
-        42, ge=0, lt=2**32, description="of sampling, order, dropout and the adapter's start"
+        42,
+        ge=0,
+        lt=2**32,
+        description="of order, dropout, the adapter's start; and the draw, if no data.seed is",
     )
     model: ModelConfig
     data: DataConfig
+    task: TaskConfig = YELP
     prompt: PromptConfig = PromptConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()

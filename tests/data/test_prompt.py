@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from yelp_hpc.config import LABELS, PromptConfig
+from yelp_hpc.config import YELP, PromptConfig
 from yelp_hpc.data.prompt import Prompt, common_prefix
 from yelp_hpc.errors import RequestError
 
@@ -22,7 +22,7 @@ TEMPLATE = PromptConfig().template
 
 
 def test_the_prompt_is_the_reports() -> None:
-    prompt = Prompt(TEMPLATE, LABELS, characters, 1024)
+    prompt = Prompt(TEMPLATE, YELP.labels, characters, 1024)
     assert prompt.text("Nice.", "3") == (
         "Instruction: The following is a user's review of a merchant. Please judge and output the "
         "corresponding five-star rating for this review.\nReview: Nice.\nOutput: 3"
@@ -31,14 +31,14 @@ def test_the_prompt_is_the_reports() -> None:
 
 @pytest.mark.parametrize("encode", [characters, pairs])
 def test_ids_end_where_the_answers_part(encode) -> None:  # type: ignore[no-untyped-def]
-    prompt = Prompt(TEMPLATE, LABELS, encode, 1024)
+    prompt = Prompt(TEMPLATE, YELP.labels, encode, 1024)
     (ids,), _ = prompt.fit(["Fine."])
-    for label, last in zip(LABELS, prompt.label_ids, strict=True):
+    for label, last in zip(YELP.labels, prompt.label_ids, strict=True):
         assert encode([prompt.text("Fine.", label)])[0] == [*ids, last]
 
 
 def test_only_the_review_is_cut() -> None:
-    prompt = Prompt(TEMPLATE, LABELS, characters, 200)
+    prompt = Prompt(TEMPLATE, YELP.labels, characters, 200)
     ids, used = prompt.fit(["short", "long " * 500])
     assert used[0] == "short"
     assert ("long " * 500).startswith(used[1])
@@ -50,7 +50,7 @@ def test_only_the_review_is_cut() -> None:
 
 def test_a_cutoff_below_the_template_is_refused() -> None:
     with pytest.raises(RequestError, match=r"data\.cutoff"):
-        Prompt(TEMPLATE, LABELS, characters, 60)
+        Prompt(TEMPLATE, YELP.labels, characters, 60)
 
 
 def test_answers_of_several_tokens_are_refused() -> None:

@@ -13,10 +13,12 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
     accuracy_score,
     brier_score_loss,
+    cohen_kappa_score,
     confusion_matrix,
     f1_score,
     mean_absolute_error,
     precision_recall_fscore_support,
+    top_k_accuracy_score,
 )
 
 from yelp_hpc.evaluation import metrics as m
@@ -24,6 +26,7 @@ from yelp_hpc.evaluation.significance import (
     bootstrap_intervals,
     discordant,
     headline,
+    headline_intervals,
     joint_table,
     mcnemar,
     paired_statistics,
@@ -246,3 +249,83 @@ def test_pairs_are_counted_row_by_row() -> None:
         f1_score(labels, said, labels=LABELS, average="macro") for said in (base, tuned)
     ]  # fmt: skip
     assert float(difference["f1.macro"]) == pytest.approx(expected[1] - expected[0])
+
+
+CLASSES = [2, 3, 20, 150]
+Many = tuple[int, list[int], list[int | None], np.ndarray]
+
+
+@pytest.fixture(params=CLASSES)
+def many(request: pytest.FixtureRequest) -> Many:
+    """Truth, answers and logits of K classes, a third of which never occur in the truth."""
+    count = request.param
+    rng = np.random.default_rng(count)
+    seen = sorted(rng.choice(count, max(2, 2 * count // 3), replace=False).tolist())
+    labels, answers = random_answers(count, 700, 0.1, 0, seen)
+    answers = [a if a is None or rng.random() < 0.9 else int(rng.integers(count)) for a in answers]
+    return count, labels, answers, 2 * rng.normal(size=(700, count))
+
+
+def test_every_statistic_of_k_classes_is_scikit_learns(many: Many) -> None:
+    count, labels, answers, _ = many
+    names = list(range(count))
+    coded = [-1 if a is None else a for a in answers]
+    table = m.tally(labels, answers, count).counts
+    inside = [(y, a) for y, a in zip(labels, coded, strict=True) if a >= 0]
+    truth, said = (list(part) for part in zip(*inside, strict=True))
+    for average in m.AVERAGES:
+        honest = f1_score(labels, coded, labels=names, average=average, zero_division=0)
+        report = f1_score(truth, said, average=average, zero_division=0)
+        assert float(m.f1_honest(table)[average]) == pytest.approx(honest, abs=1e-12)
+        assert float(m.f1_report(table)[average]) == pytest.approx(report, abs=1e-12)
+    each = precision_recall_fscore_support(labels, coded, labels=names, zero_division=0)
+    rows = m.per_class(table)
+    for key, expected in zip(("precision", "recall", "f1", "support"), each, strict=True):
+        assert [row[key] for row in rows] == pytest.approx(list(expected)), key
+    assert (table[:, :count] == confusion_matrix(truth, said, labels=names)).all()
+    assert float(m.accuracy(table)) == pytest.approx(accuracy_score(labels, coded))
+    assert float(m.mean_absolute_error(table)) == pytest.approx(mean_absolute_error(truth, said))
+    kappa = cohen_kappa_score(truth, said, labels=names, weights="quadratic")
+    assert float(m.quadratic_kappa(table)) == pytest.approx(kappa)
+    best = m.majority(table.sum(1))
+    constant = [best["label"]] * len(labels)
+    assert best["accuracy"] == pytest.approx(accuracy_score(labels, constant))
+    macro = f1_score(labels, constant, labels=names, average="macro", zero_division=0)
+    assert best["f1_macro"] == pytest.approx(macro)
+
+
+def test_top_k_and_calibration_of_k_classes_are_scikit_learns(many: Many) -> None:
+    count, labels, _, scores = many
+    whole = m.Calibration(10, count)
+    probabilities = m.softmax(scores)
+    for part in np.array_split(np.arange(len(labels)), 4):
+        whole.add(probabilities[part], np.array(labels)[part])
+    found, summary = whole.top_k(), whole.summary(ordinal=False)
+    assert found is not None
+    assert summary is not None
+    assert list(found) == [str(k) for k in m.TOP if k < count]
+    for k, value in found.items():
+        expected = top_k_accuracy_score(labels, scores, k=int(k), labels=range(count))
+        assert value == pytest.approx(expected)
+    brier = np.mean((probabilities - np.eye(count)[labels]) ** 2) * count
+    assert summary["brier"] == pytest.approx(brier)
+    assert "expected_star_error" not in summary
+
+
+def test_the_sums_of_occupied_cells_are_those_of_the_whole_table(many: Many) -> None:
+    count, labels, answers, _ = many
+    table = m.tally(labels, [*answers[:-2], -7, 9999], count).counts
+    truth, column = np.nonzero(table)
+    found, expected = m.cell_sums(table[truth, column], truth, column, count), m.sums(table)
+    for name, value in vars(expected).items():
+        assert (getattr(found, name) == value).all(), name
+    again = headline_intervals(table, ordinal=True, resamples=150, seed=4)
+    assert again == bootstrap_intervals(table, headline, resamples=150, seed=4)
+
+
+def test_a_class_that_never_occurs_counts_as_zero_in_the_macro(many: Many) -> None:
+    count, labels, answers, _ = many
+    table = m.tally(labels, answers, count).counts
+    absent = table.sum(1) == 0
+    assert absent.any() or count < 3
+    assert all(row["f1"] == 0 for row, gone in zip(m.per_class(table), absent, strict=True) if gone)

@@ -277,7 +277,7 @@ def fetch(config_file: str, overrides: tuple[str, ...]) -> None:
     config = load_config(config_file, overrides).config
     click.echo(f"model: {model_folder(config.model)}")
     if config.data.source != "file":
-        train, test = read_source(config.data)
+        train, test = read_source(config)
         click.echo(
             f"data: {len(train)} training rows" + (f", {len(test)} test rows" if test else "")
         )

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from yelp_hpc.config import LABELS, DataConfig
+from yelp_hpc.config import YELP, DataConfig
 from yelp_hpc.errors import RequestError
 
 
@@ -25,26 +25,34 @@ class Splits:
 
 
 def split_rows(
-    labels: Sequence[int], test_labels: Sequence[int] | None, data: DataConfig, seed: int
+    labels: Sequence[int],
+    test_labels: Sequence[int] | None,
+    data: DataConfig,
+    seed: int,
+    names: Sequence[str] = YELP.labels,
 ) -> Splits:
     """Draw the test set, then the training rows without replacement, then split off validation.
 
     Args:
         labels: label of each row of the training source.
         test_labels: label of each row of the test source; None draws the test set from training.
+        seed: of the draw, where `data.seed` does not give one of its own.
+        names: of the classes; labels count in them.
 
     Raises:
         RequestError: fewer rows than asked for, or a set that is empty or holds one class only.
     """
-    rng = random.Random(seed)
+    rng = random.Random(seed if data.seed is None else data.seed)
     if test_labels is not None:
-        test = _draw(rng, range(len(test_labels)), test_labels, data.test_rows, data, "test_rows")
+        test = _draw(
+            rng, range(len(test_labels)), test_labels, data.test_rows, data, "test_rows", names
+        )
         rest = list(range(len(labels)))
     else:
-        test = _draw(rng, range(len(labels)), labels, data.test_rows, data, "test_rows")
+        test = _draw(rng, range(len(labels)), labels, data.test_rows, data, "test_rows", names)
         taken = set(test)
         rest = [row for row in range(len(labels)) if row not in taken]
-    drawn = _draw(rng, rest, labels, data.train_rows, data, "train_rows")
+    drawn = _draw(rng, rest, labels, data.train_rows, data, "train_rows", names)
     rng.shuffle(drawn)
     cut = round(len(drawn) * data.validation_share)
     splits = Splits(sorted(drawn[cut:]), sorted(drawn[:cut]), sorted(test))
@@ -57,7 +65,8 @@ def split_rows(
             raise RequestError(f"the {name} set is empty; give more rows or lower data.test_rows")
         if name == "training" and len(classes) < 2:
             raise RequestError(
-                f"the training set holds label {classes.pop()} only; a classifier needs two or more"
+                f"the training set holds label {names[classes.pop()]} only; "
+                "a classifier needs two or more"
             )
     return splits
 
@@ -69,6 +78,7 @@ def _draw(
     wanted: int | None,
     data: DataConfig,
     key: str,
+    names: Sequence[str],
 ) -> list[int]:
     if wanted is None:
         return list(candidates)
@@ -80,12 +90,12 @@ def _draw(
     if not data.balanced:
         return rng.sample(list(candidates), wanted)
     drawn: list[int] = []
-    for label in range(len(LABELS)):
-        share = wanted // len(LABELS) + (label < wanted % len(LABELS))
+    for label, name in enumerate(names):
+        share = wanted // len(names) + (label < wanted % len(names))
         members = [row for row in candidates if labels[row] == label]
         if share > len(members):
             raise RequestError(
-                f"data.balanced with data.{key}={wanted} needs {share} rows of label {label}, "
+                f"data.balanced with data.{key}={wanted} needs {share} rows of label {name}, "
                 f"but there are only {len(members)}"
             )
         drawn += rng.sample(members, share)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.cache import cache_folder
-from yelp_hpc.config import LABELS, DataConfig
+from yelp_hpc.config import YELP, Config, DataConfig, TaskConfig
 from yelp_hpc.data import demo
 from yelp_hpc.data.sampling import text_key
 from yelp_hpc.errors import RequestError, StageError, all_problems
@@ -22,25 +22,32 @@ Row = tuple[str, int]
 FORMATS = (".csv", ".jsonl", ".parquet")
 
 
-def read_source(data: DataConfig) -> tuple[list[Row], list[Row] | None]:
+def read_source(config: Config) -> tuple[list[Row], list[Row] | None]:
     """Training and test rows of the configured source; no test rows: draw them from training.
 
     Raises:
         RequestError: a file is missing, has the wrong columns, or holds rows that cannot be used.
         StageError: a download failed.
     """
+    data, task = config.data, config.task
     if data.source == "demo":
+        if len(task.labels) != 5:
+            raise RequestError(
+                f"data.source demo has five classes, task.labels has {len(task.labels)}"
+            )
         distinct = {text_key(text): (text, rating) for text, rating in demo.rated_snippets()}
         return [(text, demo.star_label(rating)) for text, rating in distinct.values()], None
     if data.source == "hub":
-        return _read_hub(data, "train"), _read_hub(data, "test")
+        return _read_hub(data, task, "train"), _read_hub(data, task, "test")
     assert data.train is not None  # checked by the config
-    train = read_file(Path(data.train), data.text_column, data.label_column)
-    test = read_file(Path(data.test), data.text_column, data.label_column) if data.test else None
-    return train, test
+    columns = data.text_column, data.label_column, task
+    train = read_file(Path(data.train), *columns)
+    return train, read_file(Path(data.test), *columns) if data.test else None
 
 
-def read_file(path: Path, text_column: str, label_column: str) -> list[Row]:
+def read_file(
+    path: Path, text_column: str, label_column: str, task: TaskConfig = YELP
+) -> list[Row]:
     """The rows of a csv, jsonl or parquet file.
 
     Raises:
@@ -68,7 +75,7 @@ def read_file(path: Path, text_column: str, label_column: str) -> list[Row]:
             f"{path} has no column {' and no column '.join(missing)} (it has: "
             f"{', '.join(map(str, columns))}); set data.text_column and data.label_column"
         )
-    return _checked(path, records, text_column, label_column)
+    return _checked(path, records, text_column, label_column, task)
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -113,8 +120,13 @@ def _line_of(path: Path, error: UnicodeDecodeError) -> str:
 
 
 def _checked(
-    path: Path, records: Iterable[tuple[str, dict[Any, Any]]], text_column: str, label_column: str
+    path: Path,
+    records: Iterable[tuple[str, dict[Any, Any]]],
+    text_column: str,
+    label_column: str,
+    task: TaskConfig,
 ) -> list[Row]:
+    classes = {value: i for i, value in enumerate(task.values or task.labels)}
     rows: list[Row] = []
     problems = []
     for place, record in records:
@@ -128,10 +140,10 @@ def _checked(
             problems.append(f"{place}: {text_column} holds half a character (a lone surrogate)")
         elif label is None or label == "":
             problems.append(f"{place}: {label_column} is empty")
-        elif str(label).strip() not in LABELS:
+        elif str(label).strip() not in classes:
             problems.append(f"{place}: {label_column} is {label!r}, not one of 0 to 4 (stars - 1)")
         else:
-            rows.append((text, int(label)))
+            rows.append((text, classes[str(label).strip()]))
     if problems:
         raise RequestError(
             all_problems(f"{path} has {len(problems)} rows that cannot be used:", problems, 10)
@@ -147,7 +159,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_hub(data: DataConfig, split: str) -> list[Row]:
+def _read_hub(data: DataConfig, task: TaskConfig, split: str) -> list[Row]:
     from datasets import load_dataset
 
     assert data.path is not None  # checked by the config
@@ -166,4 +178,4 @@ def _read_hub(data: DataConfig, split: str) -> list[Row]:
             f"(it has: {', '.join(table.column_names)})"
         )
     records = ((f"row {i}", record) for i, record in enumerate(table))
-    return _checked(Path(data.path), records, data.text_column, data.label_column)
+    return _checked(Path(data.path), records, data.text_column, data.label_column, task)

@@ -102,35 +102,82 @@ def lines(title: str, series: Mapping[str, Points], x_name: str) -> str:
 
 
 def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> str:
-    """A heat map: a row for each true label, coloured by the share of the row."""
-    left, top, cell = 56.0, 44.0, 34.0
-    wide = (WIDTH - left - 4) / len(columns)
-    names = {"unparsed": "none", "outside 0-4": "other"}
-    body = [_text(left + wide * len(columns) / 2, 14, "answered stars", "tick")]
-    for j, column in enumerate(columns):
-        shown = names.get(column) or f"{int(column) + 1} ★"
-        body.append(_text(left + (j + 0.5) * wide, 34, shown, "tick"))
+    """A heat map: a row for each true label, coloured by the share of the row.
+
+    Args:
+        columns: the classes' names, then "unparsed" and what else was answered.
+
+    Few classes have their counts written in; of many only the cells that hold something are
+    drawn, and every so many classes are named.
+    """
+    classes = len(matrix)
+    shown = [c for c in range(len(columns)) if c < classes or any(row[c] for row in matrix)]
+    roomy = classes <= 7
+    left = 64.0 if roomy else 104.0
+    wide = (WIDTH - left - 4) / len(shown)
+    cell = 34.0 if roomy else wide
+    step = math.ceil(9 / cell)  # lines of text need this much room
+    longest = 10 if roomy else 17
+    top = 44.0 if roomy else 110.0
+    titles = {"unparsed": "none", f"outside 0-{classes - 1}": "other"}
+    body = [_text(left + wide * len(shown) / 2, 12, "answered", "tick")]
+    for j, column in enumerate(shown):
+        if column < classes and column % step:
+            continue
+        text = _cut(titles.get(columns[column], columns[column]), longest)
+        x = left + (j + 0.5) * wide
+        if roomy:
+            body.append(_text(x, 34, _cut(text, max(3, int(wide / 6.2))), "tick"))
+        else:
+            turn = f"rotate(-90 {x + 3:.1f} {top - 5:.1f})"
+            upright = _text(x + 3, top - 5, text, "tick", "start")
+            body.append(f'<g transform="{turn}">{upright}</g>')
     for i, row in enumerate(matrix):
         total = sum(row)
         y = top + i * cell
-        body.append(_text(left - 8, y + 21, f"{i + 1} ★", "tick", "end"))
-        for j, count in enumerate(row):
+        if i % step == 0:
+            place = y + min(21.0, cell / 2 + 4)
+            body.append(_text(left - 8, place, _cut(columns[i], longest), "tick", "end"))
+        for j, column in enumerate(shown):
+            count = row[column]
             share = count / total if total else 0.0
-            x = left + j * wide
-            size = f'width="{wide - 2:.1f}" height="{cell - 2:.1f}" rx="3"'
-            body.append(f'<rect class="under" x="{x:.1f}" y="{y:.1f}" {size}/>')
-            body.append(
-                f'<rect class="heat" x="{x:.1f}" y="{y:.1f}" {size} fill-opacity="{share:.3f}"/>'
-            )
-            kind = "cell strong" if share > 0.55 else "cell"
-            body.append(_text(x + wide / 2 - 1, y + 20, short(count), kind))
-    right = sum(matrix[i][i] for i in range(len(matrix)))
+            x, gap = left + j * wide, 2.0 if roomy else min(1.0, 0.1 * wide)
+            size = f'width="{wide - gap:.1f}" height="{cell - gap:.1f}"'
+            if roomy:
+                size += ' rx="3"'
+                body.append(f'<rect class="under" x="{x:.1f}" y="{y:.1f}" {size}/>')
+            if roomy or count:
+                about = (
+                    ""
+                    if roomy
+                    else (
+                        f"<title>{escape(columns[i])} taken for {escape(columns[column])}: "
+                        f"{count:,} of {total:,}</title>"
+                    )
+                )
+                body.append(
+                    f'<rect class="heat" x="{x:.1f}" y="{y:.1f}" {size} '
+                    f'fill-opacity="{max(share, 0.0 if roomy else 0.06):.3f}">{about}</rect>'
+                )
+            if roomy:
+                kind = "cell strong" if share > 0.55 else "cell"
+                body.append(_text(x + wide / 2 - 1, y + 20, short(count), kind))
+    high = top + cell * classes
+    if not roomy:
+        body.append(
+            f'<path class="grid" fill="none" d="M{left} {top}H{WIDTH - 4}V{high:.1f}H{left}Z"/>'
+        )
+    right = sum(matrix[i][i] for i in range(classes))
     rows = sum(map(sum, matrix))
     said = [
-        f"{i + 1} stars: {row[i]} of {sum(row)} right" for i, row in enumerate(matrix)
+        f"{columns[i]}: {row[i]} of {sum(row)} right" for i, row in enumerate(matrix[:20])
     ]  # fmt: skip
     label = f"Confusion of the {name} model, {right} of {rows} right. " + "; ".join(said)
-    return _svg(top + cell * len(matrix) + 4, label, body)
+    return _svg(high + 4, label, body)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def calibration(name: str, summary: Mapping[str, Any]) -> str:

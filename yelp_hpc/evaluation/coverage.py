@@ -1,7 +1,7 @@
 """Which rows of the test set a model has answered: each exactly once, or what is wrong.
 
 Reads `prepare/test.parquet` (row, label) and the shards of `infer/MODEL/`, a record batch at a
-time. Two bytes a test row stay in memory (ten more when row ids are not consecutive), whatever the
+time. Four bytes a test row stay in memory (ten more when row ids are not consecutive), whatever the
 number and size of the shards.
 """
 
@@ -19,16 +19,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.evaluation.metrics import CLASSES, UNPARSED, Counts
+from yelp_hpc.evaluation.metrics import Counts
 from yelp_hpc.inference.shard_files import provenance_of
 from yelp_hpc.inference.shards import missing_shards, spans
 from yelp_hpc.progress import track
 from yelp_hpc.rundir.files import sha256_file
 from yelp_hpc.rundir.paths import RunPaths, shard_of
 
-OUTSIDE = UNPARSED + 1
-"""Code of an integer answer outside 0-4; codes below it are the columns of a tally."""
-MISSING = 255
+MISSING = -1
+"""Code of a row without an answer. K is unparsed, K + 1 an integer that is no class."""
 _BATCH = 65_536
 _NAMED = 10
 """Rows that a message names; the rest are counted."""
@@ -40,7 +39,8 @@ class TestSet:
 
     __test__ = False  # not a test class, whatever pytest takes from the name
 
-    labels: NDArray[np.int8]
+    classes: int
+    labels: NDArray[np.int16]
     first: int
     ids: Counts | None
     order: Counts | None
@@ -63,17 +63,17 @@ class TestSet:
         return [int(row) for row in inverse[positions]]
 
 
-def read_test_set(path: Path) -> TestSet:
+def read_test_set(path: Path, classes: int = 5) -> TestSet:
     """Read row ids and labels.
 
     Raises:
-        StageError: the file is missing, torn or empty, an id is there twice, a label is not 0-4.
+        StageError: the file is missing, torn or empty, an id is there twice, a label is no class.
     """
     mend = "make it again: python -m yelp_hpc run prepare --run " + str(path.parent.parent)
     try:
         file = pq.ParquetFile(path)
         total = file.metadata.num_rows
-        labels = np.empty(total, dtype=np.int8)
+        labels = np.empty(total, dtype=np.int16)
         ids = np.empty(total, dtype=np.int64)
         start = 0
         for batch in file.iter_batches(_BATCH, columns=["row", "label"]):
@@ -87,16 +87,16 @@ def read_test_set(path: Path) -> TestSet:
         raise StageError(f"{path} cannot be read ({_first_line(error)}); {mend}") from None
     if not total:
         raise StageError(f"{path} holds no rows; {mend}")
-    if labels.min() < 0 or labels.max() >= CLASSES:
-        raise StageError(f"{path} holds labels outside 0-4; {mend}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise StageError(f"{path} holds labels outside 0-{classes - 1}; {mend}")
     if np.array_equal(ids, np.arange(ids[0], ids[0] + total)):
-        return TestSet(labels, int(ids[0]), None, None, path)
+        return TestSet(classes, labels, int(ids[0]), None, None, path)
     order = np.argsort(ids, kind="stable")
     ids = ids[order]
     if (ids[1:] == ids[:-1]).any():
         twice = ids[1:][ids[1:] == ids[:-1]]
         raise StageError(f"{path} holds row {twice[0]} more than once; {mend}")
-    return TestSet(labels, int(ids[0]), ids, order, path)
+    return TestSet(classes, labels, int(ids[0]), ids, order, path)
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Answers:
 
     positions: Counts
     labels: Counts
-    codes: NDArray[np.uint8]
+    codes: NDArray[np.int16]
     predictions: Counts
     """0 where unparsed."""
     scores: NDArray[np.float64] | None
-    """`[n, 5]` logits, None in generate mode."""
+    """`[n, K]` scores, None in generate mode."""
     path: Path
 
 
@@ -121,7 +121,7 @@ class Coverage:
     model: str
     shards: int
     test: TestSet
-    codes: NDArray[np.uint8] = field(init=False)
+    codes: NDArray[np.int16] = field(init=False)
     """`[rows]`: each test row's column of the tally, or MISSING."""
     damaged: dict[int, str] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Coverage:
     foreign: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.codes = np.full(len(self.test.labels), MISSING, dtype=np.uint8)
+        self.codes = np.full(len(self.test.labels), MISSING, dtype=np.int16)
 
     def read(self) -> Iterator[Answers]:
         """Read every shard; when it ends, `problems` knows what is wrong."""
@@ -171,7 +171,7 @@ class Coverage:
         labels = integers(batch.column("label"))
         unparsed = integers(batch.column("prediction").is_null()).astype(bool)
         predictions = np.where(unparsed, 0, integers(batch.column("prediction")))
-        scores = read_scores(batch.column("scores"), predictions, unparsed)
+        scores = read_scores(batch.column("scores"), predictions, unparsed, self.test.classes)
         places = self.test.positions(rows)
         if (places < 0).any():
             self.foreign[shard] = f"row {rows[places < 0][0]} is not in the test set"
@@ -188,9 +188,9 @@ class Coverage:
         for row in rows[again][: max(0, _NAMED - len(self.doubled))]:
             self.doubled[int(row)] = []
         keep &= once
-        codes = np.where(predictions < 0, OUTSIDE, np.minimum(predictions, OUTSIDE))
-        codes = np.where(predictions == UNPARSED, OUTSIDE, codes)
-        codes = np.where(unparsed, UNPARSED, codes).astype(np.uint8)
+        inside = (predictions >= 0) & (predictions < self.test.classes)
+        codes = np.where(inside, predictions, self.test.classes + 1)
+        codes = np.where(unparsed, self.test.classes, codes).astype(np.int16)
         self.codes[places[keep]] = codes[keep]
         yield Answers(
             places[keep],
@@ -278,12 +278,12 @@ class Coverage:
 
 
 def read_scores(
-    column: pa.Array, predictions: Counts, unparsed: NDArray[np.bool_]
+    column: pa.Array, predictions: Counts, unparsed: NDArray[np.bool_], classes: int
 ) -> NDArray[np.float64] | None:
-    """`[n, 5]` logits of a list column, None when it is all null.
+    """`[n, K]` scores of a list column, None when it is all null.
 
     Raises:
-        ValueError: some rows lack scores, have not five, have one that is not finite, or the
+        ValueError: some rows lack scores, have not one a class, have one that is not finite, or the
             prediction is not the label with the highest score.
     """
     if column.null_count == len(column):
@@ -291,12 +291,12 @@ def read_scores(
     if column.null_count:
         raise ValueError("some of its rows have scores and some have none")
     flat = _values(column.flatten().cast(pa.float64()), np.float64)
-    if not (integers(column.value_lengths()) == CLASSES).all():
-        raise ValueError(f"it holds rows that have not {CLASSES} scores")
-    scores = flat.reshape(-1, CLASSES)
+    if not (integers(column.value_lengths()) == classes).all():
+        raise ValueError(f"it holds rows that have not {classes} scores")
+    scores = flat.reshape(-1, classes)
     if not np.isfinite(scores).all():
         raise ValueError("it holds scores that are not finite numbers")
-    inside = ~unparsed & (predictions >= 0) & (predictions < CLASSES)
+    inside = ~unparsed & (predictions >= 0) & (predictions < classes)
     chosen = scores[inside, predictions[inside]]
     if (chosen < scores[inside].max(axis=1)).any():
         raise ValueError("its predictions are not the labels with the highest scores")

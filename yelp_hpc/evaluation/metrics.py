@@ -1,16 +1,16 @@
-"""Metrics of five-class predictions, computed from a confusion matrix (numpy only, no files).
+"""Metrics of predictions of K classes, computed from a confusion matrix (numpy only, no files).
 
-Everything but calibration is a function of a `Tally`: how often each label was answered with each
-label, with nothing parseable, or with a stray integer outside 0-4 (which generation can produce).
-Shards add up, so metrics of any number of rows take the memory of one small matrix.
+Everything but calibration and top-k is a function of a `Tally`: how often each label was answered
+with each label, with nothing parseable, or with a stray integer that is no class. Shards add up,
+so metrics of any number of rows take the memory of one small matrix.
 
 Two F1 conventions stand side by side, because they answer different questions:
 
-* `f1`, honest: the labels are 0-4, an unparsed or stray answer is a wrong answer. Equals
-  scikit-learn's `f1_score(..., labels=[0, 1, 2, 3, 4])` with unparsed answers coded as -1.
+* `f1`, honest: the labels are the task's, an unparsed or stray answer is a wrong answer. Equals
+  scikit-learn's `f1_score(..., labels=range(K))` with unparsed answers coded as -1.
 * `f1_report`, the report's: unparsed answers are dropped and the average runs over every label
   seen in truth or prediction. Equals `f1_score` without `labels=` on the parsed rows. One
-  stray answer adds a sixth class with F1 zero and so takes a sixth off the macro average.
+  stray answer adds a class with F1 zero: of five, it takes a sixth off the macro average.
 """
 
 from __future__ import annotations
@@ -25,22 +25,26 @@ from numpy.typing import ArrayLike, NDArray
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-CLASSES = 5
-UNPARSED = CLASSES
-"""Column of a tally that counts answers in which no label was found."""
 AVERAGES = ("micro", "macro", "weighted")
+TOP = (2, 3, 5, 10)
+"""The k of top-k accuracy that are given, where they are smaller than the number of classes."""
 
 
 @dataclass(frozen=True)
 class Tally:
     """Answers counted by truth and prediction.
 
-    `counts` is int64 `[5, 6 + len(stray)]`: a row for each true label; columns for the
-    predictions 0-4, for unparsed, then for each integer of `stray` (ascending, outside 0-4).
+    `counts` is int64 `[K, K + 1 + len(stray)]`: a row for each true class; columns for the
+    predicted classes, for unparsed, then for each integer of `stray` (ascending, no class).
     """
 
     counts: Counts
     stray: tuple[int, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """How many classes the task has."""
+        return len(self.counts)
 
     @property
     def rows(self) -> int:
@@ -50,44 +54,128 @@ class Tally:
     @property
     def unparsed(self) -> int:
         """Rows without an answer that could be read."""
-        return int(self.counts[:, UNPARSED].sum())
+        return int(self.counts[:, self.classes].sum())
 
 
-def tally(labels: ArrayLike, predictions: Iterable[int | None] | NDArray[Any]) -> Tally:
-    """Count `[n]` labels (0-4) against `[n]` predictions (integers, None where unparsed).
+def tally(
+    labels: ArrayLike, predictions: Iterable[int | None] | NDArray[Any], classes: int = 5
+) -> Tally:
+    """Count `[n]` labels (0 to K-1) against `[n]` predictions (integers, None where unparsed).
 
     Raises:
-        ValueError: lengths differ, or a label lies outside 0-4.
+        ValueError: lengths differ, or a label is no class.
     """
     listed = list(predictions)
     missing = np.array([p is None for p in listed], dtype=bool)
     values = np.array([0 if p is None else int(p) for p in listed], dtype=np.int64)
-    return tally_arrays(np.asarray(labels, dtype=np.int64), values, missing)
+    return tally_arrays(np.asarray(labels, dtype=np.int64), values, missing, classes)
 
 
-def tally_arrays(labels: Counts, predictions: Counts, unparsed: NDArray[np.bool_]) -> Tally:
+def tally_arrays(
+    labels: Counts, predictions: Counts, unparsed: NDArray[np.bool_], classes: int = 5
+) -> Tally:
     """`tally` of arrays: `unparsed` marks the rows whose `predictions` value means nothing."""
     if not len(labels) == len(predictions) == len(unparsed):
         raise ValueError(f"{len(labels)} labels, {len(predictions)} predictions")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < CLASSES:
-        raise ValueError(f"labels must lie in 0-4, found {labels.min()} to {labels.max()}")
-    outside = ~unparsed & ((predictions < 0) | (predictions >= CLASSES))
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(
+            f"labels must lie in 0-{classes - 1}, found {labels.min()} to {labels.max()}"
+        )
+    outside = ~unparsed & ((predictions < 0) | (predictions >= classes))
     stray = np.unique(predictions[outside])
-    columns = np.where(unparsed, UNPARSED, predictions)
-    columns[outside] = UNPARSED + 1 + np.searchsorted(stray, predictions[outside])
-    width = UNPARSED + 1 + len(stray)
-    cells = np.bincount(labels * width + columns, minlength=CLASSES * width)
-    return Tally(cells.reshape(CLASSES, width).astype(np.int64), tuple(stray.tolist()))
+    columns = np.where(unparsed, classes, predictions)
+    columns[outside] = classes + 1 + np.searchsorted(stray, predictions[outside])
+    width = classes + 1 + len(stray)
+    cells = np.bincount(labels * width + columns, minlength=classes * width)
+    return Tally(cells.reshape(classes, width).astype(np.int64), tuple(stray.tolist()))
 
 
 def add_tallies(first: Tally, second: Tally) -> Tally:
     """The tally of both sets of rows together."""
     stray = tuple(sorted({*first.stray, *second.stray}))
-    counts = np.zeros((CLASSES, UNPARSED + 1 + len(stray)), dtype=np.int64)
+    own = first.classes + 1
+    counts = np.zeros((first.classes, own + len(stray)), dtype=np.int64)
     for part in (first, second):
-        columns = [*range(UNPARSED + 1), *(UNPARSED + 1 + stray.index(s) for s in part.stray)]
+        columns = [*range(own), *(own + stray.index(s) for s in part.stray)]
         counts[:, columns] += part.counts
     return Tally(counts, stray)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums over a table of answers that all statistics below are functions of.
+
+    `[..., K]` by class, `[..., S]` by stray integer, `[...]` over all; `labelled` rows are those
+    answered with a class.
+    """
+
+    right: Counts
+    support: Counts
+    unparsed: Counts
+    labelled: Counts
+    predicted: Counts
+    stray: Counts
+    distance: Counts
+    squared: Counts
+    near: Counts
+
+
+Table = Counts | Sums
+"""Counts `[..., K, columns]`, or their sums."""
+
+
+def sums(table: Table) -> Sums:
+    """The sums of counts `[..., K, columns]`."""
+    if isinstance(table, Sums):
+        return table
+    classes = table.shape[-2]
+    inside = table[..., :classes]
+    place = np.arange(classes)
+    distance = np.abs(place[:, None] - place)
+    return Sums(
+        right=np.diagonal(inside, axis1=-2, axis2=-1),
+        support=table.sum(-1),
+        unparsed=table[..., classes],
+        labelled=inside.sum(-1),
+        predicted=inside.sum(-2),
+        stray=table[..., classes + 1 :].sum(-2),
+        distance=(inside * distance).sum((-2, -1)),
+        squared=(inside * distance**2).sum((-2, -1)),
+        near=(inside * (distance <= 1)).sum((-2, -1)),
+    )
+
+
+def cell_sums(counts: Counts, truth: Counts, column: Counts, classes: int) -> Sums:
+    """The sums of tables given by their occupied cells alone.
+
+    Args:
+        counts: `[..., n]`, how often each cell was seen.
+        truth, column: `[n]`, where each cell stands in a table `[K, columns]`.
+    """
+
+    def by(index: Counts, chosen: NDArray[np.bool_], size: int) -> Counts:
+        total = np.zeros((*counts.shape[:-1], size), dtype=np.int64)
+        kept = np.flatnonzero(chosen)
+        kept = kept[np.argsort(index[kept], kind="stable")]
+        if len(kept):
+            groups, starts = np.unique(index[kept], return_index=True)
+            total[..., groups] = np.add.reduceat(counts[..., kept], starts, axis=-1)
+        return total
+
+    inside = column < classes
+    distance = np.where(inside, np.abs(truth - column), 0)
+    strays = max(0, int(column.max(initial=0)) - classes)
+    return Sums(
+        right=by(truth, truth == column, classes),
+        support=by(truth, np.ones_like(inside), classes),
+        unparsed=by(truth, column == classes, classes),
+        labelled=by(truth, inside, classes),
+        predicted=by(column, inside, classes),
+        stray=by(column - classes - 1, column > classes, strays),
+        distance=counts @ distance,
+        squared=counts @ distance**2,
+        near=counts @ (inside & (distance <= 1)).astype(np.int64),
+    )
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float) -> Floats:
@@ -99,112 +187,130 @@ def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float) -> Floats
     return result
 
 
-def accuracy(counts: Counts) -> Floats:
-    """Right answers over all rows, `[..., 5, columns]` -> `[...]`."""
-    right = np.trace(counts[..., :CLASSES], axis1=-2, axis2=-1)
-    return _ratio(right, counts.sum(axis=(-2, -1)), np.nan)
+def accuracy(table: Table) -> Floats:
+    """Right answers over all rows, `[..., K, columns]` -> `[...]`."""
+    s = sums(table)
+    return _ratio(s.right.sum(-1), s.support.sum(-1), np.nan)
 
 
-def f1_honest(counts: Counts) -> dict[str, Floats]:
-    """Micro, macro and weighted F1 over the labels 0-4, anything else being wrong.
+def f1_honest(table: Table) -> dict[str, Floats]:
+    """Micro, macro and weighted F1 over the task's labels, anything else being wrong.
 
-    `[..., 5, columns]` -> `[...]` for each average. A class with neither truth nor prediction
+    `[..., K, columns]` -> `[...]` for each average. A class with neither truth nor prediction
     has F1 zero and counts in the macro average. Micro F1 exceeds accuracy when answers are
     unparsed: they are misses, but no label's false alarm.
     """
-    right = np.diagonal(counts[..., :CLASSES], axis1=-2, axis2=-1)
-    support = counts.sum(axis=-1)
-    predicted = counts[..., :CLASSES].sum(axis=-2)
-    f1 = _ratio(2 * right, support + predicted, 0.0)
+    s = sums(table)
+    f1 = _ratio(2 * s.right, s.support + s.predicted, 0.0)
     return {
-        "micro": _ratio(2 * right.sum(-1), support.sum(-1) + predicted.sum(-1), np.nan),
+        "micro": _ratio(2 * s.right.sum(-1), s.support.sum(-1) + s.predicted.sum(-1), np.nan),
         "macro": f1.mean(axis=-1),
-        "weighted": _ratio((f1 * support).sum(-1), support.sum(-1), np.nan),
+        "weighted": _ratio((f1 * s.support).sum(-1), s.support.sum(-1), np.nan),
     }
 
 
-def f1_report(counts: Counts) -> dict[str, Floats]:
+def f1_report(table: Table) -> dict[str, Floats]:
     """Micro, macro and weighted F1 over the parsed rows and the labels seen in them.
 
-    `[..., 5, columns]` -> `[...]` for each average, NaN where no answer was parsed.
+    `[..., K, columns]` -> `[...]` for each average, NaN where no answer was parsed.
     """
-    parsed = np.delete(counts, UNPARSED, axis=-1)
-    right = np.diagonal(parsed[..., :CLASSES], axis1=-2, axis2=-1)
-    support = parsed.sum(axis=-1)
-    predicted = parsed.sum(axis=-2)
+    s = sums(table)
+    support = s.support - s.unparsed
     answered = support.sum(axis=-1)
-    f1 = _ratio(2 * right, support + predicted[..., :CLASSES], 0.0)
-    seen = (support + predicted[..., :CLASSES] > 0).sum(-1) + (predicted[..., CLASSES:] > 0).sum(-1)
+    f1 = _ratio(2 * s.right, support + s.predicted, 0.0)
+    seen = (support + s.predicted > 0).sum(-1) + (s.stray > 0).sum(-1)
     return {
-        "micro": _ratio(right.sum(-1), answered, np.nan),
+        "micro": _ratio(s.right.sum(-1), answered, np.nan),
         "macro": _ratio(f1.sum(-1), seen, np.nan),
         "weighted": _ratio((f1 * support).sum(-1), answered, np.nan),
     }
 
 
-def _distance() -> Counts:
-    stars = np.arange(CLASSES)
-    distance: Counts = np.abs(stars[:, None] - stars[None, :])
-    return distance
+def mean_absolute_error(table: Table) -> Floats:
+    """Mean distance in classes over the rows answered with one; NaN when there are none."""
+    s = sums(table)
+    return _ratio(s.distance, s.labelled.sum(-1), np.nan)
 
 
-def mean_absolute_error(counts: Counts) -> Floats:
-    """Mean distance in stars over the rows answered with a label 0-4; NaN when there are none."""
-    labelled = counts[..., :CLASSES]
-    return _ratio((labelled * _distance()).sum((-2, -1)), labelled.sum((-2, -1)), np.nan)
+def within_one_star(table: Table) -> Floats:
+    """Share of *all* rows answered at most one class away; unparsed and stray rows are not."""
+    s = sums(table)
+    return _ratio(s.near, s.support.sum(-1), np.nan)
 
 
-def within_one_star(counts: Counts) -> Floats:
-    """Share of *all* rows answered at most one star away; unparsed and stray rows are not."""
-    near = (counts[..., :CLASSES] * (_distance() <= 1)).sum((-2, -1))
-    return _ratio(near, counts.sum((-2, -1)), np.nan)
+def quadratic_kappa(table: Table) -> Floats:
+    """Cohen's kappa with quadratic weights (Cohen 1968) over the rows answered with a class.
+
+    1 - observed / expected squared distance; NaN where the expected one is zero.
+    """
+    s = sums(table)
+    place = np.arange(s.right.shape[-1])
+    truth, said = s.labelled, s.predicted
+    rows = truth.sum(-1)
+    # the sum over i, j of (i - j)² truth_i said_j
+    expected = (
+        (truth @ place**2) * rows
+        + (said @ place**2) * rows
+        - 2.0 * (truth @ place) * (said @ place)
+    )
+    return 1 - _ratio(s.squared * rows.astype(np.float64), expected, np.nan)
 
 
 def per_class(counts: Counts) -> list[dict[str, float | int]]:
     """Precision, recall, F1 and support of each label, the honest way (0 where undefined)."""
-    right = np.diagonal(counts[:, :CLASSES])
-    support = counts.sum(axis=1)
-    predicted = counts[:, :CLASSES].sum(axis=0)
-    precision = _ratio(right, predicted, 0.0)
-    recall = _ratio(right, support, 0.0)
-    f1 = _ratio(2 * right, support + predicted, 0.0)
+    s = sums(counts)
+    precision = _ratio(s.right, s.predicted, 0.0)
+    recall = _ratio(s.right, s.support, 0.0)
+    f1 = _ratio(2 * s.right, s.support + s.predicted, 0.0)
     return [
         {
             "label": label,
-            "stars": label + 1,
             "precision": float(precision[label]),
             "recall": float(recall[label]),
             "f1": float(f1[label]),
-            "support": int(support[label]),
-            "predicted": int(predicted[label]),
+            "support": int(s.support[label]),
+            "predicted": int(s.predicted[label]),
         }
-        for label in range(CLASSES)
+        for label in range(len(counts))
     ]
 
 
+def majority(support: Counts) -> dict[str, float | int]:
+    """What always answering the most frequent label would get: the least that must be beaten."""
+    label = int(support.argmax())
+    share = float(support[label] / max(1, support.sum()))
+    return {
+        "label": label,
+        "accuracy": share,
+        "f1_macro": 2 * share / (1 + share) / len(support),
+    }
+
+
 def softmax(scores: Floats) -> Floats:
-    """Probabilities of `[n, 5]` logits along the last axis."""
+    """Probabilities of `[n, K]` logits or log-probabilities along the last axis."""
     shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
 class Calibration:
-    """How far confidence can be trusted, summed up shard by shard.
+    """How far scores can be trusted, summed up shard by shard.
 
     Confidence is the probability of the most probable label. The expected calibration error (ECE)
     is the mean over rows of |accuracy - confidence| of the row's bin (Guo et al. 2017, "On
     Calibration of Modern Neural Networks"); bins are equally wide and closed on the right.
     """
 
-    def __init__(self, bins: int = 15) -> None:
+    def __init__(self, bins: int = 15, classes: int = 5) -> None:
         self.rows = np.zeros(bins, dtype=np.int64)
         self.right = np.zeros(bins, dtype=np.int64)
         self.confidence = np.zeros(bins)
         self.squared_error = 0.0
         self.star_error = 0.0
+        self.ranks = np.zeros(classes, dtype=np.int64)
+        """`[K]`: how often so many labels scored higher than the true one (or equal, before it)."""
 
     def add(self, probabilities: Floats, labels: Counts) -> None:
-        """Take in `[n, 5]` probabilities and their `[n]` true labels."""
+        """Take in `[n, K]` probabilities and their `[n]` true labels."""
         if not len(labels):
             return
         bins = len(self.rows)
@@ -216,11 +322,26 @@ class Calibration:
         self.confidence += np.bincount(index, weights=confidence, minlength=bins)
         truth = probabilities[np.arange(len(labels)), labels]
         self.squared_error += float(((probabilities**2).sum(axis=1) - 2 * truth + 1).sum())
-        expected = probabilities @ np.arange(CLASSES)
+        place = np.arange(probabilities.shape[1])
+        expected = probabilities @ place
         self.star_error += float(np.abs(expected - labels).sum())
+        higher = (probabilities > truth[:, None]).sum(1)
+        equal = (probabilities == truth[:, None]) & (place < labels[:, None])
+        self.ranks += np.bincount(higher + equal.sum(1), minlength=len(self.ranks))
 
-    def summary(self) -> dict[str, Any] | None:
-        """ECE, Brier score, error of the expected stars and the bins; None without scores."""
+    def top_k(self) -> dict[str, float] | None:
+        """Share of rows whose true label is among the k most probable; None without scores."""
+        total = int(self.rows.sum())
+        if not total:
+            return None
+        within = np.cumsum(self.ranks) / total
+        return {str(k): float(within[k - 1]) for k in TOP if k < len(self.ranks)}
+
+    def summary(self, ordinal: bool = True) -> dict[str, Any] | None:
+        """ECE, Brier score, error of the expected class (where ordinal) and the bins.
+
+        None without scores.
+        """
         total = int(self.rows.sum())
         if total == 0:
             return None
@@ -239,6 +360,6 @@ class Calibration:
             "rows": total,
             "ece": float(np.abs(self.right - self.confidence).sum() / total),
             "brier": self.squared_error / total,
-            "expected_star_error": self.star_error / total,
+            **({"expected_star_error": self.star_error / total} if ordinal else {}),
             "bins": bins,
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from yelp_hpc.evaluation.metrics import AVERAGES
+from yelp_hpc.evaluation.metrics import AVERAGES, TOP
 
 
 def figure(value: float | int | None, signed: bool = False) -> str:
@@ -29,7 +29,7 @@ def _get(model: Mapping[str, Any], key: str) -> Any:
     """A value of a model's metrics by dotted name."""
     value: Any = model
     for part in key.split("."):
-        value = value[part]
+        value = value.get(part) if value is not None else None
     return value
 
 
@@ -37,20 +37,27 @@ def outcome_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, 
     """`(name, [(value, interval) for each model], tuned minus base)` for each line."""
     models = metrics["models"]
     comparison = metrics.get("comparison") or {}
+    task = metrics["task"]
+    last = len(task["labels"]) - 1
+    unit = "stars" if "stars" in next(iter(models.values()))["per_class"][0] else "classes"
     lines = [
         ("test rows", "rows"),
         ("answered", "answered"),
         ("unparsed", "unparsed"),
-        ("answers outside 0-4", "outside"),
+        (f"answers outside 0-{last}", "outside"),
         ("accuracy", "accuracy"),
         *((f"F1 {average}", f"f1.{average}") for average in AVERAGES),
         *((f"F1 {average}, report's way", f"f1_report.{average}") for average in AVERAGES),
-        ("mean absolute error (stars)", "mae"),
-        ("within one star", "within_one"),
+        *((f"true label among the {k} best", f"top_k.{k}") for k in TOP if k <= last),
+        (f"mean absolute error ({unit})", "mae"),
+        ("within one star" if unit == "stars" else "within one class", "within_one"),
+        ("quadratic kappa", "kappa"),
         ("calibration error (ECE)", "ece"),
     ]
     rows = []
     for title, key in lines:
+        if all(_get(model, key) is None for model in models.values()):
+            continue  # of scores or of an order that this task has not
         cells = []
         for model in models.values():
             cells.append((figure(_get(model, key)), interval(model["ci95"].get(key))))
@@ -72,6 +79,25 @@ def mcnemar_sentence(comparison: Mapping[str, Any]) -> str:
         f"{comparison['only_base_right']:,} only base; exact {p}, chi-square with continuity "
         f"{test['chi2']:,.1f}."
     )
+
+
+def baseline_sentence(metrics: Mapping[str, Any]) -> str:
+    """What the most frequent label alone would get, and which labels no test row has."""
+    task, test = metrics["task"], metrics["test"]
+    best = test["majority"]
+    name = task["names"][best["label"]]
+    text = (
+        f"Always answering {name!r}, the most frequent label, gets accuracy "
+        f"{best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
+    )
+    if test["absent"]:
+        shown = ", ".join(test["absent"][:10])
+        more = f" and {len(test['absent']) - 10} more" if len(test["absent"]) > 10 else ""
+        text += (
+            f" No test row has the label {shown}{more}: F1 macro counts each of these as 0, "
+            f"F1 macro in the report's way leaves those out that nobody answered."
+        )
+    return text
 
 
 def print_outcome(metrics: Mapping[str, Any]) -> None:
@@ -97,4 +123,5 @@ def print_outcome(metrics: Mapping[str, Any]) -> None:
     console.print(table)
     if both:
         console.print(mcnemar_sentence(metrics["comparison"]), soft_wrap=True)
+    console.print(baseline_sentence(metrics), soft_wrap=True, markup=False)
     console.print(metrics["report"]["why_conventions_differ"], soft_wrap=True)

@@ -17,7 +17,12 @@ from typing import Any
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation import charts as charts
 from yelp_hpc.evaluation.metrics import AVERAGES
-from yelp_hpc.evaluation.outcome import figure, mcnemar_sentence, outcome_rows
+from yelp_hpc.evaluation.outcome import (
+    baseline_sentence,
+    figure,
+    mcnemar_sentence,
+    outcome_rows,
+)
 from yelp_hpc.rundir.files import read_json, read_jsonl
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -39,7 +44,7 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
     name = str(resolved.get("name") or run.root.name)
     model = str((resolved.get("model") or {}).get("path") or "")
     sections = [
-        f"<h1>{escape(name)}: review ratings, measured</h1>",
+        f"<h1>{escape(name)}: {_subject(metrics['task'])}, measured</h1>",
         f'<p class="soft">{escape(model)}</p>' if model else "",
         outcome(metrics),
         per_class(metrics),
@@ -47,11 +52,16 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         training(read_jsonl(run.train_log)),
         jobs(read_attempts(run), read_jsonl(run.submissions)),
         throughput(run),
-        *(mistakes(model, found) for model, found in examples.items()),
+        *(mistakes(model, found, metrics["task"]) for model, found in examples.items()),
         provenance(record),
     ]
     frame = Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
     return frame.substitute(title=escape(f"{name}: report"), body="\n".join(filter(None, sections)))
+
+
+def _subject(task: Mapping[str, Any]) -> str:
+    noun = escape(str(task["noun"]))
+    return f"{noun} ratings" if task["ordinal"] else f"{len(task['labels'])} kinds of {noun}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,12 +99,17 @@ def outcome(metrics: Mapping[str, Any]) -> str:
     table = _table(["", *models, *(["tuned − base"] if both else [])], rows)
     test = f"<p>{escape(mcnemar_sentence(metrics['comparison']))}</p>" if both else ""
     study = metrics["report"]
-    published = _table(
-        ["F1 of the published study", "base", "tuned"],
-        (
-            [average, *(figure(study[m]["f1"][average]) for m in ("base", "tuned"))]
-            for average in AVERAGES
-        ),
+    test += f"<p>{escape(baseline_sentence(metrics))}</p>"
+    published = (
+        ""
+        if "tuned" not in study
+        else _table(
+            ["F1 of the published study", "base", "tuned"],
+            (
+                [average, *(figure(study[m]["f1"][average]) for m in ("base", "tuned"))]
+                for average in AVERAGES
+            ),
+        )
     )
     return (
         f'<h2>Outcome</h2><div class="card">{table}{test}'
@@ -110,23 +125,25 @@ def per_class(metrics: Mapping[str, Any]) -> str:
     for name, model in metrics["models"].items():
         rows = (
             [
-                f"{item['stars']} ★",
+                escape(str(item["name"])),
                 *(figure(item[key]) for key in ("precision", "recall", "f1")),
                 figure(item["support"]),
             ]
             for item in model["per_class"]
         )
-        table = _table(["stars", "precision", "recall", "F1", "rows"], rows)
+        table = _table(["", "precision", "recall", "F1", "rows"], rows)
         cards.append(f'<div class="card"><h3>{escape(name)}</h3>{table}</div>')
     return f'<h2>Each class</h2><div class="grid2">{"".join(cards)}</div>'
 
 
 def pictures(metrics: Mapping[str, Any]) -> str:
     """Confusion and, where the model gave scores, calibration."""
-    cards = []
+    cards, names = [], metrics["task"]["names"]
     for name, model in metrics["models"].items():
-        chart = charts.confusion(name, model["confusion"], model["confusion_columns"])
-        cards.append(_figure(f"Confusion, {name}", chart, "Rows: true stars. Shade: share of row."))
+        chart = charts.confusion(
+            name, model["confusion"], [*names, *model["confusion_columns"][len(names) :]]
+        )
+        cards.append(_figure(f"Confusion, {name}", chart, "Rows: truth. Shade: share of row."))
     for name, model in metrics["models"].items():
         if model.get("calibration"):
             chart = charts.calibration(name, model["calibration"])
@@ -258,18 +275,20 @@ def throughput(run: RunPaths) -> str:
             rows.append([escape(f"infer {model.name}, a shard"), f"{mean:,.2f}", "–"])
     if not rows:
         return ""
-    table = _table(["", "reviews a second", "tokens a second"], rows)
+    table = _table(["", "rows a second", "tokens a second"], rows)
     return f'<h2>Throughput</h2><div class="card">{table}</div>'
 
 
-def mistakes(model: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The worst mistakes of a model, with the review, and answers that could not be parsed."""
+def mistakes(
+    model: str, found: Mapping[str, Sequence[Mapping[str, Any]]], task: Mapping[str, Any]
+) -> str:
+    """The worst mistakes of a model, with the text, and answers that could not be parsed."""
     parts = []
     for kind, title in (
         ("mistakes", f"The {len(found['mistakes'])} worst mistakes, {model}"),
         ("unparsed", f"Answers that could not be parsed, {model}"),
     ):
-        items = "".join(_mistake(item) for item in found[kind])
+        items = "".join(_mistake(item, task["names"]) for item in found[kind])
         if items:
             opened = " open" if kind == "mistakes" and model == "tuned" else ""
             parts.append(
@@ -279,11 +298,11 @@ def mistakes(model: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> st
     return f"<h2>Mistakes, {escape(model)}</h2>{''.join(parts)}" if parts else ""
 
 
-def _mistake(item: Mapping[str, Any]) -> str:
+def _mistake(item: Mapping[str, Any], names: Sequence[str]) -> str:
     said = item["prediction"]
     answer = "no label" if said is None else f"label {said}"
-    if said is not None and 0 <= said <= 4:
-        answer = f"{said + 1} ★"
+    if said is not None and 0 <= said < len(names):
+        answer = escape(names[said])
     sure = f", confidence {item['confidence']:.2f}" if item["confidence"] is not None else ""
     wrote = (
         f'<p class="soft">It wrote: {escape(item["answer"][:200])!s}</p>' if item["answer"] else ""
@@ -291,7 +310,7 @@ def _mistake(item: Mapping[str, Any]) -> str:
     review = item["review"]
     text = escape(review[:700]) + ("…" if len(review) > 700 else "")
     return (
-        f'<li class="card"><strong>{item["label"] + 1} ★ taken for {answer}</strong>'
+        f'<li class="card"><strong>{escape(names[item["label"]])} taken for {answer}</strong>'
         f'<span class="soft">{sure} (row {item["row"]})</span>{wrote}'
         f"<blockquote>{text}</blockquote></li>"
     )

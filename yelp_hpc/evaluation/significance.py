@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yelp_hpc.evaluation.metrics import (
-    CLASSES,
-    UNPARSED,
     Counts,
     Floats,
+    Table,
     accuracy,
+    cell_sums,
     f1_honest,
     f1_report,
     mean_absolute_error,
+    quadratic_kappa,
     within_one_star,
 )
 
@@ -30,15 +32,29 @@ _CELLS_AT_ONCE = 4_000_000
 """Bound on the size of one batch of resamples (32 MB), whatever the number of stray labels."""
 
 
-def headline(counts: Counts) -> dict[str, Floats]:
-    """The statistics that get an interval, `[..., 5, columns]` -> `[...]`, by dotted name."""
-    flat = {
-        "accuracy": accuracy(counts),
-        "mae": mean_absolute_error(counts),
-        "within_one": within_one_star(counts),
-    }
-    flat |= {f"f1.{name}": value for name, value in f1_honest(counts).items()}
-    return flat | {f"f1_report.{name}": value for name, value in f1_report(counts).items()}
+def headline(table: Table, ordinal: bool = True) -> dict[str, Floats]:
+    """The statistics that get an interval, `[..., K, columns]` -> `[...]`, by dotted name."""
+    flat = {"accuracy": accuracy(table)}
+    if ordinal:
+        flat |= {
+            "mae": mean_absolute_error(table),
+            "within_one": within_one_star(table),
+            "kappa": quadratic_kappa(table),
+        }
+    flat |= {f"f1.{name}": value for name, value in f1_honest(table).items()}
+    return flat | {f"f1_report.{name}": value for name, value in f1_report(table).items()}
+
+
+def headline_intervals(
+    counts: Counts, *, ordinal: bool, resamples: int, seed: int
+) -> dict[str, list[float] | None]:
+    """Intervals of `headline` for one table `[K, columns]`, over its occupied cells alone."""
+    truth, column = np.nonzero(counts)
+
+    def statistics(drawn: Counts) -> Statistics:
+        return headline(cell_sums(drawn, truth, column, len(counts)), ordinal)
+
+    return bootstrap_intervals(counts[truth, column], statistics, resamples=resamples, seed=seed)
 
 
 def bootstrap_intervals(
@@ -84,25 +100,53 @@ def bootstrap_intervals(
     return intervals
 
 
-def paired_statistics(joint: Counts) -> dict[str, Floats]:
-    """Tuned minus base of the statistics that both models have on the same rows.
+@dataclass(frozen=True)
+class Joint:
+    """Two models' answers to the same rows: the outcomes that occurred, and how often.
 
-    `joint` is `[..., 5, columns, columns]`: truth, base's column, tuned's column.
+    All arrays are `[n]`; `base` and `tuned` are columns of a tally (K: unparsed, K + 1: stray).
     """
-    base, tuned = headline(joint.sum(axis=-1)), headline(joint.sum(axis=-2))
-    return {name: tuned[name] - base[name] for name in tuned if not name.startswith("f1_report")}
+
+    classes: int
+    truth: Counts
+    base: Counts
+    tuned: Counts
+    counts: Counts
+
+    def statistics(self, drawn: Counts, ordinal: bool = True) -> dict[str, Floats]:
+        """Tuned minus base of the statistics that both have, for counts `[..., n]`."""
+        base, tuned = (
+            headline(cell_sums(drawn, self.truth, column, self.classes), ordinal)
+            for column in (self.base, self.tuned)
+        )
+        return {n: tuned[n] - base[n] for n in tuned if not n.startswith("f1_report")}
 
 
-def discordant(joint: Counts) -> dict[str, int]:
-    """Rows that both, only one or neither model answered right; `joint` is one table."""
-    both = sum(int(joint[k, k, k]) for k in range(CLASSES))
-    base = sum(int(joint[k, k].sum()) for k in range(CLASSES))
-    tuned = sum(int(joint[k, :, k].sum()) for k in range(CLASSES))
+def joint_table(labels: Counts, base: NDArray[Any], tuned: NDArray[Any], classes: int = 5) -> Joint:
+    """Count truth, base's and tuned's column of each row; column K + 1 is any stray integer."""
+    width = classes + 2
+    flat = (np.asarray(labels, dtype=np.int64) * width + base) * width + tuned
+    cells, counts = np.unique(flat, return_counts=True)
+    return Joint(classes, cells // width**2, cells // width % width, cells % width, counts)
+
+
+def paired_statistics(joint: Joint, ordinal: bool = True) -> dict[str, Floats]:
+    """Tuned minus base of the statistics that both models have on the same rows."""
+    return joint.statistics(joint.counts, ordinal)
+
+
+def discordant(joint: Joint) -> dict[str, int]:
+    """Rows that both, only one or neither model answered right."""
+    base, tuned = joint.base == joint.truth, joint.tuned == joint.truth
+
+    def rows(chosen: NDArray[np.bool_]) -> int:
+        return int(joint.counts[chosen].sum())
+
     return {
-        "both_right": both,
-        "only_base_right": base - both,
-        "only_tuned_right": tuned - both,
-        "both_wrong": int(joint.sum()) - base - tuned + both,
+        "both_right": rows(base & tuned),
+        "only_base_right": rows(base & ~tuned),
+        "only_tuned_right": rows(~base & tuned),
+        "both_wrong": rows(~base & ~tuned),
     }
 
 
@@ -148,11 +192,3 @@ def _log_tail(successes: int, trials: int) -> float:
         if term < 1e-18 * total:
             break
     return log_largest + math.log(total)
-
-
-def joint_table(labels: Counts, base: NDArray[Any], tuned: NDArray[Any]) -> Counts:
-    """`[5, 7, 7]` counts of truth, base's and tuned's column; column 6 is any stray integer."""
-    width = UNPARSED + 2
-    flat = (labels * width + base) * width + tuned
-    cells = np.bincount(flat, minlength=CLASSES * width * width)
-    return cells.reshape(CLASSES, width, width).astype(np.int64)

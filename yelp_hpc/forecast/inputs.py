@@ -107,12 +107,13 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
             sets.append(drawn[start : start + count])
             start += count
         return Lengths(sets[0], sets[1], sets[2], prefix, source)
-    train, test = read_source(config.data)
+    train, test = read_source(config)
     splits = split_rows(
         [label for _, label in train],
         None if test is None else [label for _, label in test],
         config.data,
         config.seed,
+        config.task.labels,
     )
     test = train if test is None else test
 

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import re
 
+from yelp_hpc.config import YELP, TaskConfig
+
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # "4stars" holds a number, "4th" does not.
 _NUMBER = rf"(?:\d+(?:[.,]\d+)?(?!\d|(?!stars?\b)[a-z])|(?:{'|'.join(_WORDS)})\b)"
@@ -53,12 +55,12 @@ def answer_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def parse_label(text: str) -> int | None:
+def parse_label(text: str, task: TaskConfig = YELP) -> int | None:
     """The label 0 to 4 that `text` states by the rules above; None when it states none."""
     return _first_answer(answer_line(text))[0]
 
 
-def is_decided(text: str) -> bool:
+def is_decided(text: str, task: TaskConfig = YELP) -> bool:
     """True when no continuation of `text` can change its label.
 
     That is so when the answer's line has ended, or when its first answer is a number whose unit is

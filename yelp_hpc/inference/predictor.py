@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from yelp_hpc.config import Config
+from yelp_hpc.config import YELP, Config, TaskConfig
 from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
@@ -63,10 +63,10 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
         start,
         eos_ids,
         config.infer.max_new_tokens,
-        decided=lambda answer: is_decided(text(answer)),
+        decided=lambda answer: is_decided(text(answer), config.task),
         device=device,
     )
-    return generate_predictor(decoder, text, budget)
+    return generate_predictor(decoder, text, budget, config.task)
 
 
 def with_adapter(model: Any, adapter: Path, merge: bool) -> Any:
@@ -100,7 +100,10 @@ def score_predictor(
 
 
 def generate_predictor(
-    decoder: GreedyDecoder, text: Callable[[list[int]], str], max_tokens: int
+    decoder: GreedyDecoder,
+    text: Callable[[list[int]], str],
+    max_tokens: int,
+    task: TaskConfig = YELP,
 ) -> Predictor:
     """Generate mode: the label that the greedy text states, or none."""
     start = decoder.prefix_length
@@ -110,6 +113,6 @@ def generate_predictor(
 
     def predict(prompts: list[list[int]]) -> tuple[list[int | None], None, list[str]]:
         texts = [text(answer) for answer in decoder.generate(prompts)]
-        return [parse_label(answer) for answer in texts], None, texts
+        return [parse_label(answer, task) for answer in texts], None, texts
 
     return Predictor(plan, predict)

@@ -29,8 +29,8 @@ PREFIX = "yelp_hpc."
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
-        pa.field("label", pa.int8(), nullable=False),
-        pa.field("prediction", pa.int8()),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("prediction", pa.int16()),
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("text", pa.string()),
     ]

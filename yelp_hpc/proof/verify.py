@@ -205,7 +205,7 @@ def _shard(
         seen[row] = path
         foreign += row not in test
         wrong += row in test and test[row] != label
-        doubtful += not _follows(prediction, scores, text, config.infer.mode)
+        doubtful += not _follows(prediction, scores, text, config)
     for count, what in (
         (double, "were predicted before in this or another shard"),
         (foreign, "are not in the test set"),
@@ -216,12 +216,12 @@ def _shard(
             yield f"{path}: {count} rows {what}"
 
 
-def _follows(prediction: int | None, scores: Any, text: str | None, mode: str) -> bool:
-    if mode == "generate":
+def _follows(prediction: int | None, scores: Any, text: str | None, config: Config) -> bool:
+    if config.infer.mode == "generate":
         from yelp_hpc.inference.answers import parse_label
 
-        return text is not None and parse_label(text) == prediction
-    if not scores or len(scores) != 5 or not all(map(math.isfinite, scores)):
+        return text is not None and parse_label(text, config.task) == prediction
+    if not scores or len(scores) != len(config.task.labels) or not all(map(math.isfinite, scores)):
         return False
     return bool(prediction == scores.index(max(scores)))
 

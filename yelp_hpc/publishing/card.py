@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from yelp_hpc.cache import DEMO_MODEL
-from yelp_hpc.config import LABELS, Config
+from yelp_hpc.config import YELP, Config
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 AVERAGES = ("micro", "macro", "weighted")
+MATRIX_CLASSES = 12
+"""The most classes whose confusion matrix is a table in the card."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def data_name(config: Config) -> str:
         return str(config.data.path)
     if config.data.source == "demo":
         return "rated review sentences (vaderSentiment 2.5)"
-    return "a local file of reviews"
+    return f"a local file of {config.task.noun}s"
 
 
 def model_card(
@@ -68,7 +70,7 @@ def model_card(
     sections = [
         f"# {repo.split('/')[-1]}",
         _opening(config),
-        _results(metrics),
+        _results(metrics, config),
         _pictures(pictures),
         _use(config, repo, native),
         _training(config, record, gpu_hours),
@@ -91,8 +93,8 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
     results = [
         EvalResult(
             task_type="text-classification",
-            task_name="Review rating, five classes",
-            dataset_type=data_name(config) if data.source == "hub" else "reviews",
+            task_name=_task_name(config),
+            dataset_type=data_name(config) if data.source == "hub" else f"{config.task.noun}s",
             dataset_name=data_name(config),
             dataset_split="test",
             dataset_revision=data.revision if data.source == "hub" else None,
@@ -124,12 +126,32 @@ def _opening(config: Config) -> str:
     named = f"[{base}](https://huggingface.co/{base})" if base else "a local base model"
     what = "A language model" if config.publish.merged else "A LoRA adapter"
     return (
-        f"{what} that reads a customer's review and answers with its rating, `0` (one star) to `4` "
-        f"(five stars). It was fine-tuned from {named} on {data_name(config)}."
+        f"{what} that reads {_answers_with(config)}. It was fine-tuned from {named} on "
+        f"{data_name(config)}."
     )
 
 
-def _results(metrics: Mapping[str, Any]) -> str:
+def _task_name(config: Config) -> str:
+    task, count = config.task, len(config.task.labels)
+    words = {2: "two", 3: "three", 4: "four", 5: "five"}
+    kind = "rating" if task.ordinal else "classification"
+    return f"{task.noun.capitalize()} {kind}, {words.get(count, count)} classes"
+
+
+def _answers_with(config: Config) -> str:
+    task = config.task
+    if task == YELP:
+        return "a customer's review and answers with its rating, `0` (one star) to `4` (five stars)"
+    article = "an" if task.noun[:1].lower() in "aeiou" else "a"
+    shown = [
+        f"`{label}`" + (f" ({name})" if name != label else "")
+        for label, name in zip(task.labels, task.shown, strict=True)
+    ]
+    listed = ", ".join(shown if len(shown) <= 12 else [*shown[:10], "…", shown[-1]])
+    return f"{article} {task.noun} and answers with one of {len(shown)} labels: {listed}"
+
+
+def _results(metrics: Mapping[str, Any], config: Config) -> str:
     models = metrics["models"]
     names = [name for name in ("base", "tuned") if name in models]
     if not names:
@@ -146,36 +168,64 @@ def _results(metrics: Mapping[str, Any]) -> str:
             cells.append(_figure(value) + _interval(interval))
         return f"| {label} | " + " | ".join(cells) + " |"
 
-    rows = [row("test reviews", "rows"), row("of them without a usable answer", "unparsed")]
+    rows = [
+        row(f"test {config.task.noun}s", "rows"),
+        row("of them without a usable answer", "unparsed"),
+    ]
     rows.append(row("accuracy", "accuracy"))
     rows += [row(f"F1 {average}", "f1", average) for average in AVERAGES]
     rows += [row(f"F1 {average}, over labels seen", "f1_report", average) for average in AVERAGES]
     notes = (
-        "Square brackets hold 95 % bootstrap intervals. *F1* is over the labels 0 to 4 and counts "
+        "Square brackets hold 95 % bootstrap intervals. *F1* is over "
+        f"{'the labels 0 to 4' if config.task == YELP else 'all labels of the task'} and counts "
         "an answer that names none of them as wrong. *F1 over labels seen* drops such answers and "
         "averages over every label that occurs, a stray one included; it is given because earlier "
         "reports used it, and it is not comparable between models that leave different answers out."
     )
-    return "## Results\n\n" + "\n".join([head, *rows]) + f"\n\n{notes}" + _confusion(models)
+    return "## Results\n\n" + "\n".join([head, *rows]) + f"\n\n{notes}" + _confusion(models, config)
 
 
-def _confusion(models: Mapping[str, Any]) -> str:
-    """The tuned model's confusion matrix as a table: readable without the picture."""
+def _confusion(models: Mapping[str, Any], config: Config) -> str:
+    """The tuned model's confusion matrix as a table, readable without the picture.
+
+    Of many classes the pairs that are taken for each other most often.
+    """
     tuned = models.get("tuned") or {}
     matrix = tuned.get("confusion")
     if not matrix:
         return ""
-    titles = tuned.get("confusion_columns") or [*LABELS, "unparsed", "outside 0-4"]
+    labels = config.task.labels
+    outside = f"outside 0-{len(labels) - 1}"
+    titles = tuned.get("confusion_columns") or [*labels, "unparsed", outside]
+    if len(matrix) > MATRIX_CLASSES:
+        return _confused(matrix, titles)
     width = len(matrix[0])
     lines = [
         "| truth \\ answer | " + " | ".join(titles[:width]) + " |",
         "|---|" + "---:|" * width,
         *(
             f"| {label} | " + " | ".join(str(cell) for cell in cells) + " |"
-            for label, cells in zip(LABELS, matrix, strict=False)
+            for label, cells in zip(titles, matrix, strict=False)
         ),
     ]
     return "\n\nConfusion matrix of the tuned model:\n\n" + "\n".join(lines)
+
+
+def _confused(matrix: Sequence[Sequence[int]], titles: Sequence[str]) -> str:
+    pairs = sorted(
+        (-count, i, j)
+        for i, cells in enumerate(matrix)
+        for j, count in enumerate(cells)
+        if i != j and count
+    )
+    lines = [
+        "| truth | answer | rows | of |\n|---|---|---:|---:|",
+        *(
+            f"| {titles[i]} | {titles[j]} | {-count} | {sum(matrix[i])} |"
+            for count, i, j in pairs[:20]
+        ),
+    ]
+    return "\n\nMost frequent mistakes of the tuned model:\n\n" + "\n".join(lines) if pairs else ""
 
 
 def _pictures(pictures: Sequence[str]) -> str:
@@ -258,7 +308,7 @@ def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | N
     steps = f", at most {train.max_steps} steps" if train.max_steps else ""
     counted = ", ".join(f"{count:,} {name}" for name, count in rows.items())
     facts = [
-        f"Data: {data_name(config)}" + (f"; reviews: {counted}" if counted else ""),
+        f"Data: {data_name(config)}" + (f"; {config.task.noun}s: {counted}" if counted else ""),
         f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on "
         + (", ".join(f"`{name}`" for name in lora.target) if lora.target else "the attention"),
         f"AdamW, peak learning rate {train.learning_rate:g} ({train.schedule}, "
@@ -276,24 +326,24 @@ def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | N
 
 
 def _limits(config: Config, metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    data = record.get("data") or {}
+    data, noun = record.get("data") or {}, config.task.noun
     truncated, twins = data.get("truncated"), data.get("duplicates")
     facts = [
-        "It was tested on reviews from the source that it was trained on, and on nothing else.",
-        "It inherits the biases of the base model and of the people who wrote the reviews. It is "
+        f"It was tested on {noun}s from the source that it was trained on, and on nothing else.",
+        f"It inherits the biases of the base model and of the people who wrote the {noun}s. It is "
         "not meant for decisions about persons or businesses.",
-        "One training run with one seed: the intervals cover the choice of test reviews, not the "
+        f"One training run with one seed: the intervals cover the choice of test {noun}s, not the "
         "chance in training.",
     ]
-    if mistakes := _mistakes(metrics):
+    if mistakes := _mistakes(metrics, config):
         facts.insert(1, mistakes)
     if truncated:
         facts.append(
-            f"{truncated:,} reviews over {config.data.cutoff} tokens lost their end before the "
+            f"{truncated:,} {noun}s over {config.data.cutoff} tokens lost their end before the "
             "model saw them."
         )
     if twins:
-        facts.append(f"{twins:,} test reviews also stand in the training data.")
+        facts.append(f"{twins:,} test {noun}s also stand in the training data.")
     if config.model.path in DEMO_MODELS and not config.publish.merged:
         facts.append(
             "The adapter was trained and tested on the base model's packaged GGUF weights. The "
@@ -306,18 +356,19 @@ def _limits(config: Config, metrics: Mapping[str, Any], record: Mapping[str, Any
     return "## Limitations\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
-def _mistakes(metrics: Mapping[str, Any]) -> str:
-    """How far off the tuned model's wrong answers are, from its confusion matrix."""
+def _mistakes(metrics: Mapping[str, Any], config: Config) -> str:
+    """How many of the tuned model's answers are wrong; how far off where that means something."""
     matrix = (metrics["models"].get("tuned") or {}).get("confusion") or []
     wrong = sum(sum(cells) for cells in matrix) - sum(c[i] for i, c in enumerate(matrix))
-    near = sum(
-        cells[j] for i, cells in enumerate(matrix) for j in (i - 1, i + 1) if 0 <= j < len(LABELS)
-    )
-    return (
-        f"{wrong:,} test reviews got a wrong answer, {near:,} of them one star off."
-        if wrong
-        else ""
-    )
+    if not wrong:
+        return ""
+    said = f"{wrong:,} test {config.task.noun}s got a wrong answer"
+    if not config.task.ordinal:
+        return f"{said}."
+    count = len(config.task.labels)
+    near = sum(cells[j] for i, cells in enumerate(matrix) for j in (i - 1, i + 1) if 0 <= j < count)
+    unit = "star" if config.task.stars else "class"
+    return f"{said}, {near:,} of them one {unit} off."
 
 
 def _provenance(record: Mapping[str, Any]) -> str:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from yelp_hpc.config import Config
+from yelp_hpc.config import YELP, Config, TaskConfig
 from yelp_hpc.evaluation.coverage import (
-    OUTSIDE,
     Answers,
     Coverage,
     integers,
@@ -26,11 +25,9 @@ from yelp_hpc.evaluation.coverage import (
 )
 from yelp_hpc.evaluation.metrics import (
     AVERAGES,
-    CLASSES,
-    UNPARSED,
     Calibration,
-    Counts,
     Tally,
+    majority,
     per_class,
     softmax,
 )
@@ -39,6 +36,7 @@ from yelp_hpc.evaluation.significance import (
     bootstrap_intervals,
     discordant,
     headline,
+    headline_intervals,
     joint_table,
     mcnemar,
     paired_statistics,
@@ -48,15 +46,9 @@ from yelp_hpc.rundir.collected import write_collected
 from yelp_hpc.rundir.files import sweep
 from yelp_hpc.rundir.paths import RunPaths
 
-REPORT = {
+PUBLISHED = {
     "base": {"f1": {"micro": 0.406, "macro": 0.183, "weighted": 0.403}},
     "tuned": {"f1": {"micro": 0.695, "macro": 0.579, "weighted": 0.695}},
-    "why_conventions_differ": (
-        "`f1` averages over the labels 0-4 and counts an unparsed or stray answer as wrong; "
-        "`f1_report` drops unparsed answers and averages over every label seen in truth or "
-        "prediction, so that one stray answer adds a class with F1 zero and a macro of 0.695 "
-        "becomes 0.695 × 5/6 = 0.579."
-    ),
 }
 """The study's published figures (ChatGLM3-6B, 50,000 balanced test reviews), in its convention."""
 _CHUNK = 1_000_000
@@ -79,7 +71,9 @@ class Counting:
 
     def __init__(self, coverage: Coverage, config: Config) -> None:
         self.coverage = coverage
-        self.calibration = Calibration(config.collect.calibration_bins)
+        self.classes = len(config.task.labels)
+        self.ordinal = config.task.ordinal
+        self.calibration = Calibration(config.collect.calibration_bins, self.classes)
         self.limit = config.collect.mistakes
         self.stray: Counter[tuple[int, int]] = Counter()
         self.mistakes: list[Mistake] = []
@@ -91,7 +85,7 @@ class Counting:
             self._take(answers)
 
     def _take(self, answers: Answers) -> None:
-        outside = answers.codes == OUTSIDE
+        outside = answers.codes == self.classes + 1
         if outside.any():
             pairs = zip(answers.labels[outside], answers.predictions[outside], strict=True)
             self.stray.update((int(label), int(value)) for label, value in pairs)
@@ -101,12 +95,15 @@ class Counting:
             self.calibration.add(probabilities, answers.labels)
             confidence = probabilities.max(axis=1)
         distance = np.abs(answers.predictions - answers.labels)
-        severity = np.where(answers.codes < UNPARSED, distance + confidence, 0.0)
+        if not self.ordinal:
+            distance = np.minimum(distance, 1)
+        severity = np.where(answers.codes < self.classes, distance + confidence, 0.0)
         severity[distance == 0] = 0.0
         self.mistakes += self._worst(answers, severity, confidence)
         self.mistakes.sort(key=lambda mistake: (-mistake.severity, mistake.position))
         del self.mistakes[self.limit :]
-        first = np.flatnonzero(answers.codes == UNPARSED)[: max(0, 5 - len(self.unparsed))]
+        unparsed = np.flatnonzero(answers.codes == self.classes)
+        first = unparsed[: max(0, 5 - len(self.unparsed))]
         self.unparsed += [self._mistake(answers, i, 0.0, None) for i in first]
 
     def _worst(self, answers: Answers, severity: Any, confidence: Any) -> list[Mistake]:
@@ -120,23 +117,26 @@ class Counting:
             for i in order
         ]
 
-    @staticmethod
-    def _mistake(answers: Answers, i: Any, severity: float, confidence: float | None) -> Mistake:
-        prediction = None if answers.codes[i] == UNPARSED else int(answers.predictions[i])
+    def _mistake(
+        self, answers: Answers, i: Any, severity: float, confidence: float | None
+    ) -> Mistake:
+        unparsed = answers.codes[i] == self.classes
+        prediction = None if unparsed else int(answers.predictions[i])
         position, label = int(answers.positions[i]), int(answers.labels[i])
         return Mistake(severity, position, label, prediction, confidence, answers.path)
 
     def tally(self) -> Tally:
         """The confusion counts of what was read."""
         values = tuple(sorted({value for _, value in self.stray}))
-        counts = np.zeros((CLASSES, UNPARSED + 1 + len(values)), dtype=np.int64)
+        own = self.classes + 1
+        counts = np.zeros((self.classes, own + len(values)), dtype=np.int64)
         labels, codes = self.coverage.test.labels, self.coverage.codes
         for start in range(0, len(labels), _CHUNK):
             part = slice(start, start + _CHUNK)
-            flat = labels[part].astype(np.int64) * (OUTSIDE + 1) + codes[part]
-            cells = np.bincount(flat, minlength=CLASSES * (OUTSIDE + 1)).reshape(CLASSES, -1)
-            counts[:, : UNPARSED + 1] += cells[:, : UNPARSED + 1]
-        column = {value: UNPARSED + 1 + i for i, value in enumerate(values)}
+            flat = labels[part].astype(np.int64) * (own + 1) + codes[part]
+            cells = np.bincount(flat, minlength=self.classes * (own + 1))
+            counts[:, :own] += cells.reshape(self.classes, -1)[:, :own]
+        column = {value: own + i for i, value in enumerate(values)}
         for (label, value), count in self.stray.items():
             counts[label, column[value]] = count
         return Tally(counts, values)
@@ -171,7 +171,8 @@ def collect(paths: RunPaths, config: Config) -> dict[str, Any]:
 
 def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, Counting]]:
     """The content of metrics.json from the shards; writes nothing. Raises as `collect` does."""
-    test = read_test_set(paths.split("test"))
+    task = config.task
+    test = read_test_set(paths.split("test"), len(task.labels))
     counted: dict[str, Counting] = {}
     for name in sorted(config.infer.models):
         counted[name] = Counting(Coverage(paths, name, config.infer.shards, test), config)
@@ -182,7 +183,17 @@ def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, 
     }
     if len(counted) == 2:
         metrics["comparison"] = comparison(counted["base"], counted["tuned"], config)
-    metrics["report"] = REPORT
+    support = np.bincount(test.labels, minlength=len(task.labels))
+    metrics["test"] = {
+        "support": support.tolist(),
+        "absent": [task.labels[i] for i in np.flatnonzero(support == 0)],
+        "majority": majority(support),
+    }
+    metrics["task"] = {**task.model_dump(mode="json", exclude={"values"}), "names": [*task.shown]}
+    metrics["report"] = {
+        **(PUBLISHED if task == YELP else {}),
+        "why_conventions_differ": why_conventions_differ(task),
+    }
     metrics["method"] = {
         "interval": "percentile bootstrap over test rows, 95 %",
         "resamples": config.collect.bootstrap,
@@ -192,17 +203,38 @@ def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, 
     return metrics, counted
 
 
+def why_conventions_differ(task: TaskConfig) -> str:
+    """The two F1 conventions, in the task's own numbers."""
+    count = len(task.labels)
+    example = (
+        "and a macro of 0.695 becomes 0.695 × 5/6 = 0.579."
+        if task == YELP
+        else f"and multiplies the macro by {count}/{count + 1}."
+    )
+    which = f"labels 0-{count - 1}" if task == YELP else f"{count} labels of the task"
+    return (
+        f"`f1` averages over the {which} and counts an unparsed or stray answer as wrong; "
+        "`f1_report` drops unparsed answers and averages over every label seen in truth or "
+        f"prediction, so that one stray answer adds a class with F1 zero {example}"
+    )
+
+
 def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
     """One model's part of metrics.json."""
-    tally = counting.tally()
-    values = {name: _number(value) for name, value in headline(tally.counts).items()}
-    outside = tally.counts[:, UNPARSED + 1 :]
-    confusion = tally.counts[:, : UNPARSED + 1]
-    columns = [*(str(label) for label in range(CLASSES)), "unparsed"]
+    tally, task = counting.tally(), config.task
+    values = {name: _number(value) for name, value in headline(tally.counts, task.ordinal).items()}
+    outside = tally.counts[:, tally.classes + 1 :]
+    confusion = tally.counts[:, : tally.classes + 1]
+    columns = [*task.labels, "unparsed"]
     if tally.stray:
         confusion = np.column_stack([confusion, outside.sum(axis=1)])
-        columns.append("outside 0-4")
-    calibration = counting.calibration.summary()
+        columns.append(f"outside 0-{tally.classes - 1}")
+    calibration = counting.calibration.summary(task.ordinal)
+    stars = task.stars
+    classes = [
+        {**row, "name": task.shown[i], **({"stars": stars[i]} if stars else {})}
+        for i, row in enumerate(per_class(tally.counts))
+    ]
     return {
         "rows": tally.rows,
         "answered": tally.rows - tally.unparsed,
@@ -211,18 +243,21 @@ def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
         "accuracy": values["accuracy"],
         "f1": {average: values[f"f1.{average}"] for average in AVERAGES},
         "f1_report": {average: values[f"f1_report.{average}"] for average in AVERAGES},
-        "mae": values["mae"],
-        "within_one": values["within_one"],
+        "top_k": counting.calibration.top_k(),
+        **{name: values[name] for name in ("mae", "within_one", "kappa") if name in values},
         "ece": calibration["ece"] if calibration else None,
-        "per_class": per_class(tally.counts),
+        "per_class": classes,
         "confusion": confusion.tolist(),
         "confusion_columns": columns,
         "stray_labels": {
             str(value): int(outside[:, i].sum()) for i, value in enumerate(tally.stray[:50])
         },
         "calibration": calibration,
-        "ci95": bootstrap_intervals(
-            tally.counts, headline, resamples=config.collect.bootstrap, seed=config.seed
+        "ci95": headline_intervals(
+            tally.counts,
+            ordinal=task.ordinal,
+            resamples=config.collect.bootstrap,
+            seed=config.seed,
         ),
     }
 
@@ -230,13 +265,15 @@ def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
 def comparison(base: Counting, tuned: Counting, config: Config) -> dict[str, Any]:
     """Tuned against base on the same rows: differences with intervals, and McNemar's test."""
     test = base.coverage.test
-    joint: Counts = np.zeros((CLASSES, OUTSIDE + 1, OUTSIDE + 1), dtype=np.int64)
-    for start in range(0, len(test.labels), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        labels = test.labels[part].astype(np.int64)
-        joint += joint_table(labels, base.coverage.codes[part], tuned.coverage.codes[part])
+    ordinal = config.task.ordinal
+    joint = joint_table(
+        test.labels.astype(np.int64), base.coverage.codes, tuned.coverage.codes, test.classes
+    )
     ends = bootstrap_intervals(
-        joint, paired_statistics, resamples=config.collect.bootstrap, seed=config.seed
+        joint.counts,
+        lambda drawn: joint.statistics(drawn, ordinal),
+        resamples=config.collect.bootstrap,
+        seed=config.seed,
     )
     pairs = discordant(joint)
     return {
@@ -244,7 +281,7 @@ def comparison(base: Counting, tuned: Counting, config: Config) -> dict[str, Any
         "mcnemar": mcnemar(pairs["only_base_right"], pairs["only_tuned_right"]),
         "difference": {
             name: {"value": _number(value), "ci95": ends[name]}
-            for name, value in paired_statistics(joint).items()
+            for name, value in paired_statistics(joint, ordinal).items()
         },
     }
 

@@ -1,7 +1,7 @@
 """prepare: reviews → tokenised train, validation and test sets.
 
 Reads the configured source and the model's tokenizer. Writes into `prepare/`: one parquet file a
-set (`row` int64, `label` int8, `text`, `input_ids` list<int32> up to the answer, `length`
+set (`row` int64, `label` int16, `text`, `input_ids` list<int32> up to the answer, `length`
 int32), `tokens.json` (the ids that later stages share), and what LLaMA-Factory reads
 (`dataset_info.json` and alpaca records). The marker `complete.json` comes last.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from yelp_hpc.config import LABELS, Config
+from yelp_hpc.config import Config
 from yelp_hpc.data.prompt import Prompt, common_prefix
 from yelp_hpc.data.sampling import duplicates, split_rows
 from yelp_hpc.data.sources import Row, read_source
@@ -39,12 +39,13 @@ def run(paths: RunPaths, config: Config) -> None:
         if read_marker(paths.prepare) is not None:
             say("prepare: made again, because " + "; ".join(problems))
 
-    train_rows, test_rows = read_source(config.data)
+    train_rows, test_rows = read_source(config)
     splits = split_rows(
         [label for _, label in train_rows],
         None if test_rows is None else [label for _, label in test_rows],
         config.data,
         config.seed,
+        config.task.labels,
     )
     if test_rows is None:
         test_rows = train_rows
@@ -79,7 +80,7 @@ def run(paths: RunPaths, config: Config) -> None:
         "pad_id": tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None
         else tokenizer.eos_token_id,
-        "labels": list(LABELS),
+        "labels": list(config.task.labels),
         "cutoff": config.data.cutoff,
     }
     write_json(paths.tokens, tokens)
@@ -120,7 +121,7 @@ def bind_prompt(config: Config, tokenizer: Any) -> Prompt:
         ids = tokenizer(texts)["input_ids"]
         return [list(one) for one in ids]
 
-    return Prompt(config.prompt.template, LABELS, encode, config.data.cutoff)
+    return Prompt(config.prompt.template, config.task.labels, encode, config.data.cutoff)
 
 
 def _tokenise(
@@ -164,7 +165,7 @@ def _write(
     schema = pa.schema(
         [
             ("row", pa.int64()),
-            ("label", pa.int8()),
+            ("label", pa.int16()),
             ("text", pa.string()),
             ("input_ids", pa.list_(pa.int32())),
             ("length", pa.int32()),
@@ -177,7 +178,11 @@ def _write(
         with atomic_path(paths.split(name)) as path:
             pq.write_table(pa.table(columns, schema=schema), path)
         records = [
-            {"instruction": instruction, "input": before + text + after, "output": LABELS[label]}
+            {
+                "instruction": instruction,
+                "input": before + text + after,
+                "output": config.task.labels[label],
+            }
             for text, label in zip(columns["text"], columns["label"], strict=True)
         ]
         write_json(paths.alpaca(name), records)

@@ -17,7 +17,7 @@ def progress_line(line: dict[str, Any], steps: int) -> str:
         f"loss {line['loss']:.4f}",
         f"lr {line['learning_rate']:.2e}",
         f"{line['tokens_per_second']:.0f} tokens/s",
-        f"{line['examples_per_second']:.1f} reviews/s",
+        f"{line['examples_per_second']:.1f} rows/s",
         f"ETA {clock(line['eta_seconds'])}",
     ]
     if "validation_loss" in line:

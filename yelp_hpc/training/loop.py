@@ -40,7 +40,6 @@ from yelp_hpc.training.throughput import Meter
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = 2  # supervised tokens a sequence: the label and the end of the answer
-LABELS = 5
 PROGRESS_SECONDS = 5.0
 
 
@@ -248,8 +247,9 @@ class Training:
     def _evaluate(self) -> dict[str, float] | None:
         """Loss, accuracy and macro F1 on the validation rows; None when asked to stop meanwhile."""
         device = self.world.device
-        sums = torch.zeros(LABELS * LABELS + 2, dtype=torch.float64, device=device)
         labels = torch.tensor(self.validation.label_ids, device=device)
+        count = len(labels)
+        sums = torch.zeros(count * count + 2, dtype=torch.float64, device=device)
         self.model.eval()
         with torch.no_grad():
             for group in self._microbatches(self.validation, tuple(range(len(self.validation)))):
@@ -267,18 +267,18 @@ class Training:
                 sums[-2] += F.cross_entropy(logits, targets, reduction="sum").double()
                 predicted = logits[::TARGETS].index_select(1, labels).argmax(1)
                 truth = torch.tensor([self.validation.labels[row] for row in group], device=device)
-                sums[: LABELS * LABELS] += torch.bincount(
-                    truth * LABELS + predicted, minlength=LABELS * LABELS
+                sums[: count * count] += torch.bincount(
+                    truth * count + predicted, minlength=count * count
                 )
         self.model.train()
         *counts, loss, interrupted = self.world.sum(sums).tolist()
         if interrupted:
             return None
         rows = len(self.validation)
-        confusion = [counts[LABELS * i : LABELS * (i + 1)] for i in range(LABELS)]
+        confusion = [counts[count * i : count * (i + 1)] for i in range(count)]
         return {
             "validation_loss": loss / (TARGETS * rows),
-            "validation_accuracy": sum(confusion[i][i] for i in range(LABELS)) / rows,
+            "validation_accuracy": sum(confusion[i][i] for i in range(count)) / rows,
             "validation_f1_macro": f1_macro(confusion),
         }
 
