@@ -247,6 +247,9 @@ class PublishConfig(Frozen):
     where: Literal["slurm", "login"] = Field(
         "slurm", description="login: left out of `submit all`, run it where the Hub is in reach"
     )
+    include_diff: bool = Field(
+        False, description="upload the uncommitted changes too, not their SHA-256 alone"
+    )
     token_file: str | None = Field(None, description="file (mode 0600) that holds the Hub token")
 
     @field_validator("repo_id")

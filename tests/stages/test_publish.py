@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -309,7 +310,9 @@ def test_dry_run_shows_card_and_sizes_and_touches_nothing(
     shown = capsys.readouterr().out
     assert shown.startswith("---\n") and "## Limitations" in shown
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
-    assert f"{size:,} bytes" in shown and f"to {REPO} at {hub.url} (private" in shown
+    digest = hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert f"{size:,} bytes  sha256:{digest}" in shown and "--- run.json" in shown
+    assert f"to {REPO} at {hub.url} (private" in shown
     assert not hub.requests and not run.published.exists()
 
 
@@ -371,6 +374,74 @@ def test_a_token_in_a_file_is_refused(hub: Hub, run: RunPaths, config: Config) -
     record = json.loads(run.run_json.read_text())
     write_json(run.run_json, {**record, "note": "good-token"})
     with pytest.raises(RequestError, match=r"run\.json holds the Hub token"):
+        publish.run(run, config, backoff=QUICK)
+    assert not hub.requests
+
+
+def everything(hub: Hub) -> bytes:
+    """Every byte that the Hub received and kept."""
+    return b"".join(path.read_bytes() for path in hub.root.rglob("*") if path.is_file())
+
+
+def test_secrets_paths_and_other_peoples_files_never_reach_the_hub(
+    hub: Hub, run: RunPaths, config: Config, finished: tuple[RunPaths, Path], tmp_path: Path
+) -> None:
+    record = json.loads(run.run_json.read_text())
+    diff = f"+token = '{SENTINEL}'\n+-----BEGIN RSA PRIVATE KEY-----\n+key AKIAQ3EGRTY7UIOPASDF\n"
+    home = str(tmp_path / "home" / "somebody")
+    record["code"] |= {"dirty": True, "diff": diff}
+    record["config"]["overrides"] = [f"publish.token_file={home}/token"]
+    record["note"] = f"{home} github_pat_11ABCDEFG0_abcdefghijklmnopqrst"
+    write_json(run.run_json, record)
+    publish.run(run, config, backoff=QUICK)
+    received = everything(hub)
+    for private in (SENTINEL, "PRIVATE KEY", "AKIA", "github_pat", home, str(run.root), "+token"):
+        assert private.encode() not in received
+    assert str(finished[1]).encode() not in received
+    public = json.loads(hub.files(REPO)["run.json"])
+    assert len(public["code"]["diff_sha256"]) == 64 and "diff" not in public["code"]
+
+
+def test_a_diff_that_is_asked_for_is_searched_and_each_secret_named_by_its_line(
+    hub: Hub, run: RunPaths, finished: tuple[RunPaths, Path]
+) -> None:
+    record = json.loads(run.run_json.read_text())
+    wanted = settings(finished[1], include_diff=True)
+    record["code"] |= {"dirty": True, "diff": "+a = 1\n+b = 'xoxb-1234567890-secretsecret'\n"}
+    write_json(run.run_json, record)
+    for dry_run in (True, False):
+        with pytest.raises(RequestError, match=r"changes\.diff line 2: Slack token") as caught:
+            publish.run(run, wanted, dry_run=dry_run, backoff=QUICK)
+        assert "xoxb" not in str(caught.value)
+    assert not hub.requests
+    record["code"]["diff"] = "+a = 1\n"
+    write_json(run.run_json, record)
+    publish.run(run, wanted, backoff=QUICK)
+    assert hub.files(REPO)["changes.diff"] == b"+a = 1\n"
+
+
+def test_links_and_a_marker_that_leads_outside_are_refused_by_name(
+    hub: Hub, run: RunPaths, config: Config, finished: tuple[RunPaths, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "copy"
+    shutil.copytree(finished[1], model)
+    record = json.loads(run.run_json.read_text())
+    record["model"]["folder"] = str(model)
+    write_json(run.run_json, record)
+    key = tmp_path / "id_rsa"
+    key.write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    (model / "vocab.txt").symlink_to(key)
+    (model / "merges.txt").symlink_to("/etc/passwd")
+    run.loss_png.unlink()
+    run.loss_png.symlink_to(key)
+    with pytest.raises(RequestError) as caught:
+        publish.run(run, config, backoff=QUICK)
+    for name in ("vocab.txt", "merges.txt", "loss.png"):
+        assert name in str(caught.value)
+    marker = json.loads((run.adapter / "complete.json").read_text())
+    marker["files"]["/etc/passwd"] = "0" * 64
+    write_json(run.adapter / "complete.json", marker)
+    with pytest.raises(StageError, match=r"names '/etc/passwd', outside of its folder"):
         publish.run(run, config, backoff=QUICK)
     assert not hub.requests
 

@@ -1,4 +1,4 @@
-"""The model card: what a run recorded, as markdown with the Hub's metadata. Pure, no files.
+"""The model card: what a run recorded, as markdown with the Hub's metadata. No file is read.
 
 The same run gives the same bytes, so that publishing twice makes one commit: nothing here is taken
 from the clock or the machine.
@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from yelp_hpc.cache import DEMO_MODEL
 from yelp_hpc.config import YELP, Config
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?")
 DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 AVERAGES = ("micro", "macro", "weighted")
@@ -35,16 +36,27 @@ class GpuHours:
 def base_model_id(config: Config) -> str | None:
     """The Hub id of the base model; None for a local folder, whose path is nobody's business."""
     path = config.model.path
-    return DEMO_MODELS.get(path) or (path if _HUB_ID.fullmatch(path) else None)
+    return DEMO_MODELS.get(path) or (path if "/" in path and _is_hub_id(path) else None)
+
+
+def data_id(config: Config) -> str | None:
+    """The Hub id of the data set; None for local files, a folder named with `source: hub` too."""
+    path = config.data.path or ""
+    return path if config.data.source == "hub" and _is_hub_id(path) else None
+
+
+def _is_hub_id(path: str) -> bool:
+    return bool(_HUB_ID.fullmatch(path)) and not Path(path).exists()
 
 
 def data_name(config: Config) -> str:
     """What the reviews are called in the card; never a local path."""
-    if config.data.source == "hub":
-        return str(config.data.path)
+    if (name := data_id(config)) is not None:
+        return name
     if config.data.source == "demo":
         return "rated review sentences (vaderSentiment 2.5)"
-    return f"a local file of {config.task.noun}s"
+    files = "local files" if config.data.source == "hub" else "a local file"
+    return f"{files} of {config.task.noun}s"
 
 
 def model_card(
@@ -85,7 +97,7 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
     """The YAML head, by huggingface_hub's own classes, which refuse what the Hub would refuse."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    publish, data = config.publish, config.data
+    publish, data, data_set = config.publish, config.data, data_id(config)
     tuned = metrics["models"].get("tuned")
     values = {} if tuned is None else {"accuracy": tuned.get("accuracy")}
     for average in AVERAGES if tuned else ():
@@ -94,10 +106,10 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
         EvalResult(
             task_type="text-classification",
             task_name=_task_name(config),
-            dataset_type=data_name(config) if data.source == "hub" else f"{config.task.noun}s",
+            dataset_type=data_id(config) or f"{config.task.noun}s",
             dataset_name=data_name(config),
             dataset_split="test",
-            dataset_revision=data.revision if data.source == "hub" else None,
+            dataset_revision=data.revision if data_id(config) else None,
             metric_type="accuracy" if name == "accuracy" else "f1",
             metric_name="Accuracy" if name == "accuracy" else f"F1 ({name[3:]})",
             metric_value=value,
@@ -108,7 +120,7 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
     card = ModelCardData(
         base_model=base_model_id(config),
         base_model_relation="finetune" if publish.merged else "adapter",
-        datasets=[str(data.path)] if data.source == "hub" else None,
+        datasets=[data_set] if data_set else None,
         language=None if data.source == "file" else "en",
         library_name="transformers" if publish.merged else "peft",
         license=publish.license,
@@ -374,7 +386,7 @@ def _mistakes(metrics: Mapping[str, Any], config: Config) -> str:
 def _provenance(record: Mapping[str, Any]) -> str:
     code, model = record.get("code") or {}, record.get("model") or {}
     image, data = record.get("image") or {}, record.get("data") or {}
-    changed = " with uncommitted changes (in run.json)" if code.get("dirty") else ""
+    changed = " with uncommitted changes" if code.get("dirty") else ""
     facts = [
         f"Code: yelp_hpc {code.get('version', 'unknown')}"
         + (f", git commit `{code['git_sha']}`{changed}" if code.get("git_sha") else ""),

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.rundir.files import damaged_files, sync_directory, write_failure, write_marker
+from yelp_hpc.publishing.public import TOKENIZER_FILES, allowed_folders, refuse_links
+from yelp_hpc.rundir.files import (
+    damaged_files,
+    sweep,
+    sync_directory,
+    temporary_name,
+    write_failure,
+    write_marker,
+)
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -22,7 +30,8 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
     logits are those of the adapter on its base but for rounding.
 
     Raises:
-        RequestError: the adapter is not there or damaged, or `out` holds something.
+        RequestError: the adapter is not there or damaged, `out` holds something, or a link puts a
+            file of the tokenizer elsewhere.
         StageError: the folder cannot be written.
     """
     problems = damaged_files(run.adapter)
@@ -37,11 +46,13 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
     from yelp_hpc.models.local import model_folder
 
     base = model_folder(config.model)
+    copied = {name: base / name for name in TOKENIZER_FILES if (base / name).is_file()}
+    refuse_links(copied, allowed_folders(run.root, base))
     model = with_adapter(load_model(base, torch.float32), run.adapter, merge=True)
     model = model.to(DTYPES[config.model.precision])
-    temporary = out.with_name(f".{out.name}.tmp")
+    sweep(out.absolute().parent)
+    temporary = temporary_name(out)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
         load_tokenizer(base).save_pretrained(temporary)
         write_marker(

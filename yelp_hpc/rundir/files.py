@@ -351,12 +351,12 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     except StageError:
         return None
     files = marker.get("files")
-    if not isinstance(files, dict) or any(_leads_out(name) for name in files):
+    if not isinstance(files, dict) or any(map(leads_out, files)):
         return None
     return marker if all(isinstance(digest, str) for digest in files.values()) else None
 
 
-def _leads_out(name: str) -> bool:
+def leads_out(name: str) -> bool:
     """Whether a marker's name is not that of a file below its folder."""
     path = PurePath(name)
     return not path.parts or path.is_absolute() or ".." in path.parts or not name.isprintable()
@@ -369,7 +369,10 @@ def damaged_files(folder: Path) -> list[str]:
     """
     marker = read_marker(folder)
     if marker is None:
-        return [f"{folder / MARKER} is missing or torn (or names a file outside of its folder)"]
+        with suppress(StageError, AttributeError, TypeError):
+            outside = [name for name in read_object(folder / MARKER)["files"] if leads_out(name)]
+            return [f"{folder / MARKER} names {name!r}, outside of its folder" for name in outside]
+        return [f"{folder / MARKER} is missing or torn"]
     problems = []
     for name, digest in marker["files"].items():
         path = folder / name

@@ -9,6 +9,7 @@ from pathlib import Path
 STAGES = ("prepare", "train", "infer", "collect", "publish")
 MODELS = ("base", "tuned")
 SPLITS = ("train", "validation", "test")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Task = tuple[int, ...]
 """The shards of one array task; () for a job without shards."""

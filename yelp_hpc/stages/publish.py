@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,29 @@ from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.progress import plain, say
 from yelp_hpc.publishing.card import GpuHours, base_model_id, model_card
 from yelp_hpc.publishing.hub import Backoff, HubFile, Published, Target, publish_files
+from yelp_hpc.publishing.public import (
+    TOKENIZER_FILES,
+    VOCABULARY,
+    allowed_folders,
+    public_record,
+    refuse_links,
+    without_local_keys,
+)
+from yelp_hpc.publishing.secrets import find_secrets
 from yelp_hpc.publishing.token import Token, find_token, redact
+from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import (
     MARKER,
     damaged_files,
+    json_bytes,
     read_json,
-    read_marker,
+    read_object,
     remove,
     sweep,
     temporary_name,
     write_json,
 )
-from yelp_hpc.rundir.paths import RunPaths
-
-TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
-    "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "vocab.json", "vocab.txt",
-)  # fmt: skip
+from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
 
 
 def run(
@@ -70,6 +75,7 @@ def run(
     check_finished(paths)
     with ExitStack() as stack:
         files = collect_files(paths, config, stack)
+        refuse_secrets(files)
         if dry_run:
             print(plain(preview(config, files)), flush=True)
             return
@@ -88,7 +94,7 @@ def run(
                 "there is no Hub token: set HF_TOKEN, name a file of mode 0600 in "
                 "publish.token_file, or log in with `hf auth login`"
             )
-        refuse_secrets(files, token)
+        refuse_token(paths, files, token)
         obsolete = _obsolete(before, files, publish.repo_id)
         message = f"{config.name}: {'merged model' if publish.merged else 'LoRA adapter'}, metrics"
         try:
@@ -121,7 +127,8 @@ def check_finished(paths: RunPaths) -> None:
 def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[HubFile]:
     """Everything that is uploaded, by name; `stack` holds temporary folders open."""
     content: dict[str, Path | bytes] = {}
-    folder = base_folder(paths, config)
+    record = read_object(paths.run_json)
+    folder = base_folder(record, config)
     content |= {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     if config.publish.merged:
         from yelp_hpc.publishing.export import export_merged
@@ -134,12 +141,14 @@ def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[Hub
         export_merged(paths, config, merged)
         content |= {p.name: p for p in merged.iterdir() if p.is_file() and p.name != MARKER}
     else:
-        marker = read_marker(paths.adapter) or {"files": {}}
-        content |= {name: paths.adapter / name for name in marker["files"]}
+        content |= {name: paths.adapter / name for name in ADAPTER_FILES}
         content["adapter_config.json"] = portable_adapter_config(paths, config)
     content["metrics.json"] = paths.metrics
-    content["run.json"] = paths.run_json
-    metrics = read_json(paths.metrics)
+    content["run.json"] = json_bytes(public_record(record, config))
+    diff = (record.get("code") or {}).get("diff")
+    if config.publish.include_diff and isinstance(diff, str):
+        content["changes.diff"] = diff.encode(errors="surrogatepass")
+    metrics = read_object(paths.metrics)
     pictures: dict[str, Path | bytes] = {}
     if paths.loss_png.is_file():
         pictures["loss.png"] = paths.loss_png
@@ -149,19 +158,25 @@ def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[Hub
     card = model_card(
         config,
         metrics,
-        read_json(paths.run_json),
+        record,
         pictures=sorted(pictures),
         gpu_hours=gpu_hours(paths),
         native=_model_type(folder) == "chatglm",
     )
     content["README.md"] = card.encode()
+    refuse_links(content, allowed_folders(paths.root, folder))
+    for name in ("config.json", "tokenizer_config.json"):
+        if isinstance(path := content.get(name), Path):
+            values = read_object(path)
+            if (kept := without_local_keys(values)) != values:
+                content[name] = json_bytes(kept)
     return [HubFile.of(name, content[name]) for name in sorted(content)]
 
 
-def base_folder(paths: RunPaths, config: Config) -> Path:
+def base_folder(record: Mapping[str, Any], config: Config) -> Path:
     """The base model's folder: where prepare found it, else wherever it is found now."""
-    recorded = (read_json(paths.run_json).get("model") or {}).get("folder")
-    if recorded and Path(recorded).is_dir():
+    recorded = (record.get("model") or {}).get("folder")
+    if isinstance(recorded, str) and Path(recorded).is_dir():
         return Path(recorded)
     from yelp_hpc.models.local import model_folder
 
@@ -178,36 +193,57 @@ def portable_adapter_config(paths: RunPaths, config: Config) -> bytes:
 
 def gpu_hours(paths: RunPaths) -> GpuHours | None:
     """GPU-hours of the starts of train that the supervisor recorded; None without a GPU."""
-    used = lost = 0.0
-    for path in sorted((paths.attempts / "train").glob("*.json")):
-        try:
-            attempt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            gpus, started, ended = attempt["gpus"], attempt["started"], attempt["ended"]
-        except (OSError, ValueError, KeyError):
-            continue
-        if gpus and ended:
-            used += gpus * (ended - started) / 3600
-            lost += gpus * attempt.get("lost", 0.0) / 3600
+    ended = (attempt for attempt in attempts.read(paths, "train") if attempt.ended)
+    used, lost = attempts.gpu_hours(ended)
     return GpuHours(used, lost) if used else None
 
 
-def refuse_secrets(files: Sequence[HubFile], token: Token) -> None:
-    """Look for the token in everything that would be uploaded.
+def refuse_secrets(files: Sequence[HubFile]) -> None:
+    """Search every text that would be uploaded.
+
+    Raises:
+        RequestError: with the file, the line and the kind of everything that looks secret.
+    """
+    problems = [
+        f"{file.name} line {line}: {kind}"
+        for file in files
+        for line, kind in find_secrets(_text_of(file), file.name not in VOCABULARY)
+    ]
+    if problems:
+        raise RequestError(
+            all_problems("what would be uploaded holds what looks like secrets:", problems)
+            + "\nNothing was uploaded. Remove each there and make it invalid where it was issued."
+        )
+
+
+def refuse_token(paths: RunPaths, files: Sequence[HubFile], token: Token) -> None:
+    """Look for the token in everything that would be uploaded, and in run.json.
 
     Raises:
         RequestError: a file holds it.
     """
-    secret = token.secret.encode()
-    for file in files:
-        if isinstance(file.content, bytes):
-            found = secret in file.content
-        else:
-            found = file.size < 50_000_000 and secret in file.content.read_bytes()
-        if found:
+    contents = [(file.name, _bytes_of(file)) for file in files if file.size < 50_000_000]
+    for name, content in [*contents, (paths.run_json.name, paths.run_json.read_bytes())]:
+        if token.secret.encode() in content:
             raise RequestError(
-                f"{file.name} holds the Hub token of {token.source}; nothing was uploaded. "
+                f"{name} holds the Hub token of {token.source}; nothing was uploaded. "
                 "Remove it there and make a new token, for this one has been written to disk"
             )
+
+
+def _text_of(file: HubFile) -> bytes:
+    """What of a file can hold text: of tensors their header, of a picture nothing."""
+    if file.name.endswith(".png"):
+        return b""
+    if file.name.endswith(".safetensors") and isinstance(file.content, Path):
+        with file.content.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            return opened.read(min(length, 100_000_000))
+    return _bytes_of(file)
+
+
+def _bytes_of(file: HubFile) -> bytes:
+    return file.content if isinstance(file.content, bytes) else file.content.read_bytes()
 
 
 def describe_files(files: Sequence[HubFile]) -> list[dict[str, Any]]:
@@ -229,7 +265,7 @@ def record(done: Published, target: Target, files: Sequence[HubFile]) -> dict[st
 
 
 def preview(config: Config, files: Sequence[HubFile]) -> str:
-    """What would be uploaded: the card, then names and sizes."""
+    """The card and every other text made for the upload; each file's name, size and SHA-256."""
     publish = config.publish
     card = next(f.content for f in files if f.name == "README.md")
     assert isinstance(card, bytes)
@@ -238,12 +274,18 @@ def preview(config: Config, files: Sequence[HubFile]) -> str:
     how = "a pull request" if publish.pull_request else f"branch {publish.branch or 'main'}"
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     width = max(len(f.name) for f in files)
-    lines = [f"  {f.name:<{width}}  {f.size:>14,} bytes" for f in files]
+    lines = [f"  {f.name:<{width}}  {f.size:>14,} bytes  sha256:{f.sha256}" for f in files]
+    made = [
+        f"--- {f.name}\n{f.content.decode(errors='replace').rstrip()}\n"
+        for f in files
+        if isinstance(f.content, bytes) and f.name.endswith((".json", ".diff"))
+    ]
     total = sum(f.size for f in files)
     return "\n".join(
         [
             card.decode().rstrip(),
             "",
+            *made,
             f"{len(files)} files to {where} at {endpoint} ({kind}, {how}):",
             *lines,
             f"  {'total':<{width}}  {total:>14,} bytes",
@@ -270,6 +312,6 @@ def _obsolete(before: dict[str, Any], files: Sequence[HubFile], repo_id: str) ->
 
 def _model_type(folder: Path) -> str | None:
     try:
-        return str(read_json(folder / "config.json").get("model_type"))
+        return str(read_object(folder / "config.json").get("model_type"))
     except StageError:
         return None

@@ -32,9 +32,8 @@ from yelp_hpc.rundir.files import (
     write_json,
     write_marker,
 )
-from yelp_hpc.rundir.paths import step_of
+from yelp_hpc.rundir.paths import ADAPTER_FILES, step_of
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 FILES = (*ADAPTER_FILES, "optimizer.safetensors", "state.json")
 
 
