@@ -36,10 +36,17 @@ class Layout:
     tensors are made from it once and used by every layer.
     """
 
-    def __init__(self, prefix_length: int, lengths: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        prefix_length: int,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        tree: tuple[int, ...] = (),
+    ) -> None:
         self.prefix_length = prefix_length
         self.lengths = lengths
         self.device = device
+        self.tree = tree
         self.total = prefix_length + sum(lengths)
         self.starts = [prefix_length]
         for length in lengths:
@@ -68,6 +75,34 @@ class Layout:
         `tokens` is `[rows * width]` positions in T. Padding repeats the row's last token.
         """
         return [self._rows(group) for group in self.grouped]
+
+    @cached_property
+    def branches(self) -> Tensor:
+        """`[nodes, nodes]`, whether a tree row sees another: itself and those on its way."""
+        seen = torch.eye(len(self.tree), dtype=torch.bool)
+        for node, parent in enumerate(self.tree):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """For each group what its rows see, bool `[rows, 1, width, width]`.
+
+        None without a tree: causality says it all.
+        """
+        if not self.tree:
+            return [None] * len(self.grouped)
+        nodes = len(self.tree)
+        found: list[Tensor | None] = []
+        for group in self.grouped:
+            width = self.prefix_length + self.lengths[group[0]]
+            mask = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(group), 1, 1, 1)
+            for row, i in zip(mask, group, strict=True):
+                stop = self.prefix_length + self.lengths[i]
+                row[0, stop - nodes : stop, stop - nodes : stop] = self.branches
+            found.append(mask.to(self.device))
+        return found
 
     def _padding(self, group: list[int], width: int) -> float:
         used = sum(self.prefix_length + self.lengths[i] for i in group)
@@ -179,20 +214,21 @@ def attend(
 
     Returns the same shape as `query`.
     """
-    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and dropout == 0.0 and half and not layout.tree:
         kernel = _varlen_kernel()
         if kernel is not None:
             return attend_varlen(kernel, query, key, value, layout, scale)
     heads = query.shape[1]
     gqa = heads != key.shape[1]
     outputs = []
-    for tokens, rows, width in layout.groups:
+    for (tokens, rows, width), mask in zip(layout.groups, layout.masks, strict=True):
         q, k, v = (
             states.index_select(0, tokens).view(rows, width, *states.shape[1:]).transpose(1, 2)
             for states in (query, key, value)
         )
         out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=gqa
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=gqa
         )
         outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -30,7 +30,8 @@ class PackedBatch:
 
     `input_ids` `[T]`: the shared prefix (`prefix_length` tokens, may be 0), then each sequence's
     remainder; `position_ids` `[T]`: 0..P-1, then P..P+len-1 for each sequence; `lengths`: the
-    remainders' lengths; `select` `[S]`: the positions in T whose logits are wanted.
+    remainders' lengths; `select` `[S]`: the positions in T whose logits are wanted, `selected` of
+    them in each sequence; `tree`: the parents of the tree rows at the end of each remainder.
     """
 
     input_ids: Tensor
@@ -38,6 +39,13 @@ class PackedBatch:
     prefix_length: int
     lengths: tuple[int, ...]
     select: Tensor
+    selected: tuple[int, ...] = ()
+    tree: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        """Where its tokens lie."""
+        return Layout(self.prefix_length, self.lengths, self.input_ids.device, self.tree)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -49,10 +57,19 @@ class PackedBatch:
         )
 
 
-def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) -> PackedBatch:
+def pack(
+    sequences: Sequence[Sequence[int]],
+    prefix_length: int,
+    last: int | Sequence[int] = 1,
+    *,
+    tree: Sequence[int] = (),
+    tree_tokens: Sequence[int] = (),
+) -> PackedBatch:
     """Pack token sequences that share their first `prefix_length` tokens.
 
-    Selects the last `last` positions of each.
+    Selects the last `last` positions of each (one number, or one a sequence). With a tree, its
+    tokens follow each sequence and are selected too: node i comes after `tree[i]`, an earlier node
+    or, at -1, the sequence, and sees no other branch.
 
     Raises:
         ValueError: there is no sequence, one does not share the prefix, or one has fewer than
@@ -60,13 +77,17 @@ def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) 
     """
     if not sequences:
         raise ValueError("nothing to pack: no sequences")
-    if last < 1:
-        raise ValueError(f"last must be at least 1, not {last}")
+    wanted = [last] * len(sequences) if isinstance(last, int) else list(last)
+    if min(wanted) < 1:
+        raise ValueError(f"last must be at least 1, not {min(wanted)}")
+    depths: list[int] = []
+    for parent in tree:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
     prefix = list(sequences[0][:prefix_length])
     ids, positions = list(prefix), list(range(prefix_length))
     lengths: list[int] = []
     select: list[int] = []
-    for i, sequence in enumerate(sequences):
+    for i, (sequence, last) in enumerate(zip(sequences, wanted, strict=True)):
         length = len(sequence) - prefix_length
         if length < last:
             raise ValueError(
@@ -79,14 +100,19 @@ def pack(sequences: Sequence[Sequence[int]], prefix_length: int, last: int = 1) 
             )
         ids += sequence[prefix_length:]
         positions += range(prefix_length, prefix_length + length)
-        lengths.append(length)
-        select += range(len(ids) - last, len(ids))
+        start = len(ids) - last
+        ids += tree_tokens
+        positions += [prefix_length + length + depth for depth in depths]
+        lengths.append(length + len(depths))
+        select += range(start, len(ids))
     return PackedBatch(
         torch.tensor(ids),
         torch.tensor(positions),
         prefix_length,
         tuple(lengths),
         torch.tensor(select),
+        tuple(last + len(depths) for last in wanted),
+        tuple(tree),
     )
 
 
@@ -126,7 +152,7 @@ def forward_selected(
     base = base_model(model)
     if base.config._attn_implementation != IMPLEMENTATION:
         raise ValueError("the model is not prepared: call prepare_model(model) first")
-    layout = Layout(batch.prefix_length, batch.lengths, batch.input_ids.device)
+    layout = batch.layout
     decoder = _decoders.get(base)
     if decoder is not None:
         hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select)
@@ -149,7 +175,7 @@ def prefill(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[tuple[Te
     base = base_model(model)
     if base.config._attn_implementation != IMPLEMENTATION:
         raise ValueError("the model is not prepared: call prepare_model(model) first")
-    layout = Layout(batch.prefix_length, batch.lengths, batch.input_ids.device)
+    layout = batch.layout
     states: list[tuple[Tensor, Tensor]] = []
     decoder = _decoders.get(base)
     if decoder is not None:

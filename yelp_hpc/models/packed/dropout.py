@@ -47,7 +47,7 @@ class DropoutContext:
     rows: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     """Tokens of each segment: the shared prefix (may be 0), then each row's own."""
-    selected: int = 0
+    selected: tuple[int, ...] = ()
     """Positions selected in each row; a last layer may compute these alone."""
     generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class DropoutContext:
         """Draw for this micro-batch inside the block (forward and backward)."""
         self.step, self.rows = step, tuple(rows)
         self.segments = (batch.prefix_length, *batch.lengths)
-        self.selected = len(batch.select) // len(batch.lengths)
+        self.selected = batch.selected
         try:
             yield
         finally:
@@ -101,11 +101,11 @@ class SequenceDropout(nn.Module):
         segments, owners = context.segments, (_PREFIX, *context.rows)
         tokens, what = states.numel() // states.shape[-1], self.name
         if tokens != sum(segments):
-            if tokens != context.selected * len(context.rows):
+            if tokens != sum(context.selected):
                 raise RuntimeError(
                     f"dropout of {self.name}: {tokens} tokens are not those of this micro-batch"
                 )
-            segments, owners = (context.selected,) * len(context.rows), context.rows
+            segments, owners = context.selected, context.rows
             what += "/selected"
         kept = torch.empty(tokens, states.shape[-1], dtype=states.dtype, device=states.device)
         start = 0

@@ -35,7 +35,8 @@ class _Block:
     seen: int
     """Keys that its last query sees."""
     hidden: Tensor
-    """`[tokens, tokens]`, minus infinity where a query may not see one of the last keys."""
+    """Minus infinity where a query may not see one of the last keys: `[tokens, last keys]`, of a
+    tree's rows `[sequences, 1, tokens, last keys]`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class _Group:
     batch: int
     """Key heads times sequences."""
     seen: int
-    """Keys of a sequence: the prefix and its own tokens."""
+    """Keys of a sequence: the prefix, its own tokens and the tree's."""
     blocks: list[_Block]
     keys: slice
     """Its rows among all gathered operands."""
@@ -66,18 +67,20 @@ class RowPlan:
         self.heads, self.key_heads = heads, key_heads
         self.shared = heads // key_heads
         self.has_prefix = layout.prefix_length > 0
+        self.has_tree = bool(layout.tree)
+        nodes = len(layout.tree)
         every = heads + 2 * key_heads
         head = torch.arange(key_heads)[:, None]
         query_head = (head * self.shared + torch.arange(self.shared)).view(key_heads, 1, -1, 1)
         queries, keys, real_queries, real_keys = [], [], [], []
-        sizes: list[tuple[int, int, int]] = []
+        sizes: list[_Size] = []
         members = [[-1]] if layout.prefix_length else []
         for rows in [*members, *layout.grouped]:
             prefix = 0 if rows == [-1] else layout.prefix_length
             starts = [0 if i < 0 else layout.starts[i] for i in rows]
-            lengths = [layout.prefix_length if i < 0 else layout.lengths[i] for i in rows]
-            width = max(lengths)
-            sizes.append((len(rows), prefix, width))
+            lengths = [layout.prefix_length if i < 0 else layout.lengths[i] - nodes for i in rows]
+            width, behind = max(lengths), 0 if rows == [-1] else nodes
+            sizes.append(_Size(prefix, width, tuple(lengths), behind))
             length = torch.tensor(lengths)[:, None]
             place = torch.arange(width)
             real = place < length
@@ -89,15 +92,21 @@ class RowPlan:
                 real_queries.append(
                     real[:, begin:end].view(1, len(rows), 1, -1).expand(block.shape).flatten()
                 )
+            tree = torch.tensor(starts)[:, None] + length + torch.arange(behind)
+            for begin, end in _cuts(behind):
+                block = tree[:, begin:end].view(1, len(rows), 1, -1) * every + query_head
+                queries.append(block.flatten())
+                real_queries.append(torch.ones(block.numel(), dtype=torch.bool))
             before = torch.arange(prefix).expand(len(rows), -1)
-            tokens = torch.cat([before, own], 1).expand(key_heads, -1, -1)
+            tokens = torch.cat([before, own, tree], 1).expand(key_heads, -1, -1)
             keys.append((tokens * every + (heads + head)[:, :, None]).flatten())
             # the prefix's own group answers for its gradient, to which the others' is added
-            answers = torch.cat([torch.zeros_like(before, dtype=torch.bool), real], 1)
+            shared = torch.zeros_like(before, dtype=torch.bool)
+            answers = torch.cat([shared, real, torch.ones_like(tree, dtype=torch.bool)], 1)
             real_keys.append(answers.expand(tokens.shape).flatten())
         query, key = torch.cat(queries), torch.cat(keys)
         self.query_rows = len(query)
-        self.groups = self._groups(sizes, len(key))
+        self.groups = self._groups(sizes, len(key), layout.branches)
         self.gather = torch.cat([query, key, key + key_heads])
         real_query, real_key = torch.cat(real_queries), torch.cat(real_keys)
         self.padding = (~real_query).nonzero()[:, 0]
@@ -108,12 +117,13 @@ class RowPlan:
         self.place_out = self.place.view(layout.total, every)[:, :heads].flatten()
         self.gather_out = query // every * heads + query % every
 
-    def _groups(self, sizes: list[tuple[int, int, int]], key_rows: int) -> list[_Group]:
-        """Groups of so many sequences, with so long a prefix, padded to so many tokens."""
+    def _groups(self, sizes: list[_Size], key_rows: int, branches: Tensor) -> list[_Group]:
+        """The groups of these sizes."""
         masks: dict[int, Tensor] = {}
         groups: list[_Group] = []
         at, keys = 0, self.query_rows
-        for count, prefix, width in sizes:
+        for size in sizes:
+            prefix, width, count = size.prefix, size.width, len(size.lengths)
             batch = self.key_heads * count
             blocks = []
             for begin, end in _cuts(width):
@@ -124,7 +134,13 @@ class RowPlan:
                 rows = slice(at, at + batch * height)
                 blocks.append(_Block(rows, height, prefix + end, masks[tokens]))
                 at = rows.stop
-            seen = prefix + width
+            for begin, end in _cuts(size.tree):
+                height = self.shared * (end - begin)
+                rows = slice(at, at + batch * height)
+                hidden = _branches_hidden(size, branches[begin:end, :end])
+                blocks.append(_Block(rows, height, prefix + width + end, hidden))
+                at = rows.stop
+            seen = prefix + width + size.tree
             own = slice(keys, keys + batch * seen)
             values = slice(own.start + key_rows, own.stop + key_rows)
             groups.append(_Group(count, prefix, batch, seen, blocks, own, values))
@@ -132,8 +148,32 @@ class RowPlan:
         return groups
 
 
+@dataclass(frozen=True)
+class _Size:
+    """A group's measures, in tokens: each sequence's own, without the prefix and the tree."""
+
+    prefix: int
+    width: int
+    lengths: tuple[int, ...]
+    tree: int
+
+
+def _branches_hidden(size: _Size, branches: Tensor) -> Tensor:
+    """What some rows of the tree may not see: the padding before it and other branches."""
+    padded = size.width - min(size.lengths)
+    place = torch.arange(padded) + min(size.lengths)
+    padding = place >= torch.tensor(size.lengths)[:, None]
+    tokens, nodes = branches.shape
+    hidden = torch.zeros(len(size.lengths), 1, tokens, padded + nodes)
+    hidden[..., :padded].masked_fill_(padding[:, None, None], float("-inf"))
+    hidden[..., padded:].masked_fill_(~branches, float("-inf"))
+    return hidden
+
+
 def _cuts(width: int) -> list[tuple[int, int]]:
-    """Begin and end of each block of queries among `width` tokens."""
+    """Begin and end of each block of queries among `width` tokens; [] for none."""
+    if not width:
+        return []
     count = -(-width // _BLOCK)
     edges = [round(i * width / count) for i in range(count + 1)]
     return list(pairwise(edges))
@@ -147,6 +187,8 @@ def rows_forward(
     `states` `[T, heads + 2 * groups, head_dim]` holds queries, keys and values side by side.
     Returns `[T, heads, head_dim]` and, if `keep`, what `rows_backward` needs.
     """
+    if keep and plan.has_tree:
+        raise NotImplementedError("a tree of answers is scored, never trained")
     operands = states.view(-1, states.shape[-1]).index_select(0, plan.gather)
     out = torch.empty_like(operands[: plan.query_rows])
     saved = [operands]
@@ -214,7 +256,8 @@ def _probabilities(
     """Attention of a block's queries to the keys up to its last one, `[batch, height, seen]`."""
     scores = query.new_empty(len(query), block.height, block.seen)
     scores.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=scale)
-    tokens = len(block.hidden)
+    tokens, last = block.hidden.shape[-2:]
     # every query sees all keys but the last ones, of its own block
-    scores.view(-1, plan.shared, tokens, block.seen)[..., -tokens:].add_(block.hidden)
+    shape = (plan.key_heads, -1, plan.shared, tokens, block.seen)
+    scores.view(shape)[..., block.seen - last :].add_(block.hidden)
     return torch.softmax(scores, -1)
