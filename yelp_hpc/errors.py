@@ -10,7 +10,8 @@ Each message says what, where and what to do next; the command line prints it wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class YelpHpcError(Exception):
@@ -43,3 +44,10 @@ def all_problems(headline: str, problems: Sequence[str], limit: int = 20) -> str
     if len(problems) > limit:
         lines.append(f"  … and {len(problems) - limit} more")
     return "\n".join([headline, *lines])
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is most like `name`, letter case aside; None when none is like it."""
+    lower = {option.lower(): option for option in known}
+    near = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=cutoff)
+    return lower[near[0]] if near else None

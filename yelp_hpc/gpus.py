@@ -1,19 +1,20 @@
-"""GPUs that a plan can be made for: memory and dense peak rates.
+"""The GPUs that the toolkit knows: one table of names, memory, dense peak rates and capability.
 
 Rates are TFLOP/s of dense matrix products with fp32 accumulation, from NVIDIA's data sheets and
-architecture white papers: H100, H200 (Hopper), A100, A40, A30, RTX A6000 and GeForce RTX 3090
-(Ampere; the GA102 white paper gives the 3090's 71 with fp32 accumulation), L40S, L4, RTX 6000 Ada
-and GeForce RTX 4090 (Ada), T4 (Turing), V100 (Volta). Where a sheet prints rates with sparsity,
-half of it stands here. fp32 is the rate without TF32. Reads and writes nothing.
+architecture white papers: H100, H200 (Hopper), A100, A40, A30, A10, RTX A6000, A5000, A4000 and
+GeForce RTX 3090 (Ampere; the GA102 white paper gives the 3090's 71 with fp32 accumulation), L40S,
+L40, L4, RTX 6000 Ada and GeForce RTX 4090 (Ada), Quadro RTX 8000 and 6000, GeForce RTX 2080 Ti and
+T4 (Turing), V100 (Volta). Where a sheet prints rates with sparsity, half of it stands here. fp32 is
+the rate without TF32. Reads and writes nothing.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, nearest
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Card:
     fp16: float
     bf16: float | None
     fp32: float
+    capability: tuple[int, int]
+    """CUDA's compute capability: (8, 6) is sm_86."""
+    forms: tuple[str, ...] = ()
+    """Words for how it is mounted, which its name may hold."""
+
+    @property
+    def label(self) -> str:
+        """Its name with its memory as it is sold: `RTX A4000 (16 GB)`."""
+        return self.name if "GB" in self.name else f"{self.name} ({self.memory >> 30} GB)"
 
     def rate(self, precision: str) -> float | None:
         """FLOP/s at best in a number format."""
@@ -32,51 +42,97 @@ class Card:
         return None if tera is None else tera * 1e12
 
 
-def _card(name: str, gib: int, sixteen: float, fp32: float, bf16: bool = True) -> Card:
-    return Card(name, gib * 2**30, sixteen, sixteen if bf16 else None, fp32)
+def _card(
+    name: str, gib: int, sixteen: float, fp32: float, capability: tuple[int, int], forms: str = ""
+) -> Card:
+    bf16 = sixteen if capability >= (8, 0) else None
+    return Card(name, gib * 2**30, sixteen, bf16, fp32, capability, tuple(forms.split()))
 
 
 CARDS = (
-    _card("H200", 141, 989, 67),
-    _card("H100 PCIe", 80, 756, 51),
-    _card("H100", 80, 989, 67),
-    _card("A100 80GB", 80, 312, 19.5),
-    _card("A100", 40, 312, 19.5),
-    _card("RTX A6000", 48, 154.8, 38.7),
-    _card("A40", 48, 149.7, 37.4),
-    _card("A30", 24, 165, 10.3),
-    _card("L40S", 48, 362, 91.6),
-    _card("L4", 24, 121, 30.3),
-    _card("RTX 6000 Ada", 48, 364.2, 91.1),
-    _card("RTX 4090", 24, 165.2, 82.6),
-    _card("RTX 3090", 24, 71, 35.6),
-    _card("V100 32GB", 32, 125, 15.7, bf16=False),
-    _card("V100", 16, 125, 15.7, bf16=False),
-    _card("T4", 16, 65, 8.1, bf16=False),
+    _card("H200", 141, 989, 67, (9, 0), "sxm sxm5 hbm3e"),
+    _card("H100", 80, 989, 67, (9, 0), "sxm sxm5 hbm3"),
+    _card("H100 PCIe", 80, 756, 51, (9, 0), "pcie"),
+    _card("A100", 40, 312, 19.5, (8, 0), "sxm sxm4 pcie"),
+    _card("A100 80GB", 80, 312, 19.5, (8, 0), "sxm sxm4 pcie"),
+    _card("A40", 48, 149.7, 37.4, (8, 6), "pcie"),
+    _card("A30", 24, 165, 10.3, (8, 0), "pcie"),
+    _card("A10", 24, 125, 31.2, (8, 6), "pcie"),
+    _card("RTX A6000", 48, 154.8, 38.7, (8, 6)),
+    _card("RTX A5000", 24, 111.1, 27.8, (8, 6)),
+    _card("RTX A4000", 16, 76.7, 19.2, (8, 6)),
+    _card("L40S", 48, 362, 91.6, (8, 9), "pcie"),
+    _card("L40", 48, 181, 90.5, (8, 9), "pcie"),
+    _card("L4", 24, 121, 30.3, (8, 9), "pcie"),
+    _card("RTX 6000 Ada", 48, 364.2, 91.1, (8, 9)),
+    _card("RTX 4090", 24, 165.2, 82.6, (8, 9)),
+    _card("RTX 3090", 24, 71, 35.6, (8, 6)),
+    _card("Quadro RTX 8000", 48, 130.5, 16.3, (7, 5)),
+    _card("Quadro RTX 6000", 24, 130.5, 16.3, (7, 5)),
+    _card("RTX 2080 Ti", 11, 53.8, 13.4, (7, 5)),
+    _card("T4", 16, 65, 8.1, (7, 5), "pcie"),
+    _card("V100", 16, 125, 15.7, (7, 0), "sxm sxm2"),
+    _card("V100 32GB", 32, 125, 15.7, (7, 0), "sxm sxm2 sxm3"),
+    _card("V100 PCIe", 16, 112, 14, (7, 0), "pcie"),
+    _card("V100 PCIe 32GB", 32, 112, 14, (7, 0), "pcie"),
 )
+"""Of several with one name, the first is meant where neither memory nor form is said."""
+
+# Words that tell no card from another.
+_MAKER = frozenset({"nvidia", "tesla", "geforce", "gpu", "generation"})
+_FORMS = frozenset(form for card in CARDS for form in card.forms)
+_MEMORY = re.compile(r"(?<!\S)(\d+) ?g(?:i?b)?(?!\S)")
 
 
 def find_card(name: str) -> Card:
-    """The card of a name as people and Slurm write it: `rtx3090`, `a100_80gb`, `NVIDIA H100`.
+    """The card of a name as people, Slurm and CUDA write it: `rtx3090`, `a100_80gb`, `NVIDIA H100`.
 
-    Raises RequestError naming the nearest card and all that are known.
+    Raises:
+        RequestError: it is not in the table; the nearest card and all that are known are named.
     """
-    wanted = _plain(name)
-    for card in sorted(CARDS, key=lambda card: -len(card.name)):
-        parts = [_plain(part) for part in card.name.split()]
-        if wanted and all(part in wanted for part in parts):
-            return card
-    bare = {_plain(card.name).removeprefix("rtx"): card for card in CARDS}
-    for key in sorted(bare, key=len, reverse=True):
-        if key in wanted:
-            return bare[key]
-    near = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=1, cutoff=0.5)
-    hint = next(
-        (f"; did you mean {c.name}?" for c in CARDS if near and _plain(c.name) == near[0]), ""
-    )
+    card = card_named(name)
+    if card is not None:
+        return card
+    plain = {re.sub(r"[^a-z0-9]", "", card.name.lower()): card.name for card in CARDS}
+    near = nearest(" ".join(_words(name)).replace(" ", ""), plain)
+    hint = f"; did you mean {plain[near]}?" if near else ""
     known = ", ".join(card.name for card in CARDS)
     raise RequestError(f"no GPU {name!r} in the table{hint} (known: {known})")
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def card_named(name: str) -> Card | None:
+    """The card that a name means, None when it means none of the table.
+
+    Whole words count, never parts of them: `l40` is not L4, `t400` not T4, `a100_1g.5gb` (a slice
+    of a card) and `rtx3090ti` are nothing that is known here.
+    """
+    text = " ".join(_words(name))
+    sizes = [int(size) for size in _MEMORY.findall(text)]
+    words = _MEMORY.sub(" ", text).split()
+    forms = {word for word in words if word in _FORMS}
+    core = tuple(word for word in words if word not in _FORMS)
+    for card in CARDS:
+        fits = all(size << 30 == card.memory for size in sizes) and forms <= {*card.forms}
+        if fits and len(sizes) <= 1 and core in _SPELLINGS[card.name]:
+            return card
+    return None
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word and word not in _MAKER]
+
+
+def _spellings(name: str) -> frozenset[tuple[str, ...]]:
+    """How a card's own words are written: apart or joined, and without the `RTX` of a GeForce."""
+    words = [w for w in name.lower().split() if w not in _FORMS and not _MEMORY.fullmatch(w)]
+    found = set()
+    for start in (0, 1) if words[0] == "rtx" else (0,):
+        own = words[start:]
+        for count in range(len(own)):
+            for cuts in combinations(range(1, len(own)), count):
+                ends = (0, *cuts, len(own))
+                found.add(tuple("".join(own[a:b]) for a, b in pairwise(ends)))
+    return frozenset(found)
+
+
+_SPELLINGS = {card.name: _spellings(card.name) for card in CARDS}

@@ -5,7 +5,6 @@ The machinery under `yelp_hpc.config` and `jobs/cluster.py`: no key of either is
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, all_problems, nearest
 
 
 class Frozen(BaseModel):
@@ -78,8 +77,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        near = nearest(path.name, (p.name for p in _siblings(path)), cutoff=0.6)
+        hint = f"; did you mean {path.parent / near}?" if near else ""
         raise RequestError(f"config file {path} does not exist{hint}") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text: byte {error.start} is not valid") from None
@@ -186,12 +185,12 @@ def _nearest(model: type[BaseModel], parts: list[str]) -> str:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         section = field.annotation if field else None
     local = list(section.model_fields) if hasattr(section, "model_fields") else []
-    near = difflib.get_close_matches(parts[-1], local, n=1, cutoff=0.6)
+    near = nearest(parts[-1], local, cutoff=0.6)
     if near:
-        return f"; did you mean {'.'.join([*parts[:-1], near[0]])}?"
+        return f"; did you mean {'.'.join([*parts[:-1], near])}?"
     everywhere = list(dotted_keys(model))
     same = [key for key in everywhere if key.rsplit(".", 1)[-1] == parts[-1]]
-    near = same or difflib.get_close_matches(".".join(parts), everywhere, n=1, cutoff=0.5)
+    near = same[0] if same else nearest(".".join(parts), everywhere)
     if near:
-        return f"; did you mean {near[0]}?"
+        return f"; did you mean {near}?"
     return f"; valid here: {', '.join(local)}" if local else ""

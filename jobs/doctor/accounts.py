@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from yelp_hpc.config import Config
+from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes
-from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, config_line, listed, nearest
+from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, config_line, listed
 from yelp_hpc.jobs.site.slurm_facts import Partition, Qos, SlurmFacts
 
 

@@ -5,7 +5,6 @@ Pure but for `print_findings`: findings in, lines of at most 80 columns out.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -56,14 +55,6 @@ def command(check: str, level: Level, text: str, remedy: str) -> Finding:
 def advice(check: str, level: Level, text: str, remedy: str) -> Finding:
     """A finding that only a person can mend."""
     return Finding(check, level, text, remedy, "advice")
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, if any is like it at all."""
-    options = list(known)
-    lower = {option.lower(): option for option in options}
-    near = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    return lower[near[0]] if near else None
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

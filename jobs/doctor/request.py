@@ -5,7 +5,6 @@ Pure but for `inputs`, which looks at the model and the data.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import Config
+from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.probes import cached_model, data_columns, is_folder, model_problem, seen
 from yelp_hpc.settings import Frozen
@@ -121,8 +121,8 @@ def _sibling(path: Path) -> str:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return ""
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-    return str(path.parent / near[0]) if near else ""
+    near = nearest(path.name, names, cutoff=0.4)
+    return str(path.parent / near) if near else ""
 
 
 def needed_paths(request: Request, found: Inputs | None) -> dict[str, str]:

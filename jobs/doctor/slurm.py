@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator
 
 from yelp_hpc.config import Config
+from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes
 from yelp_hpc.jobs.doctor.accounts import check_account, check_qos, clock, key, partitions_of
-from yelp_hpc.jobs.doctor.findings import Finding, advice, command, config_line, listed, nearest, ok
+from yelp_hpc.jobs.doctor.findings import Finding, advice, command, config_line, listed, ok
 from yelp_hpc.jobs.site.slurm_facts import Node, SlurmFacts
 from yelp_hpc.rundir.paths import STAGES
 

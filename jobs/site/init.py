@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.gpus import card_named
 from yelp_hpc.jobs.doctor.accounts import clock, qos_in_force
 from yelp_hpc.jobs.doctor.findings import listed
 from yelp_hpc.jobs.site.slurm_facts import Node, Partition, SlurmFacts, ask_slurm
@@ -19,7 +20,6 @@ from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import write_bytes
 
 DAY = 24 * 60
-_BF16 = re.compile(r"[abhlg]\d{2,3}|3090|4090|50[789]0|ada|6000|gh200|mi[23]\d\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,7 @@ requeue_cap: 5                    # restarts in a row without any progress
 
 def config_text(chosen: Choice, cluster: str, config: str) -> str:
     """The starter config: the demo's model and data, and how to change to one's own."""
-    gpu = chosen.gpu_type or ""
-    better = "bf16" if _BF16.search(gpu) else "fp16"
-    precision = f"# {better} is faster on {gpu or 'most GPUs'}" if chosen.gpu_partition else "# CPU"
+    precision = _faster(chosen.gpu_type or "") if chosen.gpu_partition else "# CPU"
     return f"""\
 # A first run: SmolLM2-135M and real review sentences, both from PyPI; minutes on any machine.
 #
@@ -207,6 +205,14 @@ infer:
   models: [base, tuned]
   shards: 2
 """
+
+
+def _faster(gpu: str) -> str:
+    """Which number format the GPUs are made for, as a comment."""
+    card = card_named(gpu)
+    if card is None:  # without a type, or not in the table: bf16 came with compute capability 8.0
+        return "# bf16 is faster on GPUs since Ampere, fp16 on older ones"
+    return f"# {'bf16' if card.bf16 else 'fp16'} is faster on {gpu}"
 
 
 def _partition_line(slurm: SlurmFacts, partition: Partition) -> str:

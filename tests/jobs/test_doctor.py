@@ -19,9 +19,10 @@ from tests.hub.server import serving
 from tests.hub.state import Hub
 from tests.jobs.fake_site import DISK, Site, complaints, partition
 from yelp_hpc.config import Config
+from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
-from yelp_hpc.jobs.doctor.findings import Finding, command, lines, nearest, ok
+from yelp_hpc.jobs.doctor.findings import Finding, command, lines, ok
 from yelp_hpc.jobs.doctor.machine import check_machine
 from yelp_hpc.jobs.doctor.probes import folder, model_problem, quotas, seen
 from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request

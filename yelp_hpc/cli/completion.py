@@ -28,7 +28,7 @@ def complete_cards(
     """Names of GPUs for `--gpu`, as Slurm writes them."""
     from yelp_hpc.gpus import CARDS
 
-    names = (card.name.lower().replace(" ", "") for card in CARDS)
+    names = (card.name.lower().replace("rtx ", "rtx").replace(" ", "_") for card in CARDS)
     return _items(name for name in names if name.startswith(incomplete.lower()))
 
 

@@ -255,7 +255,7 @@ def forecast(
         memory = _measured(memory, _extrapolated(shape, config, work, probe))
         scoring = _measured(scoring, probe.infer_memory)
     elif card is not None:
-        machine = f"{ranks} × {card.name}"
+        machine = f"{ranks} × {card.label}"
         rates = [card.rate(p) for p in (config.train.precision, config.infer.precision)]
         for rate, key in zip(rates, ("train.precision", "infer.precision"), strict=True):
             if rate is None:

@@ -14,23 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from yelp_hpc.gpus import card_named
 from yelp_hpc.models.packed.batch import PackedBatch
-
-# Dense peak in TFLOP/s of 16-bit matrix products with fp32 accumulation, from NVIDIA's data sheets;
-# the first name that the card's name contains.
-PEAK_16BIT = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "A40": 149.7,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
-}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -43,8 +28,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return float(given) * 1e12
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for card, peak in PEAK_16BIT.items() if card in name), None)
+    card = card_named(torch.cuda.get_device_name(device))
+    return None if card is None else card.rate(precision)
 
 
 def flops_per_token(model: nn.Module) -> int:
