@@ -82,7 +82,7 @@ def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[
     for bind in [*binds, *container.binds]:
         argv += ["--bind", bind]
     handed |= {name: str(Path(container.cache, at)) for name, at in _CACHES.items()}
-    handed["PYTHONNOUSERSITE"] = "1"
+    handed |= {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}  # nothing of the user's shadows ours
     for name, value in sorted(handed.items()):
         argv += ["--env", f"{name}={value}"]
     return [*argv, "--pwd", str(run), *container.extra_args]

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.own_files import IMPORT_ROOT, package_files
+from yelp_hpc.own_files import IMPORT_ROOT, PROJECT, package_files, version
 from yelp_hpc.rundir.files import write_failure
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -22,6 +22,9 @@ def freeze(paths: RunPaths) -> Path:
     files = package_files()
     digest = hashlib.sha256()
     contents = [(IMPORT_ROOT / name).read_bytes() for name in files]
+    # what importlib.metadata reads: the version of this code, not of what is installed later
+    files.append(Path(f"{PROJECT.replace('-', '_')}-{version()}.dist-info", "METADATA"))
+    contents.append(f"Metadata-Version: 2.1\nName: {PROJECT}\nVersion: {version()}\n".encode())
     for name, content in zip(files, contents, strict=True):
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     folder = paths.code / digest.hexdigest()[:12]

@@ -1,9 +1,9 @@
 """`python -m yelp_hpc`, in which no file of the working directory shadows ours or a library's."""
 
+import os  # loaded before the working directory is looked at, as sys is
 import sys
-from pathlib import Path
 
-if not sys.flags.safe_path and sys.path[0] in ("", str(Path.cwd())):
+if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):  # noqa: PTH109
     del sys.path[0]  # the package is found already, and all of ours lies inside it
 
 from yelp_hpc.cli.main import main

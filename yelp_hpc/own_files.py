@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 
+PROJECT = "yelp-hpc"
 PACKAGE = Path(__file__).resolve().parent
 """The folder of the package, in a checkout, an installed wheel or a run's frozen code."""
 IMPORT_ROOT = PACKAGE.parent
-"""The folder that PYTHONPATH must name; in a checkout the top of the repository."""
+"""The folder that holds the package; in a checkout the top of the repository."""
 SHARE = PACKAGE / "share"
 """configs/, containers/ and Apptainer.def: links in a checkout, copies in a wheel."""
 
 
-def python_path(environ: Mapping[str, str]) -> str:
-    """PYTHONPATH for a child that is to run this very code, wherever it is started."""
-    return os.pathsep.join(filter(None, (str(IMPORT_ROOT), environ.get("PYTHONPATH"))))
+def own_module(module: str) -> list[str]:
+    """The argv of a child that runs `module` of this very code, wherever it is started.
+
+    Neither the working directory nor what lies beside the package is searched for anything but
+    the package: a file `random.py` or `torch.py` there shadows nothing.
+    """
+    code = f"""\
+import sys
+sys.path.insert(0, {str(IMPORT_ROOT)!r})
+import yelp_hpc
+del sys.path[0]
+import runpy
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)"""
+    return [sys.executable, "-P", "-c", code]
+
+
+def version() -> str:
+    """The version of this very code, whatever else is installed.
+
+    Metadata beside the package says it: an installed wheel's, an image's, what `freeze` writes. A
+    checkout has pyproject.toml, which the metadata is made from.
+    """
+    import importlib.metadata
+    import tomllib
+
+    project = IMPORT_ROOT / "pyproject.toml"
+    if project.is_file():
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    for found in importlib.metadata.distributions(name=PROJECT, path=[str(IMPORT_ROOT)]):
+        return found.version
+    return importlib.metadata.version(PROJECT)
 
 
 def package_files() -> list[Path]:

@@ -7,7 +7,6 @@ run would use, and removes them; with `on_node` it submits one short job.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -44,7 +43,7 @@ from yelp_hpc.jobs.doctor.run import (
 from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.jobs.slurm import client
-from yelp_hpc.own_files import python_path
+from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import lock_hashes
@@ -229,8 +228,8 @@ def _image_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
     seen = {path: state for path, state in machine.seen.items() if path not in outside}
     machine = machine.model_copy(update={"seen": seen})
     gpus = len(machine.driver.gpus) if machine.driver else 0
-    env = {**os.environ, "PYTHONPATH": python_path(os.environ)}
-    summed = last_line([sys.executable, *all_reduce_argv(gpus or 2)], env, SUM_SECONDS)
+    module, *arguments = all_reduce_argv(gpus or 2)
+    summed = last_line([*own_module(module), *arguments], dict(os.environ), SUM_SECONDS)
     findings = [
         *check_machine(machine, request),
         *check_seen(machine, request),

@@ -36,6 +36,7 @@ from yelp_hpc.jobs.doctor.probes import (
     whole,
 )
 from yelp_hpc.jobs.doctor.request import Request, visible
+from yelp_hpc.own_files import own_module
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -204,11 +205,11 @@ def main(folder: Path) -> None:
     machine = look(what)
     env = stage_environment(cluster, "train", os.environ, None)
 
-    def started(argv: list[str]) -> tuple[str, str]:
+    def started(module: str, *arguments: str) -> tuple[str, str]:
+        argv = [*own_module(module), *arguments]
         if cluster.container:
-            argv = inside(cluster.container, Path(request["run"]), ["python", *argv], env)
-        else:
-            argv = [sys.executable, *argv]
+            python = ["python", "-m", module, *arguments]
+            argv = inside(cluster.container, Path(request["run"]), python, env)
         return last_line(argv, env, SUM_SECONDS)
 
     within, problem = None, ""
@@ -223,9 +224,9 @@ def main(folder: Path) -> None:
             if role not in ("tmp", "HF_HOME") and visible(path, here)
         }
         own = Look(place="image", folders=folders, paths=_inside_paths(what, cluster))
-        text, problem = started(["-m", "yelp_hpc.jobs.doctor.probes", own.model_dump_json()])
+        text, problem = started("yelp_hpc.jobs.doctor.probes", own.model_dump_json())
         within = Machine.model_validate_json(text) if not problem else None
-    summed = all_reduced(*started(all_reduce_argv(request["ranks"])))
+    summed = all_reduced(*started(*all_reduce_argv(request["ranks"])))
     report = NodeReport(
         machine=machine,
         sent=sent,

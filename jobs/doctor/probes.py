@@ -109,8 +109,8 @@ def last_line(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tu
 
 
 def all_reduce_argv(ranks: int) -> list[str]:
-    """Python's arguments that sum over ranks: torch is imported in that process, never here."""
-    return ["-m", "yelp_hpc.ranks.allreduce", "--ranks", str(ranks)]
+    """The module that sums over ranks, and its arguments; it imports torch, nothing here does."""
+    return ["yelp_hpc.ranks.allreduce", "--ranks", str(ranks)]
 
 
 def all_reduced(text: str, problem: str) -> AllReduce:
@@ -255,7 +255,13 @@ def python_problem(python: str) -> str:
     if not python or python == sys.executable:
         return "" if sys.version_info >= (3, 11) else f"Python {platform.python_version()}"
     try:
-        done = subprocess.run([python, "-c", _IMPORTS], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [python, "-c", _IMPORTS],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return getattr(error, "strerror", None) or "it does not answer"
     return "" if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 
-from yelp_hpc import __version__
 from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.cli.image import image
 from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
@@ -28,6 +27,14 @@ from yelp_hpc.progress import plain
 from yelp_hpc.rundir.paths import MODELS, STAGES
 
 
+def _version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from yelp_hpc.own_files import version
+
+        click.echo(f"yelp_hpc, version {version()}")
+        context.exit()
+
+
 class Commands(click.Group):
     """Lists the commands in the order of a user's day."""
 
@@ -37,7 +44,14 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="yelp_hpc")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version and exit.",
+)
 def cli() -> None:
     """Fine-tune, evaluate and publish a review classifier as resumable Slurm jobs.
 

@@ -81,8 +81,8 @@ def download(package: str, folder: Path) -> Path:
     requirement.write_text(wanted, encoding="utf-8")
     done = subprocess.run(
         [
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-            "--dest", str(folder), "--requirement", str(requirement),
+            sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps",
+            "--require-hashes", "--dest", str(folder), "--requirement", str(requirement),
         ],
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import StageError
 from yelp_hpc.forecast.forecast import Lengths, Probe, training_work
 from yelp_hpc.forecast.inputs import prepared_lengths
-from yelp_hpc.own_files import python_path
+from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import read_json, read_jsonl
 from yelp_hpc.rundir.manifest import load_run, record_run
@@ -120,10 +120,10 @@ def _small(config: Config, prepared: bool) -> Config:
 
 def _child(argv: list[str], what: str, env: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *argv],
+        [*own_module(argv[0]), *argv[1:]],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": python_path(os.environ), **(env or {})},
+        env={**os.environ, **(env or {})},
     )
     if done.returncode:
         tail = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-8:])

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from yelp_hpc import __version__
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.image.file import EPOCH, image_sha256, normalise
 from yelp_hpc.image.steps import call, folder_of, replaced, scratch, sole_builder
-from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files
+from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files, version
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import sha256_file
 from yelp_hpc.rundir.manifest import code_state
@@ -68,7 +67,7 @@ def build(
         code = code_state()
         sha = (code["git_sha"] or "unknown") + ("-dirty" if code["dirty"] else "")
         arguments = {
-            "VERSION": __version__,
+            "VERSION": version(),
             "GIT_SHA": sha,
             "LOCK": lock.name,
             "LOCK_SHA256": sha256_file(lock),
@@ -171,13 +170,16 @@ def _debian_mirror() -> str:
     raise RequestError("no Debian mirror in this machine's apt sources: use --base docker or FILE")
 
 
+_OF_WHEEL = ("pyproject.toml", "README.md", "LICENSE", "NOTICE")
+
+
 def _project_wheel(stage: Path, lock: Path) -> None:
     """This project's wheel, built from a copy so that the checkout stays clean.
 
     With the lock's setuptools: a wheel says what it was made by.
     """
     copy = stage / "tree"
-    for name in [*package_files(), Path("pyproject.toml"), Path("README.md")]:
+    for name in [*package_files(), *map(Path, _OF_WHEEL)]:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(IMPORT_ROOT / name, copy / name)
     argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
@@ -204,4 +206,4 @@ def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage
     call(argv, "apptainer build", env, stage)
 
 
-_PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+_PIP = [sys.executable, "-P", "-m", "pip", "--quiet", "--disable-pip-version-check"]

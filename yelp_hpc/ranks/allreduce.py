@@ -11,13 +11,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import IO, Any
 
+from yelp_hpc.own_files import own_module
 from yelp_hpc.ranks.launch import Rendezvous, free_port, rank_environment
 
 MEGABYTES = 32
@@ -43,7 +43,7 @@ def all_reduce(ranks: int, limit: float = LIMIT_SECONDS) -> dict[str, Any]:
                 extra = rank_environment(place, rank, ranks, cores, os.environ)
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "yelp_hpc.ranks.allreduce", "--rank"],
+                        [*own_module("yelp_hpc.ranks.allreduce"), "--rank"],
                         env={**os.environ, **extra},
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE,

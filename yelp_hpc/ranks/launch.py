@@ -25,7 +25,6 @@ from types import FrameType
 from typing import IO, Any
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
-from yelp_hpc.own_files import python_path
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
 
 # After the first failure the others may write their own log lines so long (seconds) …
@@ -98,8 +97,6 @@ def rank_environment(
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        # The ranks run the code that started them, wherever they are started.
-        "PYTHONPATH": python_path(environ),
     }
     if "OMP_NUM_THREADS" not in environ:
         values["OMP_NUM_THREADS"] = str(max(1, cores // nproc))

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc import __version__
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
-from yelp_hpc.own_files import IMPORT_ROOT, SHARE
+from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
 from yelp_hpc.rundir.files import locked, read_json, read_object, sweep, write_json
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -155,7 +154,7 @@ def code_state() -> dict[str, Any]:
     sha = git("rev-parse", "HEAD") if inside else None
     diff = git("diff", "HEAD") if sha else None
     return {
-        "version": __version__,
+        "version": version(),
         "git_sha": sha.strip() if sha else None,
         "dirty": bool(diff),
         "diff": diff or None,

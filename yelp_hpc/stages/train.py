@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.own_files import own_module
 from yelp_hpc.ranks.launch import launch
 from yelp_hpc.ranks.rank import StopRequest, run_rank
 from yelp_hpc.rundir.files import (
@@ -73,7 +74,7 @@ def run(paths: RunPaths, config: Config) -> None:
         "model": str(model_folder(config.model)),
         "fingerprint": fingerprint,
     }
-    command = [sys.executable, "-m", "yelp_hpc.stages.train"]
+    command = own_module("yelp_hpc.stages.train")
     launch(command, json.dumps(payload).encode(), config.train.nproc, paths.logs)
     _draw(paths)
 
