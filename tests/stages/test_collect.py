@@ -14,8 +14,9 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.errors import StageError
+from yelp_hpc.evaluation.measure import measure
 from yelp_hpc.rundir.paths import RunPaths
-from yelp_hpc.stages.collect import collect, measure
+from yelp_hpc.stages.collect import collect
 
 LABELS = [0, 1, 2, 3, 4]
 

@@ -15,7 +15,6 @@ Two F1 conventions stand side by side, because they answer different questions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,50 +54,6 @@ class Tally:
     def unparsed(self) -> int:
         """Rows without an answer that could be read."""
         return int(self.counts[:, self.classes].sum())
-
-
-def tally(
-    labels: ArrayLike, predictions: Iterable[int | None] | NDArray[Any], classes: int = 5
-) -> Tally:
-    """Count `[n]` labels (0 to K-1) against `[n]` predictions (integers, None where unparsed).
-
-    Raises:
-        ValueError: lengths differ, or a label is no class.
-    """
-    listed = list(predictions)
-    missing = np.array([p is None for p in listed], dtype=bool)
-    values = np.array([0 if p is None else int(p) for p in listed], dtype=np.int64)
-    return tally_arrays(np.asarray(labels, dtype=np.int64), values, missing, classes)
-
-
-def tally_arrays(
-    labels: Counts, predictions: Counts, unparsed: NDArray[np.bool_], classes: int = 5
-) -> Tally:
-    """`tally` of arrays: `unparsed` marks the rows whose `predictions` value means nothing."""
-    if not len(labels) == len(predictions) == len(unparsed):
-        raise ValueError(f"{len(labels)} labels, {len(predictions)} predictions")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"labels must lie in 0-{classes - 1}, found {labels.min()} to {labels.max()}"
-        )
-    outside = ~unparsed & ((predictions < 0) | (predictions >= classes))
-    stray = np.unique(predictions[outside])
-    columns = np.where(unparsed, classes, predictions)
-    columns[outside] = classes + 1 + np.searchsorted(stray, predictions[outside])
-    width = classes + 1 + len(stray)
-    cells = np.bincount(labels * width + columns, minlength=classes * width)
-    return Tally(cells.reshape(classes, width).astype(np.int64), tuple(stray.tolist()))
-
-
-def add_tallies(first: Tally, second: Tally) -> Tally:
-    """The tally of both sets of rows together."""
-    stray = tuple(sorted({*first.stray, *second.stray}))
-    own = first.classes + 1
-    counts = np.zeros((first.classes, own + len(stray)), dtype=np.int64)
-    for part in (first, second):
-        columns = [*range(own), *(own + stray.index(s) for s in part.stray)]
-        counts[:, columns] += part.counts
-    return Tally(counts, stray)
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _test_labels(run: RunPaths) -> dict[int, int]:
 
 def _metrics(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
     """metrics.json says what the shards say: every figure is computed again."""
-    from yelp_hpc.stages.collect import measure
+    from yelp_hpc.evaluation.measure import measure
 
     recorded = read_json(run.metrics)
     try:
