@@ -21,11 +21,13 @@ from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import local_alive, run_chain
 from yelp_hpc.jobs.progress import stage_done
+from yelp_hpc.jobs.snapshot import exposed, read_settings
 from yelp_hpc.jobs.submission import Submission, new_submission, record, records
 from yelp_hpc.progress import plain
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.files import locked, read_json
+from yelp_hpc.rundir.files import open_log
+from yelp_hpc.rundir.locks import locked
 from yelp_hpc.rundir.manifest import update_run
 from yelp_hpc.rundir.paths import STAGES, RunPaths
 
@@ -92,6 +94,8 @@ def submit(
     if not planned:
         say(f"{stage}: nothing to do, everything is there")
         return []
+    for warning in exposed(paths):
+        say(f"warning: {warning}")
     with locked(paths.lock("submit")):  # one submission at a time
         live = _live(paths, with_slurm=executor == "slurm")
         _refuse_running(planned, live)
@@ -111,7 +115,8 @@ def submit(
 def last_words(log: Path) -> str:
     """What the last start of a stage said, without the line that the supervisor put before it."""
     try:
-        text = log.read_text(encoding="utf-8", errors="replace")
+        with open_log(log) as file:
+            text = file.read().decode(errors="replace")
     except OSError as error:
         return f"{log}: {error.strerror}"
     return text.rpartition("=== job ")[2].partition("\n")[2].rstrip()
@@ -146,7 +151,7 @@ def _submit_slurm(
     submissions: list[Submission] = []
     try:
         for job in planned:
-            params = parameters(job, cluster, paths.root, code, ids)
+            params = parameters(job, cluster, paths.root, code, ids, frozen)
             ids[job.name] = submit_slurm(job, params, paths, cluster, frozen)
             submission = new_submission(job, ids[job.name], paths, cluster)
             submissions.append(submission)
@@ -169,7 +174,8 @@ def _dry(
     for job in planned:
         script = ""
         if executor == "slurm":
-            params = parameters(job, cluster, paths.root, paths.code / "DIGEST", ids)
+            code, frozen = paths.code / "DIGEST", paths.logs / "cluster-DIGEST.json"
+            params = parameters(job, cluster, paths.root, code, ids, frozen)
             script = sbatch_text(job, params, paths, cluster)
         submission = new_submission(job, "", paths, cluster)
         yield Submission(job.name, job.stage, "", job.tasks, submission.command, script)
@@ -182,11 +188,9 @@ def _freeze(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
 
     frozen, code = freeze_cluster(paths, cluster), freeze(paths)
     if paths.run_json.exists():
-        container = read_json(frozen)["cluster"]["container"]
-        image = container and {
-            "path": container["image"],
-            "sha256": read_json(frozen)["image_sha256"],
-        }
+        settings = read_settings(frozen)
+        container = settings["cluster"]["container"]
+        image = container and {"path": container["image"], "sha256": settings["image_sha256"]}
         update_run(paths, snapshot=f"code/{code.name}", image=image)
     return frozen, code
 

@@ -7,16 +7,14 @@ RUN/logs/cluster-DIGEST.json, the settings that every job of a submission reads.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import os
 import shlex
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +22,10 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.image.file import image_sha256
 from yelp_hpc.jobs.cluster import ClusterConfig, minutes
 from yelp_hpc.jobs.job import Job, job_name
-from yelp_hpc.jobs.slurm import clean_environment
+from yelp_hpc.jobs.slurm import TOKENS, clean_environment
+from yelp_hpc.jobs.snapshot import check_line, freeze_settings, private_pickles, require_frozen
 from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
-from yelp_hpc.rundir.files import write_json
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 if TYPE_CHECKING:
@@ -67,11 +65,7 @@ def freeze_cluster(paths: RunPaths, cluster: ClusterConfig) -> Path:
             raise RequestError(f"container.image: {sif} does not exist (yelp_hpc image build)")
         image = image_sha256(sif)
     content = {"cluster": cluster.model_dump(mode="json"), "image_sha256": image}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    path = paths.logs / f"cluster-{digest}.json"
-    if not path.exists():
-        write_json(path, content)
-    return path
+    return freeze_settings(paths, content)
 
 
 # A signal that comes before the supervisor has its handlers would end the job for good: it is held
@@ -93,13 +87,20 @@ _RUN_AGAIN = (
 
 
 def parameters(
-    job: Job, cluster: ClusterConfig, run: Path, code: Path, dependencies: Mapping[str, str]
+    job: Job,
+    cluster: ClusterConfig,
+    run: Path,
+    code: Path,
+    dependencies: Mapping[str, str],
+    frozen: Path | None = None,
 ) -> dict[str, Any]:
     """submitit's parameters for a job on Slurm.
 
     Args:
         code: the snapshot that goes first on PYTHONPATH.
         dependencies: job name → job id of what was submitted.
+        frozen: the settings that the supervisor reads; given, the script compares them and the
+            code with what they are now.
     """
     want = cluster.resources(job.stage)
     limit = want.time or "60"
@@ -139,6 +140,8 @@ def parameters(
             *cluster.setup,
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
             "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
+            "export PYTHONDONTWRITEBYTECODE=1",  # the snapshot stays what its digest says
+            *([check_line(cluster.python or _this_python(), code, frozen)] if frozen else []),
             _RUN_AGAIN,
         ],
         "additional_parameters": extra,
@@ -176,6 +179,8 @@ def submit_slurm(
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
+    private_pickles()
+
     executor: SlurmExecutor = SlurmExecutor(
         folder=paths.logs / "slurm", python=shlex.quote(cluster.python or _this_python())
     )
@@ -210,8 +215,9 @@ def refusal(job: Job, message: str) -> RequestError | StageError:
 def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:
     """Start one supervisor on this machine through submitit; returns its id and its process."""
     from submitit import LocalExecutor
-    from submitit.core.utils import environment_variables
 
+    require_frozen(code, frozen)  # a chain runs for hours
+    private_pickles()
     executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
     executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
     main = threading.current_thread() is threading.main_thread()
@@ -221,7 +227,7 @@ def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path)
     inherited = os.environ.get("PYTHONPATH")
     path = f"{code}:{inherited}" if inherited else str(code)
     try:
-        with environment_variables(PYTHONPATH=path, PYTHONSAFEPATH="1"):
+        with _environment(job.stage, PYTHONPATH=path):
             handle: Any = executor.submit(
                 supervise, job.stage, str(paths.root), str(frozen), job.model, task_text(task)
             )
@@ -229,6 +235,24 @@ def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path)
         if main:
             signal.signal(signal.SIGINT, handler or signal.default_int_handler)
     return f"local-{handle.job_id}", handle._process
+
+
+@contextlib.contextmanager
+def _environment(stage: str, **changes: str) -> Iterator[None]:
+    """The environment of a local supervisor: the Hub's token goes to that of publish alone."""
+    changes |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    hidden = set() if stage == "publish" else {*TOKENS}
+    before = dict(os.environ)
+    try:
+        for name in hidden:
+            os.environ.pop(name, None)
+        os.environ.update(changes)
+        yield
+    finally:
+        for name in {*hidden, *changes}:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _this_python() -> str:

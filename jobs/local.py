@@ -20,6 +20,7 @@ from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.submission import Submission, new_submission, record
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.files import open_log
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 FOLLOW_SECONDS = 0.3
@@ -103,7 +104,7 @@ def _run_task(
 
 
 def _copy_new(log: Path, offset: int) -> int:
-    with suppress(OSError), log.open("rb") as file:
+    with suppress(OSError), open_log(log) as file:
         file.seek(offset)
         new = file.read()
         sys.stderr.write(plain(new.decode(errors="replace")))

@@ -17,7 +17,7 @@ def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
         RequestError: there is no log yet.
     """
     paths = RunPaths(Path(run_dir).absolute())
-    known = {path for path in paths.logs.glob("*.log") if path.is_file()}
+    known = {path for path in paths.logs.glob("*.log") if path.is_file() and not path.is_symlink()}
     if stage:
         known = {path for path in known if path.stem.partition("-")[0] == stage}
     if not known:

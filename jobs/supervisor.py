@@ -27,6 +27,7 @@ from yelp_hpc.jobs.container import command, stage_argv, stage_environment
 from yelp_hpc.jobs.image import ready_image
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
+from yelp_hpc.jobs.snapshot import private_pickles, read_settings
 from yelp_hpc.jobs.train import rendezvous
 from yelp_hpc.jobs.verdict import Verdict, judge
 from yelp_hpc.publishing.token import find_token, login_file
@@ -34,7 +35,7 @@ from yelp_hpc.ranks.child import die_with_parent
 from yelp_hpc.ranks.rank import deadline
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
-from yelp_hpc.rundir.files import read_json
+from yelp_hpc.rundir.files import open_log
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -91,7 +92,8 @@ def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task
     """
     stop = Stop()
     paths = RunPaths(run_dir)
-    frozen = read_json(Path(cluster_file))
+    private_pickles()
+    frozen = read_settings(Path(cluster_file))
     cluster = ClusterConfig.model_validate(frozen["cluster"])
     job = Job(stage, model, (attempts.task_of(task),))
     _remove_torn_pickles()
@@ -226,7 +228,11 @@ def _process(
 ) -> tuple[int, Verdict | None]:  # fmt: skip
     """Run one process to its end. Returns its exit code and, if it was ended here, why."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    try:
+        opened = open_log(log, "ab")
+    except OSError as error:
+        raise StageError(f"cannot write the log {log}: {error.strerror}") from None
+    with opened as output:
         head = f"=== job {attempt.job} restart {attempt.restart} on {attempt.node}: "
         output.write(f"{head}{shlex.join(argv)}\n".encode())
         output.flush()
@@ -335,7 +341,7 @@ def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | No
 def tail(log: Path) -> str:
     """The last lines of a log, with where to find the rest."""
     try:
-        with log.open("rb") as file:
+        with open_log(log) as file:
             file.seek(max(0, log.stat().st_size - 16_384))
             lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
     except OSError:

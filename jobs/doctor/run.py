@@ -15,7 +15,9 @@ from yelp_hpc.jobs.doctor.facts import AllReduce, Image, Machine, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, command, config_line, ok
 from yelp_hpc.jobs.doctor.probes import seen
 from yelp_hpc.jobs.doctor.request import Inputs, Request, needed_paths, visible
+from yelp_hpc.jobs.snapshot import exposed
 from yelp_hpc.rundir.manifest import absolute_paths, differences
+from yelp_hpc.rundir.paths import RunPaths
 
 SKEW_SECONDS, SKEW_LIMIT = 5.0, 120.0
 
@@ -27,6 +29,8 @@ def check_run(request: Request) -> Iterator[Finding]:
     except RequestError as error:
         yield advice("run", "failure", str(error), "--run runs/NAME")
         return
+    for text in exposed(RunPaths(request.run)):
+        yield advice("run", "warning", text, "chmod go-w, on the folder that is named")
     if not request.record:
         yield ok("run", f"{request.run} would be a new run")
         return

@@ -17,7 +17,6 @@ from yelp_hpc.rundir.files import (
     append_jsonl,
     damaged_files,
     is_complete,
-    locked,
     parse_json,
     read_jsonl,
     sweep,
@@ -27,6 +26,7 @@ from yelp_hpc.rundir.files import (
     write_json,
     write_marker,
 )
+from yelp_hpc.rundir.locks import locked
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:

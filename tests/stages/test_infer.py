@@ -555,8 +555,8 @@ def test_parts_of_two_processes_at_once_do_not_double_rows(
     process = started(run, config)
     infer.run(run, config, "base")  # ends long before the slow one
     whole = run.shard("base", 0, 1).read_bytes()
-    process.communicate()
-    assert process.returncode == 0
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
     assert run.shard("base", 0, 1).read_bytes() == whole
     assert (
         predictions(run)["row"].to_pylist() == pq.read_table(run.split("test"))["row"].to_pylist()

@@ -171,6 +171,8 @@ def _start(
     number = int(extra["RANK"])
     log, error = logs / f"train-rank-{number}.log", logs / f".train-rank-{number}.error.json"
     error.unlink(missing_ok=True)
+    if log.is_symlink():
+        log.unlink()  # it could lead anywhere
     with log.open("ab") as file:
         file.write(f"--- started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
         file.flush()

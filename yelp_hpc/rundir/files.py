@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 from yelp_hpc.errors import StageError
 
@@ -30,12 +30,11 @@ TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOT
 _DAY = 86_400.0
 _NOT_FLUSHABLE = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 """What some network file systems answer when a folder is to be flushed."""
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
 
 
 def temporary_name(path: Path) -> Path:
     """The name beside `path` under which this process writes it."""
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -119,7 +118,7 @@ def sweep(*folders: Path) -> None:
             continue
         for path in paths:
             match = TEMPORARY.fullmatch(path.name)
-            if match and _abandoned(path, match):
+            if match and abandoned(path, match):
                 remove(path)
 
 
@@ -132,9 +131,9 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _abandoned(path: Path, writer: re.Match[str] | None) -> bool:
+def abandoned(path: Path, writer: re.Match[str] | None) -> bool:
     """Whether the process that `writer` names, see `TEMPORARY`, is surely gone."""
-    if writer and writer["host"] == _host() and int(writer["pid"]) != os.getpid():
+    if writer and writer["host"] == host_name() and int(writer["pid"]) != os.getpid():
         try:
             os.kill(int(writer["pid"]), 0)
         except (ProcessLookupError, OverflowError):
@@ -146,56 +145,9 @@ def _abandoned(path: Path, writer: re.Match[str] | None) -> bool:
     return False
 
 
-def _host() -> str:
+def host_name() -> str:
     """This machine's name as a part of a file's name."""
     return re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which stays; others wait.
-
-    On a file system without locks the file `path`.held, which only one can make, stands in; that
-    of a dead writer is taken over.
-
-    Raises:
-        StageError: the lock file cannot be made.
-    """
-    held = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise StageError(write_failure(path, error)) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise StageError(f"cannot lock {path}: {error.strerror}") from error
-            held = _hold(path.with_name(f"{path.name}.held"))
-        yield
-    finally:
-        os.close(descriptor)
-        if held is not None:
-            held.unlink(missing_ok=True)
-
-
-def _hold(path: Path) -> Path:
-    while True:
-        try:
-            with path.open("x") as file:
-                file.write(f".lock.{_host()}.{os.getpid()}.tmp")
-            return path
-        except FileExistsError:
-            with suppress(OSError):
-                writer = TEMPORARY.fullmatch(path.read_text(errors="replace"))
-                if _abandoned(path, writer):
-                    path.unlink()
-                    continue
-            time.sleep(0.05)
-        except OSError as error:
-            raise StageError(write_failure(path, error)) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -330,6 +282,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def open_log(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
+    """Open a log; a link in its place, which could lead anywhere, is an `OSError`."""
+    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, mode)
 
 
 def sha256_file(path: Path) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
-from yelp_hpc.rundir.files import locked, read_json, read_object, sweep, write_json
+from yelp_hpc.rundir.files import read_json, read_object, sweep, write_json
+from yelp_hpc.rundir.locks import locked
 from yelp_hpc.rundir.paths import RunPaths
 
 PACKAGES = (

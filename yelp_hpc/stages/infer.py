@@ -193,7 +193,23 @@ class _Shard:
         self.started = self.progress_written = time.monotonic()
 
     def finish(self, lengths: Sequence[int], predictor: Callable[[], Predictor]) -> None:
-        """Predict what is not predicted yet and write the shard's file."""
+        """Predict what is not predicted yet and write the shard's file.
+
+        A requeued task may start before the old one has ended: whoever is second finds the parts
+        gone and the shard whole.
+        """
+        try:
+            self._finish(lengths, predictor)
+        except (OSError, StageError):
+            if not self._whole():
+                raise
+            say(f"{self.label}: another process finished it meanwhile")
+
+    def _whole(self) -> bool:
+        row_ids = row_ids_of(self.test, self.rows)
+        return damage_of_shard(self.path, row_ids, self.provenance.identity) is None
+
+    def _finish(self, lengths: Sequence[int], predictor: Callable[[], Predictor]) -> None:
         windows = plan_windows(lengths, self.rows, self.window_tokens)
         sweep(self.folder)
         found = self._usable_parts()
@@ -209,10 +225,6 @@ class _Shard:
         parts = parts_of(self.folder)
         tables = (self._in_order(rows, parts.get(w, [])) for w, rows in enumerate(windows))
         if any(len(rows) > read_parts(parts.get(w, [])).num_rows for w, rows in enumerate(windows)):
-            row_ids = row_ids_of(self.test, self.rows)
-            if damage_of_shard(self.path, row_ids, self.provenance.identity) is None:
-                say(f"{self.label}: another process finished it meanwhile")
-                return
             raise StageError(f"{self.label}: its parts vanished; run the same command again")
         write_shard(self.path, tables, self.provenance)
         self._report("complete", len(self.rows) - before)
