@@ -4,7 +4,11 @@ VENV   ?= .venv
 RUN    ?= runs/demo
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-quick lint docs cluster cluster-down lock clean
+# What needs nothing exclusive runs in two processes, a file in one of them; `cluster` one by one.
+PYTEST := $(BIN)/python -m pytest
+APART  := -n 2 --dist loadfile -m "not cluster and not slow"
+
+.PHONY: demo test test-quick test-all mutants system lint docs cluster cluster-down lock release clean
 
 # Installs what the lock names. A machine without the CPU build of torch takes the CUDA set.
 $(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
@@ -18,12 +22,21 @@ $(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
 demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
 	$(BIN)/python -m yelp_hpc submit all --config configs/demo.yaml --executor local --run $(RUN) --wait
 
-test: $(VENV)/installed lint  ## ruff, mypy, the manual and every test, on a real Slurm and Apptainer (Debian, root)
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/system_install.sh; fi
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --durations=15
+test: $(VENV)/installed lint system  ## ruff, mypy, the manual and the tests, on a real Slurm and Apptainer (Debian, root)
+	$(PYTEST) $(APART) --cov --cov-report= --durations=15
+	$(PYTEST) -m "cluster and not slow" --cov --cov-append --cov-report=term:skip-covered --durations=15
 
 test-quick: $(VENV)/installed lint  ## without the cluster
-	$(BIN)/python -m pytest --ignore tests/cluster
+	$(PYTEST) $(APART)
+
+test-all: test mutants  ## and the long forms: tests of minutes, and whether tests notice a changed program
+	$(PYTEST) -m slow || [ $$? = 5 ]  # 5: there is none
+
+mutants: $(VENV)/installed  ## 300 changes of the pure rooms, one at a time: do the tests notice?
+	$(BIN)/python tests/mutants/run.py
+
+system:  # what tests open beside Python
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/system_install.sh; fi
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -43,6 +56,16 @@ cluster-down:
 
 lock:  ## write the lock files anew from pyproject.toml
 	bash containers/lock.sh
+
+release:  ## build, check and tag the version of pyproject.toml; pushes and uploads nothing
+	@[ -z "$$(git status --porcelain)" ] || { echo "release: commit or remove these first:"; git status --short; exit 2; }
+	@$(MAKE) --no-print-directory $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	@version=$$($(BIN)/python -m yelp_hpc --version | sed 's/.* //'); \
+	grep -q "^## \[$$version\]" CHANGELOG.md || { echo "release: CHANGELOG.md has no section $$version"; exit 2; }; \
+	git tag -a "v$$version" -m "yelp_hpc $$version" && echo "tagged v$$version; next: git push --tags, twine upload dist/*"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -135,3 +135,32 @@ def test_frozen_code_says_the_version_that_it_is(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(frozen)}
     argv = [sys.executable, "-P", "-c", code]
     assert subprocess.check_output(argv, env=env, text=True, cwd=tmp_path) == "9.8.7\n"
+
+
+def test_a_release_is_made_of_what_is_committed(tmp_path: Path) -> None:
+    def sh(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    assert sh("git", "init", "-q").returncode == 0
+    done = sh("make", "release", f"VENV={tmp_path / 'none'}")
+    assert done.returncode == 2
+    assert "commit or remove these first:\n?? Makefile" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_page_that_names_the_version_names_this_one() -> None:
+    assert f"\nversion: {version()}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version()}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_in_ci_a_skip_is_a_failure(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\ndef test(): pytest.skip('no such thing')\n"
+    )
+    for ci, code in (("true", 1), ("", 0)):
+        env = {**os.environ, "CI": ci}
+        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+        done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, "no such thing" in done.stdout) == (code, bool(ci)), done.stdout

@@ -119,6 +119,14 @@ def wait_ended(jobs: list[str], seconds: float) -> None:
     wait_for(ended, seconds, f"jobs {jobs} to end")
 
 
+def install(what: str, script: str) -> None:
+    """Run the script; where it fails, the tests that need `what` are skipped and say why."""
+    argv = ["bash", str(HERE / script)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"{what} cannot be installed: {done.stderr[-500:]}")
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
     """A running cluster."""
@@ -129,7 +137,7 @@ def slurm() -> Iterator[Cluster]:
     cluster = Cluster()
     with open("/run/lock/yelp-hpc-cluster.lock", "w") as lock:  # noqa: PTH123
         fcntl.flock(lock, fcntl.LOCK_EX)
-        cluster.script("slurm_install.sh")
+        install("Slurm", "slurm_install.sh")
         was_up = cluster.up()
         cluster.script("slurm_up.sh")
         try:
@@ -144,10 +152,7 @@ def apptainer() -> None:
     """A real Apptainer."""
     if os.geteuid() != 0 or not Path("/etc/debian_version").exists():
         pytest.skip("Apptainer is installed by root on Debian only")
-    script = str(HERE / "apptainer_install.sh")
-    done = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"Apptainer cannot be installed: {done.stderr[-500:]}")
+    install("Apptainer", "apptainer_install.sh")
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.root
 def test_a_full_disk_is_named_and_nothing_overwritten(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -107,7 +107,7 @@ def test_a_torn_tail_is_healed_before_the_next_record(tmp_path: Path) -> None:
     assert [record["n"] for record in read_jsonl(path)] == [1, 3, 4]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.root
 def test_a_record_that_a_full_disk_does_not_take_is_named_and_harms_no_other(
     tmp_path: Path,
 ) -> None:
