@@ -268,7 +268,9 @@ def _training(fact: Facts) -> str:
     return ", ".join(parts)
 
 
-def render(lines: Sequence[JobStatus], problem: str = "") -> str:
+def render(
+    lines: Sequence[JobStatus], problem: str = "", hours: attempts.GpuHours | None = None
+) -> str:
     """The table as plain text."""
     head = ("stage", "state", "job", "node", "elapsed/limit", "restarts", "")
     rows = [head]
@@ -282,9 +284,8 @@ def render(lines: Sequence[JobStatus], problem: str = "") -> str:
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
         for row in rows
     ]
-    used, lost = sum(x.gpu_hours for x in lines), sum(x.gpu_hours_lost for x in lines)
-    if used:
-        text.append(f"GPU-hours: {used:.2f} used, {lost:.2f} of them lost to interruptions")
+    if hours and hours.used:
+        text.append(str(hours))
     if problem:
         text.append(f"from the run directory alone, Slurm did not answer: {problem}")
     return "\n".join(text)
@@ -303,12 +304,14 @@ def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False)
     paths, config = load_run(run_dir)
     while True:
         lines, problem = collect_status(paths.root, config)
+        hours = attempts.gpu_hours(attempts.of_run(paths))
         if as_json:
-            value = {"run": str(paths.root), "stages": [asdict(line) for line in lines]}
+            stages = [asdict(line) for line in lines]
+            value = {"run": str(paths.root), "stages": stages, "gpu_hours": hours._asdict()}
             print(json.dumps({**value, "slurm": problem or None}), flush=True)
         else:
             clear = "\x1b[2J\x1b[H" if watch and sys.stdout.isatty() else ""
-            print(f"{clear}{plain(render(lines, problem))}", flush=True)
+            print(f"{clear}{plain(render(lines, problem, hours))}", flush=True)
         if not watch or not any(line.state in ("running", "waiting") for line in lines):
             return
         time.sleep(WATCH_SECONDS)

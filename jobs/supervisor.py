@@ -146,13 +146,12 @@ def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) 
     """The attempt that begins, with the account of earlier ones that were killed outright."""
     job_id = this_job()
     earlier = attempts.read(paths, job.name, job_id)
-    for killed in earlier:
-        if killed.ended is None:
-            killed.ended, killed.verdict = attempts.last_seen(killed), "lost"
-            killed.reason = "killed without a chance to save (node failure or no grace)"
-            kept = max(newest(now) or 0.0, killed.started)
-            killed.lost = max(0.0, killed.ended - kept)
-            attempts.write(paths, killed)
+    for killed in attempts.killed(paths, job.name, job_id, job.tasks[0]):
+        killed.ended, killed.verdict = attempts.last_seen(killed), "lost"
+        killed.reason = "killed without a chance to save (node failure or no grace)"
+        kept = max(newest(now) or 0.0, killed.started)
+        killed.lost = max(0.0, killed.ended - kept)
+        attempts.write(paths, killed)
     before = digest(now)
     stalled = earlier[-1].stalled + 1 if earlier and earlier[-1].before == before else 1
     gpus = (cluster.resources(job.stage).gpus or 0) * int(os.environ.get("SLURM_JOB_NUM_NODES", 1))

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.publishing.card import GpuHours, load_snippet, model_card
+from yelp_hpc.publishing.card import load_snippet, model_card
+from yelp_hpc.rundir.attempts import GpuHours
 
 METRICS: dict[str, Any] = {
     "models": {
@@ -83,7 +84,7 @@ def test_both_conventions_intervals_and_confusion_are_shown() -> None:
     assert "| of them without a usable answer | 2 | 2 |" in text
     assert "| 0 | 6 | 2 | 0 | 0 | 1 | 1 |" in text
     assert "](loss.png)" in text and "confusion.png" not in text
-    assert "9.2 GPU-hours, 1.0 of them lost" in text or "9.3 GPU-hours, 1.0 of them lost" in text
+    assert "GPU-hours: 9.25 used, 1.00 of them lost to interruptions" in text
     assert "12 reviews over" in text and "3 test reviews also stand" in text
     assert "uncommitted changes" in text
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from yelp_hpc.rundir.attempts import Attempt, last_seen
+
 WIDTH = 360
 Points = Sequence[tuple[float, float]]
 
@@ -218,16 +220,13 @@ def calibration(name: str, summary: Mapping[str, Any]) -> str:
     return _svg(238, label, body)
 
 
-def timeline(attempts: Sequence[Mapping[str, Any]]) -> str:
-    """A row a job, a bar a start; "" without attempts.
-
-    Each attempt: `name`, `started`, `ended` (seconds since the epoch) and `verdict`.
-    """
-    if not attempts:
+def timeline(starts: Sequence[Attempt]) -> str:
+    """A row a job, a bar a start; "" without starts. One that runs ends at its heartbeat."""
+    if not starts:
         return ""
-    start = min(a["started"] for a in attempts)
-    end = max(max(a["ended"] for a in attempts), start + 1)
-    names = list(dict.fromkeys(a["name"] for a in attempts))
+    start = min(a.started for a in starts)
+    end = max(max(last_seen(a) for a in starts), start + 1)
+    names = list(dict.fromkeys(a.name for a in starts))
     left, right, high = 84.0, 350.0, 24.0
     bottom = 8 + high * len(names)
     hours = end - start > 2 * 3600
@@ -240,22 +239,22 @@ def timeline(attempts: Sequence[Mapping[str, Any]]) -> str:
     for i, job in enumerate(names):
         y = 6 + i * high
         body.append(_text(left - 6, y + 14, job[:13], "tick", "end"))
-        for a in attempts:
-            if a["name"] != job:
+        for a in starts:
+            if a.name != job:
                 continue
-            x = left + (a["started"] - start) / (end - start) * (right - left)
-            width = max((a["ended"] - a["started"]) / (end - start) * (right - left), 2)
-            verdict = a["verdict"] or "running"
+            x = left + (a.started - start) / (end - start) * (right - left)
+            width = max((last_seen(a) - a.started) / (end - start) * (right - left), 2)
+            verdict = a.verdict or "running"
             body.append(
                 f'<rect class="job {escape(verdict)}" x="{x:.1f}" y="{y:.1f}" '
                 f'width="{width:.1f}" height="16" rx="2"><title>{escape(job)}: '
-                f"{escape(verdict)}, {a['ended'] - a['started']:.0f} s</title></rect>"
+                f"{escape(verdict)}, {last_seen(a) - a.started:.0f} s</title></rect>"
             )
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start))
     body.append(_text((left + right) / 2, bottom + 31, f"{name} after {began}", "tick"))
-    interrupted = sum(a["verdict"] not in ("done", "") for a in attempts)
+    interrupted = sum(a.verdict not in ("done", "") for a in starts)
     label = (
-        f"Timeline: {len(attempts)} starts of {len(names)} jobs in {(end - start) / unit:.1f} "
+        f"Timeline: {len(starts)} starts of {len(names)} jobs in {(end - start) / unit:.1f} "
         f"{name}, {interrupted} of them interrupted or failed; the table below lists them"
     )
     return _svg(bottom + 38, label, body)

@@ -23,6 +23,8 @@ from yelp_hpc.evaluation.outcome import (
     mcnemar_sentence,
     outcome_rows,
 )
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_json, read_jsonl
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -50,7 +52,7 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         per_class(metrics),
         pictures(metrics),
         training(read_jsonl(run.train_log)),
-        jobs(read_attempts(run), read_jsonl(run.submissions)),
+        jobs(attempts.of_run(run), read_jsonl(run.submissions)),
         throughput(run),
         *(mistakes(model, found, metrics["task"]) for model, found in examples.items()),
         provenance(record),
@@ -176,28 +178,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def read_attempts(run: RunPaths) -> list[dict[str, Any]]:
-    """Every recorded start of a job, oldest first; one that is running ends at its heartbeat."""
-    attempts = []
-    for path in run.attempts.glob("*/*.json") if run.attempts.is_dir() else ():
-        attempt = _read(path)
-        if not _is_number(attempt.get("started")):
-            continue
-        if not _is_number(attempt.get("ended")):
-            attempt["ended"] = max(path.stat().st_mtime, attempt["started"])
-            attempt["verdict"] = ""
-        attempt.setdefault("verdict", "")
-        attempt["name"] = str(attempt.get("name") or path.parent.name)
-        attempts.append(attempt)
-    return sorted(attempts, key=lambda attempt: (attempt["started"], attempt["name"]))
-
-
-def jobs(attempts: Sequence[Mapping[str, Any]], submissions: Sequence[Mapping[str, Any]]) -> str:
+def jobs(starts: Sequence[Attempt], submissions: Sequence[Mapping[str, Any]]) -> str:
     """The timeline of jobs with their interruptions, and what was submitted."""
-    if not attempts and not submissions:
+    if not starts and not submissions:
         return ""
     parts = []
-    if attempts:
+    if starts:
         key = "".join(
             f'<li><i style="background:var(--{colour})"></i>{text}</li>'
             for colour, text in (
@@ -207,25 +193,23 @@ def jobs(attempts: Sequence[Mapping[str, Any]], submissions: Sequence[Mapping[st
                 ("running", "still running when this was written"),
             )
         )
-        chart = charts.timeline(attempts[-_LISTED:])
-        used = sum(a.get("gpus", 0) * (a["ended"] - a["started"]) for a in attempts) / 3600
-        lost = sum(a.get("gpus", 0) * a.get("lost", 0.0) for a in attempts) / 3600
+        chart = charts.timeline(starts[-_LISTED:])
         rows = (
             [
-                escape(f"{a['name']} {a.get('shards') or ''}".strip()),
-                escape(str(a.get("job", ""))),
-                _clock(a["started"]),
-                f"{a['ended'] - a['started']:,.0f} s",
-                escape(a["verdict"] or "running"),
-                escape(str(a.get("reason") or "")),
+                escape(f"{a.name} {attempts.task_text(a.task)}".strip()),
+                escape(a.job),
+                _clock(a.started),
+                f"{attempts.last_seen(a) - a.started:,.0f} s",
+                escape(a.verdict or "running"),
+                escape(a.reason),
             ]
-            for a in attempts[-_LISTED:]
+            for a in starts[-_LISTED:]
         )
         table = _table(["job", "id", "start", "time", "end", "why"], rows, "left")
         parts.append(
             f'<figure class="card">{chart}<ul class="key">{key}</ul>'
-            f"<p>GPU-hours: {used:.2f}, of them lost to interruptions: {lost:.2f}.</p></figure>"
-            f'<details class="card"><summary>Starts of jobs ({len(attempts)})</summary>'
+            f"<p>{attempts.gpu_hours(starts)}.</p></figure>"
+            f'<details class="card"><summary>Starts of jobs ({len(starts)})</summary>'
             f"{table}</details>"
         )
     if submissions:

@@ -10,12 +10,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yelp_hpc.cache import DEMO_MODEL
 from yelp_hpc.config import YELP, Config
+from yelp_hpc.rundir.attempts import GpuHours
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?")
 DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -23,14 +23,6 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 AVERAGES = ("micro", "macro", "weighted")
 MATRIX_CLASSES = 12
 """The most classes whose confusion matrix is a table in the card."""
-
-
-@dataclass(frozen=True)
-class GpuHours:
-    """GPU-hours of the training; `lost` were computed and thrown away by interruptions."""
-
-    used: float
-    lost: float
 
 
 def base_model_id(config: Config) -> str | None:
@@ -331,9 +323,7 @@ def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | N
         f"loss on the answer only; seed {config.seed}",
     ]
     if gpu_hours is not None:
-        facts.append(
-            f"{gpu_hours.used:.1f} GPU-hours, {gpu_hours.lost:.1f} of them lost to interruptions"
-        )
+        facts.append(str(gpu_hours))
     return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 

@@ -13,11 +13,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import read_object, write_json
 from yelp_hpc.rundir.paths import RunPaths, Task
 
+SILENT = 120.0
+"""Seconds without a heartbeat after which a start is taken to be dead."""
 _LATEST = 1e11  # seconds since 1970 that a date can still be made of
 
 
@@ -94,6 +97,27 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
     return sorted(found, key=lambda attempt: (attempt.started, attempt.restart))
 
 
+def of_run(paths: RunPaths) -> list[Attempt]:
+    """Every start of every job of a run, oldest first."""
+    names = sorted(paths.attempts.iterdir()) if paths.attempts.is_dir() else []
+    found = [attempt for folder in names for attempt in read(paths, folder.name)]
+    return sorted(found, key=lambda attempt: (attempt.started, attempt.name))
+
+
+def killed(paths: RunPaths, name: str, job: str, task: Task) -> list[Attempt]:
+    """Starts that nobody ended, of which one more start of `job` at `task` is the proof.
+
+    Earlier ones of the same job, and of other jobs at the same work that have long been silent.
+    """
+    dead = []
+    for attempt in read(paths, name):
+        silent = time.time() - last_seen(attempt) > SILENT
+        same = set(attempt.task) & set(task) or attempt.task == task
+        if attempt.ended is None and (attempt.job == job or (same and silent)):
+            dead.append(attempt)
+    return dead
+
+
 def _plausible(attempt: Attempt) -> bool:
     """Whether the numbers are numbers: a damaged record must not take the table away."""
     whole = (attempt.restart, attempt.gpus, attempt.pid, attempt.stalled)
@@ -113,10 +137,20 @@ def last_seen(attempt: Attempt) -> float:
     return float(attempt.__dict__.get("seen", attempt.started))
 
 
-def gpu_hours(attempts: Iterable[Attempt]) -> tuple[float, float]:
-    """GPU-hours used and, of these, lost to interruptions."""
+class GpuHours(NamedTuple):
+    """GPU-hours; `lost` of those `used` were computed and thrown away by interruptions."""
+
+    used: float
+    lost: float
+
+    def __str__(self) -> str:
+        return f"GPU-hours: {self.used:.2f} used, {self.lost:.2f} of them lost to interruptions"
+
+
+def gpu_hours(attempts: Iterable[Attempt]) -> GpuHours:
+    """What the starts took: the one count that the status, the report and the card show."""
     used = lost = 0.0
     for attempt in attempts:
         used += attempt.gpus * (last_seen(attempt) - attempt.started)
         lost += attempt.gpus * attempt.lost
-    return used / 3600, lost / 3600
+    return GpuHours(used / 3600, lost / 3600)

@@ -18,7 +18,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.progress import plain, say
-from yelp_hpc.publishing.card import GpuHours, base_model_id, model_card
+from yelp_hpc.publishing.card import base_model_id, model_card
 from yelp_hpc.publishing.hub import Backoff, HubFile, Published, Target, publish_files
 from yelp_hpc.publishing.public import (
     TOKENIZER_FILES,
@@ -191,11 +191,10 @@ def portable_adapter_config(paths: RunPaths, config: Config) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def gpu_hours(paths: RunPaths) -> GpuHours | None:
-    """GPU-hours of the starts of train that the supervisor recorded; None without a GPU."""
-    ended = (attempt for attempt in attempts.read(paths, "train") if attempt.ended)
-    used, lost = attempts.gpu_hours(ended)
-    return GpuHours(used, lost) if used else None
+def gpu_hours(paths: RunPaths) -> attempts.GpuHours | None:
+    """GPU-hours of the run, without this very stage: None without a GPU."""
+    found = attempts.gpu_hours(a for a in attempts.of_run(paths) if a.name != "publish")
+    return found if found.used else None
 
 
 def refuse_secrets(files: Sequence[HubFile]) -> None:

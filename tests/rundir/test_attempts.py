@@ -1,0 +1,87 @@
+"""Starts of jobs: one reader, so that the status, the report and the card say the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fabricated import make_run
+from yelp_hpc.config import Config
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.status import show_status
+from yelp_hpc.jobs.supervisor import _begin
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.attempts import Attempt
+from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.stages.collect import collect
+from yelp_hpc.stages.publish import gpu_hours
+
+START = 1_700_000_000.0
+SENTENCE = "GPU-hours: 3.50 used, 1.00 of them lost to interruptions"
+
+
+@pytest.fixture
+def killed_once(tmp_path: Path) -> tuple[RunPaths, Config]:
+    """A start on two GPUs that was killed after an hour, half of which had been saved."""
+    run, config = make_run(tmp_path)
+    for path in run.attempts.glob("*/*.json"):
+        path.unlink()
+    killed = Attempt("train", "7", 0, gpus=2, started=START)
+    attempts.write(run, killed)
+    os.utime(killed.path(run), (START + 3600, START + 3600))
+    kept = run.checkpoints / "step-000010" / "state.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    for path in run.train.rglob("*"):
+        os.utime(path, (START + 1800, START + 1800))
+    return run, config
+
+
+def test_a_killed_and_a_good_start_cost_the_same_everywhere(
+    killed_once: tuple[RunPaths, Config],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, config = killed_once
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again, as another job
+    cluster = ClusterConfig.model_validate({"train": {"gpus": 2}})
+    good = _begin(run, cluster, Job("train"), (("train/x", 1, int((START + 1800) * 1e9)),))
+    good.started, good.ended, good.verdict = START + 7200, START + 7200 + 2700, "done"
+    attempts.write(run, good)
+    show_status(run.root)
+    assert SENTENCE in capsys.readouterr().out
+    show_status(run.root, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["gpu_hours"] == pytest.approx({"used": 3.5, "lost": 1.0})
+    collect(run, config)
+    assert SENTENCE in run.report.read_text()
+    assert str(gpu_hours(run)) == SENTENCE
+
+
+def test_a_start_that_still_beats_is_not_taken_for_dead(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    now = time.time()
+    for task, age in (((0, 1), 5.0), ((2,), 500.0), ((3,), 500.0)):
+        start = Attempt("infer-base", f"9_{task[0]}", 0, task, started=now - 1000)
+        attempts.write(run, start)
+        os.utime(start.path(run), (now - age, now - age))
+    dead = attempts.killed(run, "infer-base", "10", (1, 2))
+    assert [attempt.task for attempt in dead] == [(2,)]
+    assert [a.job for a in attempts.killed(run, "infer-base", "9_0", (0, 1))] == ["9_0"]
+
+
+def test_shards_are_text_in_the_file_and_numbers_in_memory(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    attempts.write(run, Attempt("infer-base", "9_0", 0, (0, 1, 12)))
+    (path,) = run.attempts.glob("*/*.json")
+    assert json.loads(path.read_text())["shards"] == "0,1,12"
+    (back,) = attempts.read(run, "infer-base")
+    assert back.task == (0, 1, 12)
+    path.write_text(path.read_text().replace("0,1,12", "0,x"))
+    assert attempts.of_run(run) == []
