@@ -7,10 +7,11 @@ directory and what is live from Slurm; writes RUN/submissions.jsonl, RUN/code an
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from yelp_hpc.config import Config
@@ -20,15 +21,17 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import local_alive, run_chain
+from yelp_hpc.jobs.preflight import require_sound_request
 from yelp_hpc.jobs.progress import stage_done
+from yelp_hpc.jobs.slurm import require_sbatch
 from yelp_hpc.jobs.snapshot import exposed, read_settings
 from yelp_hpc.jobs.submission import Submission, new_submission, record, records
 from yelp_hpc.progress import plain
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.files import open_log
+from yelp_hpc.rundir.files import open_log, write_bytes
 from yelp_hpc.rundir.locks import locked
-from yelp_hpc.rundir.manifest import update_run
+from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.paths import STAGES, RunPaths
 
 WAIT_SECONDS = 3.0
@@ -70,6 +73,7 @@ def submit(
     executor: str = "slurm",
     dry_run: bool = False,
     wait: bool = False,
+    asked: Asked | None = None,
     say: Callable[[str], None] = tell,
 ) -> list[Submission]:
     """Submit what is still to be done of `stage` (or `all`); [] when there is nothing.
@@ -77,29 +81,48 @@ def submit(
     On Slurm this returns at once, unless `wait`. Locally there is no queue to hand the chain to:
     it runs here, one supervisor after the other, to its end. Either every job is submitted or none.
 
+    Args:
+        asked: what run.json records, once nothing speaks against the request; None: run.json is
+            there already.
+
     Raises:
-        RequestError: the run's name cannot be used, a stage is running already, an earlier stage
-            is missing, Slurm refuses the request.
+        RequestError: the run's name cannot be used, a stage is running already, an earlier stage,
+            the model, the data, the image or a package is missing, the run directory was made with
+            another configuration, Slurm refuses the request. Nothing was written then.
         StageError: the controller does not answer; locally or with `wait`: a stage failed.
         SavedForRequeue: locally: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
     cluster = with_inputs(cluster, config, paths.root)
+    with_slurm = executor == "slurm" and not dry_run  # what --dry-run shows needs no Slurm
+    live = _live(paths, with_slurm)
+    if asked:
+        check_asked(paths.root, asked, _stages(live))
     planned = plan(stage, config, paths, cluster)
+    if stage == "publish" and config.publish.repo_id is None:
+        raise RequestError(_NO_REPOSITORY)
+    _refuse_running(planned, live)
+    _refuse_missing(planned, config, paths, live)
+    require_sound_request(planned, config, cluster, executor)
+    if not planned:
+        if asked and not dry_run:
+            asked.record(paths.root)
+        say(f"{stage}: nothing to do, everything is there")
+        return []
     if dry_run:
         dry = list(_dry(planned, paths, cluster, executor))
         for submission in dry:
             print(plain(f"# {submission.name}\n{submission.script}\n$ {submission.command}\n"))
         return dry
-    if not planned:
-        say(f"{stage}: nothing to do, everything is there")
-        return []
+    if executor == "slurm":
+        require_sbatch()
     for warning in exposed(paths):
         say(f"warning: {warning}")
-    with locked(paths.lock("submit")):  # one submission at a time
-        live = _live(paths, with_slurm=executor == "slurm")
+    with locked(paths.lock("submit")), _undone(paths):  # one submission at a time
+        live = _live(paths, with_slurm)  # another may have been faster
         _refuse_running(planned, live)
-        _refuse_missing(planned, config, paths, live)
+        if asked:
+            asked.record(paths.root, _stages(live))
         if executor == "slurm":
             submissions = _submit_slurm(planned, paths, cluster, live, say)
     if executor == "local":
@@ -110,6 +133,32 @@ def submit(
         if any(job.stage == "collect" for job in planned):
             say(last_words(paths.stage_log("collect")))
     return submissions
+
+
+_NO_REPOSITORY = (
+    "publish.repo_id is not set, so there is nowhere to publish to: add "
+    "`--set publish.repo_id=OWNER/NAME`, or write it into the config"
+)
+
+
+def _stages(live: Mapping[str, str]) -> dict[str, str]:
+    """Stage → its live job."""
+    return {name.partition("-")[0]: job for name, job in live.items()}
+
+
+@contextmanager
+def _undone(paths: RunPaths) -> Iterator[None]:
+    """When the request is refused after all, the run directory is as it was before."""
+    before = paths.run_json.read_bytes() if paths.run_json.exists() else None
+    new = not any(path.name != "logs" for path in paths.root.iterdir())
+    try:
+        yield
+    except RequestError:
+        if new and not records(paths):  # nothing but what this submission wrote
+            shutil.rmtree(paths.root, ignore_errors=True)
+        elif before is not None:
+            write_bytes(paths.run_json, before)
+        raise
 
 
 def last_words(log: Path) -> str:
@@ -221,11 +270,11 @@ def _refuse_missing(
 ) -> None:
     names = {job.name for job in planned}
     for job in planned:
-        for kind, need in job.after:
+        for _, need in job.after:
             stage, _, model = need.partition("-")
-            if kind != "afterok" or need in names or need in live:
+            if need in names or need in live:
                 continue
-            if not stage_done(paths, stage, model, config.infer.shards):
+            if not stage_done(paths, config, stage, model):
                 raise RequestError(
                     f"{job.name} needs {need}, which is neither done nor submitted: "
                     f"`python -m yelp_hpc submit {stage}` or `submit all`"

@@ -9,8 +9,7 @@ from __future__ import annotations
 from yelp_hpc.config import Config
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
-from yelp_hpc.jobs.progress import fingerprint, newest, shards_done
-from yelp_hpc.rundir.collected import collected
+from yelp_hpc.jobs.progress import fingerprint, made_with, newest, shards_done
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -23,9 +22,9 @@ def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
 
 def _up_to_date(config: Config, paths: RunPaths) -> bool:
     shards = config.infer.shards
-    if not collected(paths):
+    if not made_with(paths, config, "collect"):
         return False
     if any(len(shards_done(paths, m, shards)) < shards for m in config.infer.models):
         return False
-    made = [newest(fingerprint(paths, "infer", m, ())) or 0.0 for m in config.infer.models]
-    return max(made) <= paths.metrics.stat().st_mtime
+    times = [newest(fingerprint(paths, "infer", m, ())) or 0.0 for m in config.infer.models]
+    return max(times) <= paths.metrics.stat().st_mtime

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.image.file import image_sha256
 from yelp_hpc.jobs.cluster import ClusterConfig, minutes
 from yelp_hpc.jobs.job import Job, job_name
-from yelp_hpc.jobs.slurm import TOKENS, clean_environment
+from yelp_hpc.jobs.slurm import TOKENS, clean_environment, require_sbatch
 from yelp_hpc.jobs.snapshot import check_line, freeze_settings, private_pickles, require_frozen
 from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
@@ -171,11 +170,7 @@ def submit_slurm(
         RequestError: Slurm refuses the request; its own message and the key to change are shown.
         StageError: the controller cannot be reached.
     """
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise RequestError(
-            "sbatch is not installed on this machine: log in to a node of the cluster, or use "
-            "--executor local"
-        )
+    require_sbatch()
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 

@@ -6,6 +6,7 @@ More missing shards than the site's MaxArraySize are packed, neighbours into one
 from __future__ import annotations
 
 from yelp_hpc.config import Config
+from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.inference.shards import missing_shards
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job, pack
@@ -17,7 +18,8 @@ def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
     """An array for each model with shards to do."""
     planned = []
     for model in config.infer.models:
-        done = shards_done(paths, model, config.infer.shards)
+        identity = wanted(paths, config, model).identity
+        done = shards_done(paths, model, config.infer.shards, identity)
         missing = missing_shards(done, config.infer.shards)
         # task ids run from 0 to MaxArraySize - 1
         tasks = pack(missing, cluster.max_array_size)

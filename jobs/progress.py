@@ -12,7 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.config import Config
 from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.inference.provenance import wanted
+from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.collected import collected
 from yelp_hpc.rundir.files import is_complete, read_marker, read_object
 from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
@@ -35,19 +38,28 @@ def _marked(folder: Path, careful: bool) -> bool:
     return is_complete(folder) if careful else read_marker(folder) is not None
 
 
-def shards_done(paths: RunPaths, model: str, shards: int) -> list[int]:
-    """The finished shards of `model`; a shard's file is whole or absent."""
+def shards_done(paths: RunPaths, model: str, shards: int, identity: str | None = None) -> list[int]:
+    """The finished shards of `model`; a shard's file is whole or absent.
+
+    Args:
+        identity: what they must have been made with (`Provenance.identity`), as far as they say;
+            None: whatever it was.
+    """
     try:
         found = [shard_of(path) for path in paths.predictions(model).iterdir()]
     except OSError:
         return []
-    return sorted(item[0] for item in found if item and item[1] == shards)
+    done = sorted(item[0] for item in found if item and item[1] == shards)
+    if identity is None:
+        return done
+    said = shards_progress(paths, model, shards)
+    return [k for k in done if said.get(k, {}).get("identity") in (identity, None)]
 
 
 def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[str, Any]]:
     """What each shard that ever began says of itself, by shard.
 
-    `state`, `rows`, `done`, `rows_per_second`, `updated` (seconds since the epoch).
+    `state`, `rows`, `done`, `rows_per_second`, `updated` (seconds since the epoch), `identity`.
     """
     found = {}
     for shard in range(shards):
@@ -59,15 +71,29 @@ def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[
     return found
 
 
-def stage_done(paths: RunPaths, stage: str, model: str = "", shards: int = 0) -> bool:
-    """Whether a stage has nothing left to do, cheaply."""
+def stage_done(paths: RunPaths, config: Config, stage: str, model: str = "") -> bool:
+    """Whether a stage has nothing left to do with these settings, cheaply."""
     if stage == "prepare":
         return prepared(paths, careful=False)
     if stage == "train":
         return trained(paths, careful=False)
     if stage == "infer":
-        return len(shards_done(paths, model, shards)) == shards
-    return collected(paths) if stage == "collect" else paths.published.exists()
+        shards, identity = config.infer.shards, wanted(paths, config, model).identity
+        return len(shards_done(paths, model, shards, identity)) == shards
+    return made_with(paths, config, stage)
+
+
+def made_with(paths: RunPaths, config: Config, stage: str) -> bool:
+    """Whether `collect` or `publish` is done, as far as its record says with these settings."""
+    record = paths.metrics if stage == "collect" else paths.published
+    if not (collected(paths) if stage == "collect" else record.exists()):
+        return False
+    try:
+        found = read_object(record)
+        made = (found.get("method") or {} if stage == "collect" else found).get("settings")
+    except (YelpHpcError, AttributeError):
+        return True
+    return made in (None, settings_of(config, stage))
 
 
 def fingerprint(paths: RunPaths, stage: str, model: str, task: Task) -> Fingerprint:

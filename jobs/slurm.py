@@ -7,6 +7,7 @@ of the cluster, and its schema changes from release to release.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,6 +198,15 @@ def clean_environment() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+def require_sbatch() -> None:
+    """Raises RequestError where nothing can be submitted from."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise RequestError(
+            "sbatch is not installed on this machine: log in to a node of the cluster, or use "
+            "--executor local"
+        )
 
 
 def without_tokens(env: Mapping[str, str]) -> dict[str, str]:

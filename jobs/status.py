@@ -89,7 +89,7 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
         names.append("publish")
     for name in names:
         stage, _, model = name.partition("-")
-        done_by_marker[name] = stage_done(paths, stage, model, config.infer.shards)
+        done_by_marker[name] = stage_done(paths, config, stage, model)
     living = {row.parent for row in queued}
     gone = [
         record["job"]

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from yelp_hpc.errors import SavedForRequeue, StageError, YelpHpcError
+from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv, stage_environment
@@ -184,8 +185,13 @@ def _run(
         token = hub_token(env, load_run(paths.root)[1].publish.token_file)
     failed: list[str] = []
     cap = cluster.requeue_cap
+    done: list[int] = []
+    if job.stage == "infer":
+        config = load_run(paths.root)[1]
+        identity = wanted(paths, config, job.model).identity
+        done = shards_done(paths, job.model, config.infer.shards, identity)
     for shard in job.tasks[0] or (None,):
-        if shard is not None and shard in _done(paths, job, shard):
+        if shard in done:
             continue
         arguments = stage_argv(job.stage, paths.root, job.model, shard)
         argv = command(cluster, paths.root, arguments, env)
@@ -213,12 +219,6 @@ def _run(
 def _moved(paths: RunPaths, job: Job, attempt: Attempt) -> bool:
     """Whether this attempt has changed anything that counts as progress."""
     return digest(fingerprint(paths, job.stage, job.model, job.tasks[0])) != attempt.before
-
-
-def _done(paths: RunPaths, job: Job, shard: int) -> list[int]:
-    for path in paths.predictions(job.model).glob(f"shard-{shard:04d}-of-*.parquet"):
-        return shards_done(paths, job.model, int(path.stem.rpartition("-")[2]))
-    return []
 
 
 def _process(

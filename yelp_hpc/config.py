@@ -202,6 +202,15 @@ class TrainConfig(Frozen):
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
 
 
+FREE_TRAIN_SETTINGS = frozenset(
+    {
+        *("max_tokens", "gradient_checkpointing", "compile", "nproc", "log_every", "tensorboard"),
+        *("save_every_steps", "save_every_minutes", "keep_checkpoints"),
+    }
+)
+"""Keys of `train` that change speed, saving or what is shown, but not what is learnt."""
+
+
 class InferConfig(Frozen):
     """Predictions on the test set."""
 

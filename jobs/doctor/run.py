@@ -16,7 +16,8 @@ from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, command, confi
 from yelp_hpc.jobs.doctor.probes import seen
 from yelp_hpc.jobs.doctor.request import Inputs, Request, needed_paths, visible
 from yelp_hpc.jobs.snapshot import exposed
-from yelp_hpc.rundir.manifest import absolute_paths, differences
+from yelp_hpc.rundir.changes import differences, refused_changes
+from yelp_hpc.rundir.manifest import absolute_paths
 from yelp_hpc.rundir.paths import RunPaths
 
 SKEW_SECONDS, SKEW_LIMIT = 5.0, 120.0
@@ -37,7 +38,8 @@ def check_run(request: Request) -> Iterator[Finding]:
     if request.config:
         before = request.recorded("config")["resolved"]
         now = absolute_paths(request.config).model_dump(mode="json")
-        changed = [d for d in differences(before, now) if not d[0].startswith("publish.")]
+        run = RunPaths(request.run)
+        changed = [d for d in differences(before, now) if refused_changes(run, [d])]
         if changed:
             key, old, new = changed[0]
             text = f"{request.run} was made with {key} {old!r}, the config says {new!r}"

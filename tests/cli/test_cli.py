@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from yelp_hpc.config import load_config
+from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
+from yelp_hpc.rundir.files import MARKER, write_json
 from yelp_hpc.rundir.manifest import load_run, record_run
+from yelp_hpc.rundir.paths import RunPaths
 
 GOOD = "model: {path: somewhere}\ndata: {source: file, train: reviews.csv, test_rows: 5}\n"
 
@@ -56,16 +59,45 @@ def test_config_show_names_origins(tmp_path: Path) -> None:
     assert shown["config"]["train"]["epochs"] == 1
 
 
-def test_a_run_directory_of_another_config_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_key_is_locked_by_the_finished_stage_that_read_it(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(GOOD)
-    loaded = load_config(tmp_path / "c.yaml")
-    record_run(tmp_path / "run", loaded, "c.yaml", [])
-    before = (tmp_path / "run/run.json").read_bytes()
-    record_run(tmp_path / "run", loaded, "c.yaml", [])  # the same again is fine
-    other = load_config(tmp_path / "c.yaml", ["lora.rank=4", "seed=1"])
-    with pytest.raises(RequestError, match=r"lora.rank: 8 .* 4 now[\s\S]*seed: 42"):
-        record_run(tmp_path / "run", other, "c.yaml", [])
-    assert (tmp_path / "run/run.json").read_bytes() == before
+    run = RunPaths(tmp_path / "run")
+
+    def record(*changes: str) -> Config:
+        record_run(run.root, load_config(tmp_path / "c.yaml", changes), "c.yaml", changes)
+        return load_run(run.root)[1]
+
+    def refused(*changes: str) -> str:
+        before = run.run_json.read_bytes()
+        with pytest.raises(RequestError) as error:
+            record(*changes)
+        assert run.run_json.read_bytes() == before
+        return str(error.value)
+
+    record()
+    assert record("lora.rank=4", "seed=1", "model.path=elsewhere").seed == 1  # nothing is done
+    assert json.loads(run.run_json.read_text())["model"]["path"] == "elsewhere"
+    record()
+    write_marker_of(run.prepare)
+    assert record("lora.rank=4").lora.rank == 4  # prepare has not read it
+    said = refused("data.cutoff=64", "seed=7")
+    assert re.search(r"data.cutoff: 1024 .* 64 now \(prepare is done", said) and "seed: 42" in said
+    (run.checkpoints / "step-000004").mkdir(parents=True)
+    assert "train has begun with it" in refused("lora.rank=8", "train.epochs=2")
+    write_marker_of(run.adapter)
+    said = refused("train.epochs=2", "lora.rank=4", "infer.mode=generate")
+    assert "train is done with it" in said and "infer.mode" not in said
+    free = ("lora.rank=4", "infer.mode=generate", "infer.shards=3", "collect.bootstrap=500",
+            "publish.repo_id=a/b", "train.log_every=5", "train.save_every_steps=7")  # fmt: skip
+    assert record(*free).infer.shards == 3
+    record_run(run.root, load_config(tmp_path / "c.yaml", free), "c.yaml", free, {"infer": "77"})
+    with pytest.raises(RequestError, match=r"infer\.shards: 3 .* 4 now .*job 77.*cancel"):
+        changed = load_config(tmp_path / "c.yaml", [*free, "infer.shards=4"])
+        record_run(run.root, changed, "c.yaml", [], {"infer": "77"})
+
+
+def write_marker_of(folder: Path) -> None:
+    write_json(folder / MARKER, {"files": {}})
 
 
 def test_publish_may_change_later(tmp_path: Path) -> None:

@@ -19,11 +19,15 @@ class FakeRun:
     def __init__(self, root: Path, shards: int, cluster: dict[str, Any], **plan: Any) -> None:
         self.root = root
         root.mkdir(parents=True)
-        (root / "run.json").write_text(json.dumps({"shards": shards}))
         self.plan(**plan)
-        self.config = Config.model_validate(
-            {"model": {"path": "x"}, "data": {"source": "demo"}, "infer": {"shards": shards}}
-        )
+        values = {
+            "model": {"path": "demo:smollm2-135m"},
+            "data": {"source": "demo"},
+            "infer": {"shards": shards},
+        }
+        self.config = Config.model_validate(values)
+        record = {"shards": shards, "config": {"resolved": self.config.model_dump(mode="json")}}
+        (root / "run.json").write_text(json.dumps(record))
         self.cluster = ClusterConfig.model_validate(
             {"command": [sys.executable, str(FAKE)], **cluster}
         )

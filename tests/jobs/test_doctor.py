@@ -27,6 +27,8 @@ from yelp_hpc.jobs.doctor.machine import check_machine
 from yelp_hpc.jobs.doctor.probes import folder, model_problem, quotas, seen
 from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request
 from yelp_hpc.jobs.doctor.run import binds_line, check_inputs, check_visit
+from yelp_hpc.rundir.files import MARKER, write_json
+from yelp_hpc.rundir.paths import RunPaths
 
 Change = Callable[[Site], object]
 
@@ -106,6 +108,10 @@ def both(*changes: Change) -> Change:
             one(site)
 
     return change
+
+
+def trained(site: Site) -> None:
+    write_json(RunPaths(site.run).adapter / MARKER, {"files": {}})
 
 
 def nproc(count: int) -> Change:
@@ -266,8 +272,8 @@ HOST = [
     Case("run's name", lambda site: setattr(site, "run", site.root / "a:b"), "run", "failure",
          "holds ':'", "runs/NAME", lambda site: setattr(site, "run", site.root / "ab")),
     Case("run of another config",
-         record_then(lambda site: site.overrides.append("lora.rank=4")), "run", "failure",
-         "lora.rank 8, the config says 4", "--set lora.rank=8"),
+         record_then(both(trained, lambda site: site.overrides.append("lora.rank=4"))),
+         "run", "failure", "lora.rank 8, the config says 4", "--set lora.rank=8"),
     Case("packages have changed", both(put(container=None), record_then(
         lambda site: (site.run / "run.json").write_text(json.dumps({
             **json.loads((site.run / "run.json").read_text()), "packages": {"torch": "1.0"}})) and

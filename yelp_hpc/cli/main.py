@@ -112,12 +112,10 @@ def submit(
     from yelp_hpc.config import load_config
     from yelp_hpc.jobs.chain import submit as submit_jobs
     from yelp_hpc.jobs.cluster import load_cluster
-    from yelp_hpc.rundir.manifest import record_run
+    from yelp_hpc.rundir.manifest import Asked
 
     loaded = load_config(config_file, overrides)
     cluster_config = load_cluster(cluster)
-    if not dry_run:
-        record_run(run_dir, loaded, config_file, list(overrides))
     submit_jobs(
         stage,
         Path(run_dir).resolve(),
@@ -126,6 +124,7 @@ def submit(
         executor=executor,
         dry_run=dry_run,
         wait=wait,
+        asked=Asked(loaded, config_file, overrides),
     )
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.metrics import Counts
+from yelp_hpc.inference.provenance import Provenance
 from yelp_hpc.inference.shard_files import provenance_of
 from yelp_hpc.inference.shards import missing_shards, spans
 from yelp_hpc.progress import track
@@ -121,6 +122,8 @@ class Coverage:
     model: str
     shards: int
     test: TestSet
+    made_with: Provenance | None = None
+    """What the shards must say of themselves, as far as they say anything."""
     codes: NDArray[np.int16] = field(init=False)
     """`[rows]`: each test row's column of the tally, or MISSING."""
     damaged: dict[int, str] = field(default_factory=dict)
@@ -156,6 +159,8 @@ class Coverage:
                 identity = identity or made.get("identity", "")
                 if identity and made.get("identity") != identity:
                     raise ValueError("made with another model, adapter or setting than the rest")
+                if self.made_with and (other := self.made_with.unlike(made)):
+                    raise ValueError(f"made with {other}")
                 columns = ["row", "label", "prediction", "scores"]
                 for batch in file.iter_batches(_BATCH, columns=columns):
                     yield from self._take(batch, path, shard)

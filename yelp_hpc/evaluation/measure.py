@@ -23,6 +23,9 @@ from yelp_hpc.evaluation.significance import (
     mcnemar,
     paired_statistics,
 )
+from yelp_hpc.inference.provenance import wanted
+from yelp_hpc.rundir.changes import settings_of
+from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 
 PUBLISHED = {
@@ -36,14 +39,19 @@ def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, 
     """The content of metrics.json from the shards; writes nothing.
 
     Raises:
-        StageError: a test row is missing or doubled, a shard is torn or of another test set; the
-            message names them and the commands that mend it.
+        StageError: a test row is missing or doubled, a shard is torn or of another test set, model,
+            adapter or setting, the adapter is another run's; the message names them and the
+            commands that mend it.
     """
+    if "tuned" in config.infer.models:
+        require_own_adapter(paths, config)
     task = config.task
     test = read_test_set(paths.split("test"), len(task.labels))
     counted: dict[str, Counting] = {}
     for name in sorted(config.infer.models):
-        counted[name] = Counting(Coverage(paths, name, config.infer.shards, test), config)
+        made_with = wanted(paths, config, name)
+        coverage = Coverage(paths, name, config.infer.shards, test, made_with)
+        counted[name] = Counting(coverage, config)
         counted[name].read()
     refuse_unless_complete([counting.coverage for counting in counted.values()])
     metrics: dict[str, Any] = {
@@ -67,6 +75,7 @@ def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, 
         "resamples": config.collect.bootstrap,
         "seed": config.seed,
         "calibration_bins": config.collect.calibration_bins,
+        "settings": settings_of(config, "collect"),
     }
     return metrics, counted
 

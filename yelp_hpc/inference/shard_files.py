@@ -10,10 +10,8 @@ as schema metadata. Reads the prepared test set; reads and writes `infer/MODEL/s
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from yelp_hpc.errors import StageError
+from yelp_hpc.inference.provenance import PREFIX, Provenance
 from yelp_hpc.rundir.files import atomic_path, sha256_file
-
-PREFIX = "yelp_hpc."
-"""Of every metadata key: see `provenance_of`."""
 
 SCHEMA = pa.schema(
     [
@@ -37,34 +33,6 @@ SCHEMA = pa.schema(
 )
 
 _PART = re.compile(r"part-(\d{5})-(\d{5})-([0-9a-f]{16})\.parquet")
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the predictions of a shard depend on; shards of one run share all of it."""
-
-    model: str
-    mode: str
-    precision: str
-    max_new_tokens: int | None
-    base_model: str
-    """Fingerprint of the base weights."""
-    adapter_sha256: str
-    """Of the adapter's weights; "" for the base model."""
-    test_sha256: str
-    """Of prepare/test.parquet."""
-
-    @property
-    def identity(self) -> str:
-        """Hexadecimal SHA-256 of all of it."""
-        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
-
-    def metadata(self) -> dict[str, str]:
-        """Schema metadata: `yelp_hpc.<field>` and `yelp_hpc.identity`."""
-        fields = {
-            PREFIX + name: "" if value is None else str(value) for name, value in vars(self).items()
-        }
-        return {**fields, PREFIX + "identity": self.identity}
 
 
 def provenance_of(schema: pa.Schema) -> dict[str, str]:

@@ -15,10 +15,10 @@ import yaml
 
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import read_json, read_jsonl, read_marker, write_bytes
 from yelp_hpc.rundir.manifest import (
     code_state,
-    differences,
     package_versions,
     record_run,
     update_run,

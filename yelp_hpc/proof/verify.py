@@ -16,13 +16,14 @@ from typing import Any
 
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import StageError
+from yelp_hpc.inference.provenance import PREFIX, wanted
+from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
-from yelp_hpc.rundir.manifest import differences
+from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
 from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
 
 TOLERANCE = 1e-9
 """Of a recomputed figure; sums over shards may be taken in another order."""
-WEIGHTS = "adapter_model.safetensors"
 
 
 def verify(run: RunPaths) -> list[str]:
@@ -84,41 +85,7 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
 
 def _trained(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
     """The adapter was trained with run.json's configuration and prepare's data."""
-    marker = read_marker(run.adapter)
-    if marker is None:
-        return  # said by damaged_files
-    if WEIGHTS not in marker["files"]:
-        yield f"{run.adapter / 'complete.json'}: does not cover {WEIGHTS}"
-    trained = marker.get("fingerprint")
-    if not isinstance(trained, dict):
-        yield f"{run.adapter / 'complete.json'}: holds no fingerprint of the training"
-        return
-    wanted = {
-        "seed": config.seed,
-        "model": config.model.model_dump(mode="json"),
-        "lora": config.lora.model_dump(mode="json"),
-        "train": {
-            key: value
-            for key, value in config.train.model_dump(mode="json").items()
-            if key in (trained.get("train") or {})
-        },
-    }
-    for key, old, new in differences({k: trained.get(k) for k in wanted}, wanted):
-        yield f"{run.run_json}: {key} is {new!r}, the adapter was trained with {old!r}"
-    hashes = trained.get("data") or {}
-    for name, path in (
-        ("train", run.split("train")),
-        ("validation", run.split("validation")),
-        ("tokens", run.tokens),
-    ):
-        if path.is_file() and hashes.get(name) != sha256_file(path):
-            yield f"{path}: is not what the adapter was trained on (SHA-256 differs)"
-    shape_path = run.adapter / "adapter_config.json"
-    if shape_path.is_file():
-        shape = read_json(shape_path)
-        for key, mine in (("r", config.lora.rank), ("lora_alpha", config.lora.alpha)):
-            if shape.get(key) != mine:
-                yield f"{shape_path}: {key} is {shape.get(key)!r}, run.json says {mine!r}"
+    yield from foreign_adapter(run, config)
 
 
 def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
@@ -192,10 +159,12 @@ def _shard(
     except (OSError, pa.ArrowException, ValueError) as error:
         yield f"{path}: is torn or altered ({str(error).splitlines()[0]})"
         return
-    wanted = _provenance(run, config, model)
     if origin.get("identity") != _identity(origin):
         yield f"{path}: its provenance was altered (it does not hash to its identity)"
-    for key, value in wanted.items():
+    for name, value in wanted(run, config, model).metadata().items():
+        key = name.removeprefix(PREFIX)
+        if key in ("base_model", "identity"):
+            continue  # `_base_weights` says it better
         if origin.get(key) != value:
             yield f"{path}: {key} is {origin.get(key)!r}, this run has {value!r}"
     columns = [table[name].to_pylist() for name in ("row", "label", "prediction", "scores", "text")]
@@ -224,24 +193,6 @@ def _follows(prediction: int | None, scores: Any, text: str | None, config: Conf
     if not scores or len(scores) != len(config.task.labels) or not all(map(math.isfinite, scores)):
         return False
     return bool(prediction == scores.index(max(scores)))
-
-
-def _provenance(run: RunPaths, config: Config, model: str) -> dict[str, str]:
-    """What a shard's metadata must say, by field of `shard_files.Provenance`.
-
-    The base weights are left to `_base_weights`.
-    """
-    prepared = (read_marker(run.prepare) or {"files": {}})["files"]
-    adapter = (read_marker(run.adapter) or {"files": {}})["files"]
-    limit = config.infer.max_new_tokens if config.infer.mode == "generate" else ""
-    return {
-        "model": model,
-        "mode": config.infer.mode,
-        "precision": config.infer.precision,
-        "max_new_tokens": str(limit),
-        "adapter_sha256": adapter.get(WEIGHTS, "") if model == "tuned" else "",
-        "test_sha256": prepared.get(run.split("test").name, ""),
-    }
 
 
 def _identity(origin: Mapping[str, str]) -> str:

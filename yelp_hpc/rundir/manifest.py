@@ -1,7 +1,7 @@
 """run.json: what was asked for and with what, so that a stranger can ask for the same again.
 
-Written when a run directory is first submitted to; a run directory made with another
-configuration is refused, never overwritten.
+Written when a run directory is first submitted to. Later only those keys change that no finished
+stage has read (`changes`); another is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
-from yelp_hpc.rundir.files import read_json, read_object, sweep, write_json
+from yelp_hpc.rundir.changes import differences, refused_changes
+from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -47,58 +49,99 @@ def load_run(root: str | Path) -> tuple[RunPaths, Config]:
         raise RequestError(f"{run.run_json} cannot be used: {error}") from None
 
 
-def record_run(root: str | Path, loaded: LoadedConfig, file: str, overrides: list[str]) -> RunPaths:
-    """Write run.json, or check that the one that is there asks for the same.
+@dataclass(frozen=True)
+class Asked:
+    """A configuration and how it was asked for."""
+
+    loaded: LoadedConfig
+    file: str
+    overrides: Sequence[str] = ()
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The configuration as run.json holds it."""
+        return absolute_paths(self.loaded.config).model_dump(mode="json")
+
+    def record(self, root: str | Path, live: Mapping[str, str] | None = None) -> RunPaths:
+        """See `record_run`."""
+        return record_run(root, self.loaded, self.file, self.overrides, live)
+
+
+def check_asked(
+    root: str | Path, asked: Asked, live: Mapping[str, str] | None = None
+) -> list[tuple[str, Any, Any]]:
+    """The keys that a run directory's configuration would change in: dotted key, old, new value.
+
+    Args:
+        live: stage → its job, of what is submitted and has not ended.
 
     Sweeps what killed writers left in the run directory's top.
 
     Raises:
-        RequestError: the run directory was made with another configuration; each differing key is
-            named with both values.
+        RequestError: a stage that is done with a key, or has begun, would not be done again; each
+            such key is named with both values and the stage.
     """
     run = RunPaths(Path(root).resolve())
-    resolved = absolute_paths(loaded.config).model_dump(mode="json")
+    if not run.run_json.exists():
+        return []
+    try:
+        before = read_json(run.run_json)["config"]["resolved"]
+    except (KeyError, TypeError, IndexError):
+        raise RequestError(
+            f"{run.run_json} holds no configuration; name another --run directory, or move "
+            "this one away"
+        ) from None
+    changed = list(differences(before, asked.resolved))
+    if refused := refused_changes(run, changed, live):
+        raise RequestError(
+            all_problems(f"{run.root} was made with another configuration:", refused)
+            + "\nName another --run directory, or give the configuration it was made with."
+        )
+    return changed
+
+
+def record_run(
+    root: str | Path,
+    loaded: LoadedConfig,
+    file: str,
+    overrides: Sequence[str],
+    live: Mapping[str, str] | None = None,
+) -> RunPaths:
+    """Write run.json, or into the one that is there the keys that may still change.
+
+    Sweeps what killed writers left in the run directory's top.
+
+    Raises:
+        RequestError: as `check_asked` does.
+    """
+    run, asked = RunPaths(Path(root).resolve()), Asked(loaded, str(file), overrides)
+    changed = check_asked(root, asked, live)
     sweep(run.root)
+    resolved = asked.resolved
+    model = {key: resolved["model"][key] for key in ("path", "revision")}
+    config = {
+        "file": asked.file,
+        "overrides": list(overrides),
+        "given": loaded.given,
+        "resolved": resolved,
+    }
     if run.run_json.exists():
-        existing = read_json(run.run_json)
-        try:
-            before = existing["config"]["resolved"]
-        except (KeyError, TypeError, IndexError):
-            raise RequestError(
-                f"{run.run_json} holds no configuration; name another --run directory, or move "
-                "this one away"
-            ) from None
-        changed = [
-            f"{key}: {old!r} in the run directory, {new!r} now"
-            for key, old, new in differences(before, resolved)
-            if not key.startswith("publish.")  # changes no result
-        ]
         if changed:
-            raise RequestError(
-                all_problems(f"{run.root} was made with another configuration:", changed)
-                + "\nName another --run directory, or give the configuration it was made with."
-            )
-        if before.get("publish") != resolved["publish"]:
-            existing["config"]["resolved"]["publish"] = resolved["publish"]
-            update_run(run, config=existing["config"])
+            again = {} if read_marker(run.prepare) else {"model": model, "data": None}
+            update_run(run, config=config, seed=loaded.config.seed, **again)
         return run
     write_json(
         run.run_json,
         {
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "config": {
-                "file": str(file),
-                "overrides": overrides,
-                "given": loaded.given,
-                "resolved": resolved,
-            },
+            "config": config,
             "seed": loaded.config.seed,
             "code": code_state(),
             "python": platform.python_version(),
             "packages": package_versions(),
             "lock_sha256": lock_hashes(),
             "image": None,
-            "model": {"path": resolved["model"]["path"], "revision": resolved["model"]["revision"]},
+            "model": model,
             "data": None,
         },
     )
@@ -127,15 +170,6 @@ def absolute_paths(config: Config) -> Config:
             "model": config.model.model_copy(update=model),
         }
     )
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every leaf that differs between two nested dicts: dotted key, old and new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    elif old != new:
-        yield prefix.removesuffix("."), old, new
 
 
 def code_state() -> dict[str, Any]:

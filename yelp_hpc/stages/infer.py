@@ -24,8 +24,8 @@ import torch
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.inference.predictor import Predictor, load_predictor
+from yelp_hpc.inference.provenance import Provenance, wanted
 from yelp_hpc.inference.shard_files import (
-    Provenance,
     damage_of_part,
     damage_of_shard,
     parts_of,
@@ -40,7 +40,6 @@ from yelp_hpc.inference.shard_files import (
 from yelp_hpc.inference.shards import plan_shards, plan_windows
 from yelp_hpc.progress import say, track
 from yelp_hpc.rundir.files import (
-    MARKER,
     damaged_files,
     read_json,
     read_marker,
@@ -48,7 +47,8 @@ from yelp_hpc.rundir.files import (
     sweep,
     write_json,
 )
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.origin import require_own_adapter
+from yelp_hpc.rundir.paths import RunPaths, shard_of
 
 ModelName = Literal["base", "tuned"]
 
@@ -76,12 +76,13 @@ def run(
     tokens = read_json(paths.tokens)
     lengths = read_lengths(paths.split("test"))
     plan = plan_shards(lengths, shards)
-    wanted = range(shards) if shard is None else [shard]
+    asked = range(shards) if shard is None else [shard]
     sweep(paths.predictions(model), paths.shard_progress(model, 0, shards).parent)
-    unfinished = [k for k in wanted if not _is_finished(paths, model, k, plan, provenance)]
+    unfinished = [k for k in asked if not _is_finished(paths, model, k, plan, provenance)]
     if not unfinished:
         what = "all shards are" if shard is None else f"shard {shard} is"
         say(f"infer {model}: {what} done, nothing to do")
+        remove_other_divisions(paths, model, shards)
         return
 
     @cache
@@ -92,6 +93,7 @@ def run(
         for k in unfinished:
             job = _Shard(paths, config, model, k, plan[k], provenance, stop)
             job.finish(lengths, predictor)
+    remove_other_divisions(paths, model, shards)
 
 
 def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provenance:
@@ -109,28 +111,32 @@ def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provena
                 f"{path} is missing, torn or altered; run prepare first: "
                 f"python -m yelp_hpc run prepare --run {paths.root}"
             )
-    adapter = ""
     if model == "tuned":
         problems = damaged_files(paths.adapter)
-        trained = read_marker(paths.adapter)
-        if problems or trained is None:
+        if problems:
             raise StageError(
                 f"there is no complete adapter ({'; '.join(problems)}); run train first: "
                 f"python -m yelp_hpc run train --run {paths.root}"
             )
-        adapter = trained["files"].get("adapter_model.safetensors", "")
-        if not adapter:
-            raise StageError(f"{paths.adapter / MARKER} names no adapter_model.safetensors")
-    recorded = read_json(paths.run_json) if paths.run_json.is_file() else {}
-    return Provenance(
-        model=model,
-        mode=config.infer.mode,
-        precision=config.infer.precision,
-        max_new_tokens=config.infer.max_new_tokens if config.infer.mode == "generate" else None,
-        base_model=str((recorded.get("model") or {}).get("fingerprint") or config.model.path),
-        adapter_sha256=adapter,
-        test_sha256=files[paths.split("test").name],
-    )
+        require_own_adapter(paths, config)
+    return wanted(paths, config, model)
+
+
+def remove_other_divisions(paths: RunPaths, model: str, shards: int) -> None:
+    """Once every shard of this division is there, remove those of another number of shards.
+
+    They hold the same rows: whoever reads the folder would count them twice.
+    """
+    folder = paths.predictions(model)
+    found = {path: named for path in folder.glob("*.parquet") if (named := shard_of(path))}
+    others = sorted(path for path, named in found.items() if named[1] != shards)
+    if not others or sum(named[1] == shards for named in found.values()) < shards:
+        return
+    for path in others:
+        path.unlink(missing_ok=True)  # another task may be at it too
+        shard, count = found[path]
+        paths.shard_progress(model, shard, count).unlink(missing_ok=True)
+    say(f"infer {model}: removed {len(others)} shards of another division, now there are {shards}")
 
 
 @contextmanager
@@ -311,5 +317,6 @@ class _Shard:
             "done": self.done if state != "complete" else len(self.rows),
             "rows_per_second": round(computed / seconds, 3) if computed and seconds else None,
             "updated": time.time(),
+            "identity": self.provenance.identity,
         }
         write_json(self.progress, record)

@@ -31,6 +31,7 @@ from yelp_hpc.publishing.public import (
 from yelp_hpc.publishing.secrets import find_secrets
 from yelp_hpc.publishing.token import Token, find_token, redact
 from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.files import (
     MARKER,
     damaged_files,
@@ -82,7 +83,11 @@ def run(
         assert publish.repo_id is not None
         target = Target(publish.repo_id, publish.private, publish.branch, publish.pull_request)
         before = _read_published(paths)
+        settings = settings_of(config, "publish")
         if before.get("files") == describe_files(files) and before.get("target") == vars(target):
+            write_json(
+                paths.published, {**before, "settings": settings}
+            )  # the launcher looks at it
             say(
                 f"publish: already done, {before.get('url')} (commit {before.get('commit')}); "
                 f"delete {paths.published} to look at the Hub again"
@@ -102,7 +107,7 @@ def run(
         except OSError as error:
             # A fault outside the Hub's own errors; its text could quote a request.
             raise StageError(f"publish failed: {redact(error, token.secret)}") from None
-        write_json(paths.published, record(done, target, files))
+        write_json(paths.published, {**record(done, target, files), "settings": settings})
     where = done.pull_request or f"{done.url} (commit {done.commit})"
     say(f"publish: {'done' if done.committed else 'the Hub has all of it already'}, {where}")
 

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yelp_hpc.config import Config, config_from_dict
+from yelp_hpc.config import FREE_TRAIN_SETTINGS, Config, config_from_dict
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.own_files import own_module
 from yelp_hpc.ranks.launch import launch
@@ -33,19 +33,6 @@ from yelp_hpc.rundir.paths import RunPaths
 if TYPE_CHECKING:
     from yelp_hpc.ranks.world import World
     from yelp_hpc.training.loop import Training
-
-# Settings that change speed, saving or what is shown, but not what is learnt.
-FREE_SETTINGS = {
-    "max_tokens",
-    "gradient_checkpointing",
-    "compile",
-    "nproc",
-    "log_every",
-    "save_every_steps",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "tensorboard",
-}
 
 
 def run(paths: RunPaths, config: Config) -> None:
@@ -101,7 +88,7 @@ def check_request(paths: RunPaths, config: Config) -> None:
 
 def training_fingerprint(paths: RunPaths, config: Config) -> dict[str, Any]:
     """What a training depends on; a checkpoint of another one is never resumed."""
-    train = config.train.model_dump(mode="json", exclude=FREE_SETTINGS)
+    train = config.train.model_dump(mode="json", exclude=set(FREE_TRAIN_SETTINGS))
     return {
         "seed": config.seed,
         "model": config.model.model_dump(mode="json"),

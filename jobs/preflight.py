@@ -1,0 +1,127 @@
+"""What the login node can see of a submission, looked at before anything is written.
+
+Looks at the model's folder, the data files, the image, the Python that jobs would run on and the
+Hub token; writes nothing. `doctor` says the same, and more.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.publishing.token import find_token
+
+MODULES = {
+    "prepare": ("pyarrow", "transformers", "torch"),
+    "train": ("pyarrow", "transformers", "torch", "peft"),
+    "infer": ("pyarrow", "transformers", "torch"),
+    "collect": ("numpy", "pyarrow"),
+    "publish": ("pyarrow", "matplotlib", "huggingface_hub"),
+}
+"""What each stage imports that the host's part of the toolkit does not bring."""
+
+
+def require_sound_request(
+    planned: Sequence[Job], config: Config, cluster: ClusterConfig, executor: str
+) -> None:
+    """Raises RequestError with all that would keep the planned jobs from doing their work."""
+    stages = list(dict.fromkeys(job.stage for job in planned))
+    problems = [
+        *_inputs(stages, config),
+        *_image(cluster),
+        *_packages(stages, config, cluster, executor),
+        *_token(stages, config),
+    ]
+    if problems:
+        raise RequestError(all_problems("nothing was submitted or written:", problems))
+
+
+def _inputs(stages: Sequence[str], config: Config) -> Iterator[str]:
+    """The model and the data, in the doctor's words."""
+    from yelp_hpc.jobs.doctor.request import Request, inputs
+    from yelp_hpc.jobs.doctor.run import check_inputs
+
+    found = inputs(config)
+    if "prepare" not in stages:
+        found = found.model_copy(update={"data": ()})
+        if not {"train", "infer"} & set(stages):
+            return
+    for finding in check_inputs(found, Request(ClusterConfig(), config)):
+        if finding.level == "failure":
+            yield f"{finding.text} → {finding.remedy}"
+
+
+def _image(cluster: ClusterConfig) -> Iterator[str]:
+    if cluster.container and not Path(cluster.container.image).is_file():
+        image = cluster.container.image
+        yield (
+            f"container.image: {image} does not exist → "
+            f"python -m yelp_hpc image build {image} (--cuda for GPUs)"
+        )
+
+
+def _packages(
+    stages: Sequence[str], config: Config, cluster: ClusterConfig, executor: str
+) -> Iterator[str]:
+    """Packages that jobs on the host's Python would miss."""
+    if cluster.container or cluster.command or (executor == "slurm" and cluster.setup):
+        return  # an image has them; what setup loads is seen on the node alone
+    wanted = dict.fromkeys(name for stage in stages for name in MODULES[stage])
+    if "train" in stages and config.train.tensorboard:
+        wanted["tensorboard"] = None
+    python = cluster.python or sys.executable
+    missing = missing_modules(python, tuple(wanted))
+    if missing == ("tensorboard",):
+        yield (
+            "train.tensorboard is on, but the package tensorboard is not installed → "
+            f"{python} -m pip install tensorboard, or --set train.tensorboard=false"
+        )
+    elif missing:
+        yield without_packages(python, missing)
+
+
+def without_packages(python: str, missing: Sequence[str]) -> str:
+    """That jobs would run on a Python without the job side, and both ways out."""
+    return (
+        f"jobs would run on {python}, which has no {' and no '.join(missing)} → name an image: "
+        "container.image in the --cluster file (python -m yelp_hpc image build yelp_hpc.sif), or "
+        f"install the job side: {python} -m pip install 'yelp-hpc[job,demo]'"
+    )
+
+
+@functools.cache
+def missing_modules(python: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` that `python` cannot find; all of them when it does not start. Imports none.
+
+    A Python elsewhere, which only the nodes may have, is taken at its word: () where it is missing.
+    """
+    if python == sys.executable:
+        return tuple(name for name in names if importlib.util.find_spec(name) is None)
+    code = (
+        "import importlib.util, json, sys; "
+        "print(json.dumps([n for n in sys.argv[1:] if importlib.util.find_spec(n) is None]))"
+    )
+    try:
+        argv = [python, "-c", code, *names]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+        return tuple(json.loads(done.stdout)) if done.returncode == 0 else ()
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return ()
+
+
+def _token(stages: Sequence[str], config: Config) -> Iterator[str]:
+    if "publish" not in stages or config.publish.token_file is None:
+        return
+    try:
+        find_token(config.publish.token_file)
+    except RequestError as error:
+        yield str(error)

@@ -1,0 +1,76 @@
+"""Was the adapter of a run directory trained by this run: its settings, its data?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from yelp_hpc.config import Config
+from yelp_hpc.errors import StageError, all_problems
+from yelp_hpc.rundir.changes import differences
+from yelp_hpc.rundir.files import MARKER, read_json, read_marker, sha256_file
+from yelp_hpc.rundir.paths import RunPaths
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
+    """What speaks against it, a line each, opening with the file; nothing without an adapter.
+
+    The marker's hashes are `files.damaged_files`'s to check.
+    """
+    marker = read_marker(run.adapter)
+    if marker is None:
+        return
+    if WEIGHTS not in marker["files"]:
+        yield f"{run.adapter / MARKER}: does not cover {WEIGHTS}"
+    trained = marker.get("fingerprint")
+    if not isinstance(trained, dict):
+        yield f"{run.adapter / MARKER}: holds no fingerprint of the training"
+        return
+    wanted = {
+        "seed": config.seed,
+        "model": _recorded_model(run) or config.model.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json"),
+        "train": {
+            key: value
+            for key, value in config.train.model_dump(mode="json").items()
+            if key in (trained.get("train") or {})
+        },
+    }
+    for key, old, new in differences({k: trained.get(k) for k in wanted}, wanted):
+        yield f"{run.run_json}: {key} is {new!r}, the adapter was trained with {old!r}"
+    hashes = trained.get("data") or {}
+    for name, path in (
+        ("train", run.split("train")),
+        ("validation", run.split("validation")),
+        ("tokens", run.tokens),
+    ):
+        if path.is_file() and hashes.get(name) != sha256_file(path):
+            yield f"{path}: is not what the adapter was trained on (SHA-256 differs)"
+    shape_path = run.adapter / "adapter_config.json"
+    if shape_path.is_file():
+        shape = read_json(shape_path)
+        for key, mine in (("r", config.lora.rank), ("lora_alpha", config.lora.alpha)):
+            if shape.get(key) != mine:
+                yield f"{shape_path}: {key} is {shape.get(key)!r}, run.json says {mine!r}"
+
+
+def _recorded_model(run: RunPaths) -> dict[str, Any] | None:
+    """The section `model` of run.json: a stage may be given the same weights by another path."""
+    try:
+        return dict(read_json(run.run_json)["config"]["resolved"]["model"])
+    except (StageError, KeyError, TypeError):
+        return None
+
+
+def require_own_adapter(run: RunPaths, config: Config) -> None:
+    """Raises StageError when the adapter there says of itself that it is another training's."""
+    marker = read_marker(run.adapter) or {}
+    problems = list(foreign_adapter(run, config)) if marker.get("fingerprint") else []
+    if problems:
+        headline = f"{run.adapter} was not trained by this run:"
+        raise StageError(
+            all_problems(headline, problems)
+            + f"\nMove it away and train again: python -m yelp_hpc run train --run {run.root}"
+        )
