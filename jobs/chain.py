@@ -89,10 +89,11 @@ def submit(
         RequestError: the run's name cannot be used, a stage is running already, an earlier stage,
             the model, the data, the image or a package is missing, the run directory was made with
             another configuration, Slurm refuses the request. Nothing was written then.
-        StageError: the controller does not answer; locally or with `wait`: a stage failed.
+        StageError: the run directory cannot be written, the controller does not answer; locally or with `wait`: a stage failed.
         SavedForRequeue: locally: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
+    _refuse_unwritable(paths)
     cluster = with_inputs(cluster, config, paths.root)
     with_slurm = executor == "slurm" and not dry_run  # what --dry-run shows needs no Slurm
     live = _live(paths, with_slurm)
@@ -133,6 +134,22 @@ def submit(
         if any(job.stage == "collect" for job in planned):
             say(last_words(paths.stage_log("collect")))
     return submissions
+
+
+def _refuse_unwritable(paths: RunPaths) -> None:
+    there = next(path for path in (paths.root, *paths.root.parents) if _there(path))
+    if not there.is_dir():
+        raise StageError(f"cannot write {paths.run_json}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StageError(f"cannot write {paths.run_json}: {there} may not be written by you")
+
+
+def _there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError:
+        return False
+    return True
 
 
 _NO_REPOSITORY = (
