@@ -89,7 +89,8 @@ def submit(
         RequestError: the run's name cannot be used, a stage is running already, an earlier stage,
             the model, the data, the image or a package is missing, the run directory was made with
             another configuration, Slurm refuses the request. Nothing was written then.
-        StageError: the run directory cannot be written, the controller does not answer; locally or with `wait`: a stage failed.
+        StageError: the run directory cannot be written, the controller does not answer; locally
+            or with `wait`: a stage failed.
         SavedForRequeue: locally: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
