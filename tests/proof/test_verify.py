@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from tests.hub.finished import finish_run
+from yelp_hpc.cli.main import cli
 from yelp_hpc.errors import RequestError
+from yelp_hpc.evaluation import measure, significance
+from yelp_hpc.proof import second_opinion
 from yelp_hpc.proof.reproduce import compare, reproduce
 from yelp_hpc.proof.verify import verify
 from yelp_hpc.rundir.files import MARKER, read_json, sha256_file, write_json
@@ -157,6 +163,36 @@ TAMPERINGS: dict[str, Callable[[RunPaths], Path]] = {
 
 def test_a_good_run_passes(run: RunPaths) -> None:
     assert verify(run) == []
+
+
+def test_a_count_that_is_wrong_is_found_by_scikit_learn(
+    run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same fault in `collect` and `verify` would go unseen without a second opinion."""
+    honest = significance.headline
+
+    def wrong(*arguments: Any) -> dict[str, Any]:
+        return {**honest(*arguments), "f1.macro": np.float64(0.99)}
+
+    monkeypatch.setattr(measure, "headline", wrong)
+    metrics = read_json(run.metrics)
+    for model in metrics["models"].values():
+        model["f1"]["macro"] = 0.99
+    write_json(run.metrics, metrics)
+    problems = [problem for problem in verify(run) if "scikit-learn" in problem]
+    assert len(problems) == 2
+    assert f"{run.metrics}: models.tuned.f1.macro is 0.99 by our counts" in problems[1]
+
+
+def test_it_is_said_when_there_is_no_second_opinion(
+    run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {}
+    for there in (True, False):
+        monkeypatch.setattr(second_opinion, "available", partial(bool, there))
+        said[there] = CliRunner().invoke(cli, ["verify", "--run", str(run.root)]).output
+    assert "scikit-learn finds the same F1" in said[True]
+    assert "scikit-learn is not installed here" in said[False]
 
 
 @pytest.mark.parametrize("kind", TAMPERINGS)

@@ -33,10 +33,13 @@ def export(run_dir: str, merged: bool, out: str) -> None:
 def verify(run_dir: str) -> None:
     """Hash everything again and recompute the metrics from the shards.
 
+    Every F1 is computed a second time by scikit-learn, where that is installed.
+
     \b
       python -m yelp_hpc verify --run runs/demo
     """
     from yelp_hpc.errors import StageError, all_problems
+    from yelp_hpc.proof import second_opinion
     from yelp_hpc.proof.verify import verify as find_problems
     from yelp_hpc.rundir.manifest import load_run
 
@@ -45,6 +48,10 @@ def verify(run_dir: str) -> None:
     if problems:
         raise StageError(all_problems(f"{run.root} does not hold what it says:", problems))
     click.echo(f"{run.root}: everything is what was written, and the metrics follow from it")
+    if second_opinion.available():
+        click.echo("scikit-learn finds the same F1, in both conventions and for each class")
+    else:
+        click.echo("scikit-learn is not installed here: F1 stands on our own counts alone")
 
 
 @click.command()

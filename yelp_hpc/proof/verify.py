@@ -17,6 +17,7 @@ from typing import Any
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import StageError
 from yelp_hpc.inference.provenance import PREFIX, wanted
+from yelp_hpc.proof import second_opinion
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
 from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
@@ -227,6 +228,9 @@ def _metrics(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterat
         return
     for key, mine, theirs in _unequal(json.loads(json.dumps(computed)), recorded, ""):
         yield f"{run.metrics}: {key} is {theirs!r}, the shards give {mine!r}"
+    if second_opinion.available():
+        for key, value, stands in second_opinion.second_opinion(run, config, computed):
+            yield f"{run.metrics}: {key} is {stands!r} by our counts, scikit-learn says {value!r}"
 
 
 def _unequal(mine: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
