@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from yelp_hpc.errors import StageError, all_problems
-from yelp_hpc.image.file import image_sha256
+from yelp_hpc.image.file import NO_APPTAINER, image_sha256
 from yelp_hpc.jobs.cluster import Container
 from yelp_hpc.rundir.files import atomic_path, sha256_file
 
@@ -45,7 +45,7 @@ def check_image(container: Container, expected: str | None) -> None:
     """
     problems = []
     if shutil.which("apptainer") is None:
-        problems.append("apptainer is not on this node's PATH: add a `setup:` line (module load)")
+        problems.append(NO_APPTAINER)
     image = Path(container.image)
     if not image.is_file():
         problems.append(f"the image {image} is missing: python -m yelp_hpc image build {image}")

@@ -23,13 +23,11 @@ from typing import Any
 from yelp_hpc.errors import StageError
 from yelp_hpc.own_files import IMPORT_ROOT, PROJECT, package_files, version
 from yelp_hpc.rundir.files import (
+    atomic_folder,
     read_object,
-    remove,
     sweep,
-    sync_directory,
-    temporary_name,
-    write_failure,
     write_json,
+    write_synced,
 )
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -78,26 +76,11 @@ def freeze(paths: RunPaths) -> Path:
     sweep(paths.code)
     if code_digest(folder) == digest:
         return folder
-    temporary = temporary_name(folder)
-    try:
+    # in place of one that is planted, torn or touched; unless someone else was faster
+    with atomic_folder(folder, lambda made: code_digest(made) == digest) as temporary:
         for name, content in contents.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for inner in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-            sync_directory(inner)
-        if os.path.lexists(folder):  # planted, torn or touched
-            folder.rename(temporary.with_name(f".old{temporary.name}"))
-        temporary.rename(folder)
-        sync_directory(paths.code)
-    except OSError as error:
-        if code_digest(folder) != digest:  # else someone else was faster, with the same content
-            raise StageError(write_failure(folder, error)) from error
-    finally:
-        remove(temporary)
-        remove(temporary.with_name(f".old{temporary.name}"))
+            write_synced(temporary / name, content)
     return folder
 
 

@@ -23,6 +23,18 @@ from yelp_hpc.rundir.files import write_json, write_marker
 from yelp_hpc.rundir.manifest import record_run
 
 GOOD = {"model": {"path": "m"}, "data": {"source": "file", "train": "r.csv", "test_rows": 2}}
+WRONG_VALUES = json.dumps(
+    {
+        "config": {
+            "resolved": {
+                **GOOD,
+                "train": {"epochs": "many"},
+                "infer": {"shards": 0},
+                "lora": {"ranks": 8},
+            }
+        }
+    }
+)
 ROWS = "label,text\n" + "".join(f"{i % 5},review number {i}\n" for i in range(20))
 
 
@@ -288,6 +300,29 @@ CASES = [
     broken("status --run run", {"run/run.json": "[]"}, "run.json", label="a list"),
     broken("status --run run", {"run/run.json": "{}"}, "run.json", label="{}"),
     broken("status --run run", {"run/run.json": NESTED}, "run.json", label="nested"),
+    *(
+        Case(
+            f"run directory: run.json with wrong values, {command.split(' ')[0]}",
+            command,
+            (
+                "run.json cannot be used:",
+                "run.json:1: train.epochs: input should be",
+                "(got 'many')",
+                "infer.shards: input should be greater than or equal to 1 (got 0)",
+                "unknown key lora.ranks; did you mean lora.rank?",
+            ),
+            {"run/run.json": WRONG_VALUES},
+            run={},
+        )
+        for command in (
+            "status --run run",
+            "run train --run run",
+            "doctor --run run",
+            "plan --run run",
+            "reproduce --from run --run again",
+            "reproduce --from run --run run --compare",
+        )
+    ),
     broken(
         "status --run run",
         {"run/run.json": json.dumps({"config": {"resolved": {**GOOD, "trian": {}}}})},

@@ -17,6 +17,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from yelp_hpc.settings import Frozen, read_settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precision → torch's name of it."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +67,30 @@ def read_settings(
     if problems:
         raise RequestError(all_problems(f"{path} cannot be used:", problems))
     return settings, given, origin
+
+
+def check_values(model: type[Settings], values: Any, path: Path, section: str = "") -> Settings:
+    """Validate what a JSON file of ours holds in `section` (dotted), as `read_settings` does.
+
+    Raises:
+        RequestError: with all problems in one message, and their lines where these can be told.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = list(_explain(model, error, _lines(path, section)))
+        raise RequestError(all_problems(f"{path} cannot be used:", problems)) from None
+
+
+def _lines(path: Path, section: str) -> dict[str, str]:
+    """Where each key below `section` stands; JSON is YAML but for odd characters: then {}."""
+    origin: dict[str, str] = {}
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode):
+            list(_walk(node, "", path, origin))
+    inside = f"{section}." if section else ""
+    return {k.removeprefix(inside): at for k, at in origin.items() if k.startswith(inside)}
 
 
 def parse_value(text: str) -> Any:

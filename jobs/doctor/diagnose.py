@@ -46,7 +46,7 @@ from yelp_hpc.jobs.slurm import client
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json
-from yelp_hpc.rundir.manifest import lock_hashes
+from yelp_hpc.rundir.manifest import lock_hashes, recorded_config
 from yelp_hpc.rundir.paths import STAGES, RunPaths
 
 SUM_SECONDS = 200.0
@@ -116,14 +116,9 @@ def _record(run: Path) -> dict[str, Any] | None:
     path = RunPaths(run).run_json
     if not path.is_file():
         return None
-    try:
-        record = read_json(path)
-    except StageError as error:
-        raise RequestError(str(error)) from None
-    made = record.get("config") if isinstance(record, dict) else None
-    if not isinstance(made, dict) or not isinstance(made.get("resolved"), dict):
-        raise RequestError(f"{path} cannot be used: it holds no configuration")
-    return {**record}
+    recorded_config(path)
+    record: dict[str, Any] = read_json(path)
+    return record
 
 
 def _needs_hub(config: Config | None, found: Inputs | None) -> bool:

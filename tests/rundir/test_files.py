@@ -15,6 +15,7 @@ import pytest
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import (
     append_jsonl,
+    atomic_folder,
     damaged_files,
     is_complete,
     parse_json,
@@ -36,6 +37,36 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         write_json(path, float("nan"))
     assert path.read_text() == '{\n  "old": 1\n}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    with atomic_folder(folder) as new:
+        write_json(new / "x.json", 1)
+    with pytest.raises(ValueError), atomic_folder(folder) as new:
+        (new / "y").write_text("half")
+        raise ValueError
+    with atomic_folder(folder, lambda made: (made / "x.json").is_file()) as new:
+        (new / "z").write_text("as good as what is there")
+    assert [path.name for path in folder.iterdir()] == ["x.json"]
+
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == folder and ".old" not in self.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StageError, match="Nothing was overwritten"), atomic_folder(folder) as new:
+        (new / "z").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["x.json"]
+    monkeypatch.undo()
+    with atomic_folder(folder) as new:
+        (new / "z").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "z"]
 
 
 @pytest.mark.root

@@ -233,11 +233,12 @@ def per_class(counts: Counts) -> list[dict[str, float | int]]:
 def majority(support: Counts) -> dict[str, float | int]:
     """What always answering the most frequent label would get: the least that must be beaten."""
     label = int(support.argmax())
-    share = float(support[label] / max(1, support.sum()))
+    counts = np.zeros((len(support), len(support) + 1), dtype=np.int64)
+    counts[:, label] = support
     return {
         "label": label,
-        "accuracy": share,
-        "f1_macro": 2 * share / (1 + share) / len(support),
+        "accuracy": float(accuracy(counts)),
+        "f1_macro": float(f1_honest(counts)["macro"]),
     }
 
 

@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, all_problems
-from yelp_hpc.image.file import EPOCH, image_sha256, normalise
+from yelp_hpc.image.file import EPOCH, NO_APPTAINER, image_sha256, normalise
 from yelp_hpc.image.steps import call, folder_of, replaced, scratch, sole_builder
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files, version
 from yelp_hpc.progress import say
-from yelp_hpc.rundir.files import sha256_file
+from yelp_hpc.rundir.files import atomic_folder, sha256_file
 from yelp_hpc.rundir.manifest import code_state
 
 # all files are root's: equal whoever builds, and a user without subordinate ids can unpack a base
@@ -53,7 +53,7 @@ def build(
     """
     _check_request(image, lock, base)
     with sole_builder(image), scratch() as stage:
-        wheels = fetch_wheels(lock, python, stage)
+        wheels = fetch_wheels(lock, python)
         base_args = [] if base == "docker" else _local(base, stage)
         (stage / "wheels").mkdir()
         for wheel in wheels.glob("*.whl"):
@@ -91,7 +91,7 @@ def build_argv(
     return [*argv, *arguments, str(target), str(definition)]
 
 
-def fetch_wheels(lock: Path, python: str, stage: Path) -> Path:
+def fetch_wheels(lock: Path, python: str) -> Path:
     """The folder with every wheel of `lock`, downloaded once and checked against its hashes.
 
     Raises:
@@ -99,30 +99,31 @@ def fetch_wheels(lock: Path, python: str, stage: Path) -> Path:
     """
     key = hashlib.sha256(f"{python}\n".encode() + lock.read_bytes()).hexdigest()[:16]
     folder = folder_of("wheels") / key
+    known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
+
+    def as_named(wheels: Path) -> bool:
+        return all(sha256_file(wheel) in known for wheel in wheels.glob("*.whl"))
+
     if folder.is_dir():
-        known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
-        if all(sha256_file(wheel) in known for wheel in folder.glob("*.whl")):
+        if as_named(folder):
             return folder
         say(f"{folder} holds a wheel that the lock does not name: fetching all of them again")
-        shutil.rmtree(folder)
     say(f"fetching the wheels of {lock.name}")
-    made = stage / "fetched"  # on the same file system as the cache
     argv = [*_PIP, "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
     argv += ["--python-version", python, "--implementation", "cp"]
     # 3.11 counts as 3.11.0 here; the build's own pip checks what it installs
     argv += ["--ignore-requires-python"]
     for platform in _PLATFORMS:
         argv += ["--platform", platform]
-    call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
-    with suppress(OSError):  # another build was faster, with the same content
-        made.rename(folder)
+    with atomic_folder(folder, as_named) as made:
+        call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
     return folder
 
 
 def _check_request(image: Path, lock: Path, base: str) -> None:
     problems = []
     if shutil.which("apptainer") is None:
-        problems.append("apptainer is not on PATH (on many clusters: module load apptainer)")
+        problems.append(NO_APPTAINER)
     if not (SHARE / "Apptainer.def").is_file():
         problems.append(f"{SHARE} holds no Apptainer.def: build from a checkout of the project")
     if not lock.is_file():

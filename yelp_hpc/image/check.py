@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.image.file import image_sha256
+from yelp_hpc.image.file import NO_APPTAINER, image_sha256
 from yelp_hpc.rundir.manifest import lock_hashes
 
 ISOLATED = ("--cleanenv", "--no-mount", "home,cwd", "--env", "PYTHONNOUSERSITE=1")
@@ -136,7 +136,7 @@ def _driver_cuda() -> str | None:
 def _require(image: Path) -> None:
     problems = []
     if shutil.which("apptainer") is None:
-        problems.append("apptainer is not on PATH (on many clusters: module load apptainer)")
+        problems.append(NO_APPTAINER)
     if not image.is_file():
         problems.append(f"{image} does not exist: python -m yelp_hpc image build {image}")
     if problems:

@@ -16,6 +16,9 @@ from yelp_hpc.rundir.files import parse_json, sha256_file, write_json
 EPOCH = 315532800
 """1980-01-01, the time of everything in an image (seconds since 1970)."""
 
+NO_APPTAINER = "apptainer is not on PATH (module load apptainer; in jobs, as a line of `setup:`)"
+"""Said wherever it is missed: on the host, on a node, by the doctor."""
+
 _HEADER, _DESCRIPTOR = 128, 585  # bytes, of the SIF format's global header and of a descriptor
 
 

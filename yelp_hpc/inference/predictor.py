@@ -18,7 +18,7 @@ from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.scoring import best_labels, label_scores
-from yelp_hpc.models.load import DTYPES, load_model, load_tokenizer
+from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
 from yelp_hpc.models.packed.batch import prepare_model
 from yelp_hpc.progress import say
@@ -42,7 +42,7 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = model_folder(config.model)
     say(f"loading {folder} in {config.infer.precision} on {device}")
-    loaded = load_model(folder, DTYPES[config.infer.precision])
+    loaded = load_model(folder, TORCH_DTYPES[config.infer.precision])
     if adapter is not None:
         loaded = with_adapter(loaded, adapter, merge=config.infer.precision == "fp32")
     # frozen, as peft leaves the tuned model: only frozen weights get the faster arithmetic

@@ -26,13 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from yelp_hpc.config import DTYPES
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig
 from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
 from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
+from yelp_hpc.models.local import TOKENIZERS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 
 # The attention's inputs of each architecture family, the first that a model has.
 ATTENTION_PROJECTIONS = (
@@ -78,7 +79,7 @@ def load_tokenizer(path: str | Path) -> Any:
     folder = Path(path)
     config = check_native(folder)
     native = config["model_type"] == ChatGLMConfig.model_type
-    wanted = ("tokenizer.model",) if native else TOKENIZER_FILES
+    wanted = ("tokenizer.model",) if native else TOKENIZERS
     if not any((folder / name).is_file() for name in wanted):
         raise RequestError(f"{folder} has no tokenizer: {' or '.join(wanted)} is missing")
     try:
@@ -111,9 +112,9 @@ def load_model(
     check_native(folder)
     files = weight_files(folder)
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
+        if dtype not in TORCH_DTYPES:
             raise RequestError(f"unknown precision {dtype!r}: one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+        dtype = TORCH_DTYPES[dtype]
     auto: Any = AutoModelForCausalLM
     try:
         model, info = auto.from_pretrained(

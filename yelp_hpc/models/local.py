@@ -10,6 +10,15 @@ from yelp_hpc.config import ModelConfig
 from yelp_hpc.data import demo
 from yelp_hpc.errors import RequestError
 
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
+    "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+"""Every file of a tokenizer that a model folder may hold."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Of these a folder must have one."""
+
 
 def model_folder(model: ModelConfig) -> Path:
     """The local folder of the configured model, fetched or made on first use.

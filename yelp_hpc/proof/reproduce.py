@@ -13,14 +13,15 @@ from typing import Any
 
 import yaml
 
-from yelp_hpc.config import Config, LoadedConfig, config_from_dict
-from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.config import Config, LoadedConfig
+from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import read_json, read_jsonl, read_marker, write_bytes
 from yelp_hpc.rundir.manifest import (
     code_state,
     package_versions,
     record_run,
+    recorded_config,
     update_run,
 )
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
@@ -70,15 +71,8 @@ def reproduce(run_json: str | Path, new_run_dir: str | Path) -> Reproduction:
     """
     source = Path(run_json)
     source = source / "run.json" if source.is_dir() else source
-    try:
-        record = read_json(source)
-        config = config_from_dict(record["config"]["resolved"])
-    except StageError as error:
-        raise RequestError(str(error)) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(
-            f"{source} is no run.json of this version: {' '.join(str(error).split())}"
-        ) from None
+    config = recorded_config(source)
+    record = read_json(source)
     config = config.model_copy(
         update={"publish": config.publish.model_copy(update={"repo_id": None})}
     )
@@ -126,10 +120,9 @@ def compare(first: RunPaths, second: RunPaths) -> Comparison:
     """Hold a finished reproduction against the first run: data, adapter, predictions, metrics.
 
     Raises:
-        StageError: one of them has no run.json.
+        RequestError: one of them has no run.json, or one that cannot be used.
     """
-    config = config_from_dict(read_json(first.run_json)["config"]["resolved"])
-    other = config_from_dict(read_json(second.run_json)["config"]["resolved"])
+    config, other = recorded_config(first.run_json), recorded_config(second.run_json)
     found = Comparison([], [], [])
     for key, old, new in differences(
         config.model_dump(mode="json", exclude={"publish"}),

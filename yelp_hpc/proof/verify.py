@@ -14,14 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.errors import StageError
+from yelp_hpc.config import Config
+from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.inference.provenance import PREFIX, wanted
 from yelp_hpc.proof import second_opinion
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
+from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
 from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
+from yelp_hpc.settings import check_values
 
 TOLERANCE = 1e-9
 """Of a recomputed figure; sums over shards may be taken in another order."""
@@ -30,13 +32,9 @@ TOLERANCE = 1e-9
 def verify(run: RunPaths) -> list[str]:
     """What does not hold, one line a problem, each opening with the file; [] when all holds."""
     try:
-        record = read_json(run.run_json)
-        config = config_from_dict(record["config"]["resolved"])
-    except StageError as error:
-        return [str(error)]
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        return [f"{run.run_json}: its configuration cannot be used: {reason}"]
+        config, record = recorded_config(run.run_json), read_json(run.run_json)
+    except RequestError as error:
+        return [" ".join(str(error).split())]
     problems = [*damaged_files(run.prepare), *damaged_files(run.adapter)]
     for check in (_prepared, _recorded, _trained, _predicted, _metrics, _published):
         try:
@@ -68,10 +66,11 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
     given = record["config"].get("given") or {}
     resolved = record["config"]["resolved"]
     try:
-        expected = config_from_dict(given).model_dump(mode="json")
-    except ValueError as error:
-        yield f"{run.run_json}: config.given cannot be used: {' '.join(str(error).split())}"
+        again = check_values(Config, given, run.run_json, "config.given")
+    except RequestError as error:
+        yield f"config.given of {' '.join(str(error).split())}"
         return
+    expected = again.model_dump(mode="json")
     for key, old, new in differences(expected, resolved):
         # Local paths are made absolute; publish may be set later, for it changes no result.
         made_absolute = key in ("data.train", "data.test", "model.path")

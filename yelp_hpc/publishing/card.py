@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.cache import DEMO_MODEL
-from yelp_hpc.config import YELP, Config
+from yelp_hpc.config import DTYPES, YELP, Config
+from yelp_hpc.evaluation.metrics import AVERAGES
 from yelp_hpc.rundir.attempts import GpuHours
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?")
 DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-AVERAGES = ("micro", "macro", "weighted")
 MATRIX_CLASSES = 12
 """The most classes whose confusion matrix is a table in the card."""
 

@@ -6,20 +6,13 @@ tokenizer) that any tool loads.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.publishing.public import TOKENIZER_FILES, allowed_folders, refuse_links
-from yelp_hpc.rundir.files import (
-    damaged_files,
-    sweep,
-    sync_directory,
-    temporary_name,
-    write_failure,
-    write_marker,
-)
+from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.models.local import TOKENIZER_FILES
+from yelp_hpc.publishing.public import allowed_folders, refuse_links
+from yelp_hpc.rundir.files import atomic_folder, damaged_files, sweep, write_marker
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -42,17 +35,16 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
     import torch
 
     from yelp_hpc.inference.predictor import with_adapter
-    from yelp_hpc.models.load import DTYPES, load_model, load_tokenizer
+    from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
     from yelp_hpc.models.local import model_folder
 
     base = model_folder(config.model)
     copied = {name: base / name for name in TOKENIZER_FILES if (base / name).is_file()}
     refuse_links(copied, allowed_folders(run.root, base))
     model = with_adapter(load_model(base, torch.float32), run.adapter, merge=True)
-    model = model.to(DTYPES[config.model.precision])
+    model = model.to(TORCH_DTYPES[config.model.precision])
     sweep(out.absolute().parent)
-    temporary = temporary_name(out)
-    try:
+    with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         load_tokenizer(base).save_pretrained(temporary)
         write_marker(
@@ -61,11 +53,3 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
             base=config.model.path,
             revision=config.model.revision,
         )
-        sync_directory(temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise StageError(write_failure(out, error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

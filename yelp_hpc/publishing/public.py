@@ -13,13 +13,9 @@ from typing import Any
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.models.local import TOKENIZER_FILES
 from yelp_hpc.publishing.card import base_model_id, data_id
 
-TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
-    "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "vocab.json", "vocab.txt",
-)  # fmt: skip
 VOCABULARY = {*TOKENIZER_FILES} - {"chat_template.jinja", "tokenizer_config.json"}
 """Files in which every word of a language may stand beside every other."""
 _PRIVATE = ("token_file", "where", "branch", "pull_request")

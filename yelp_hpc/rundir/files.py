@@ -17,7 +17,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal
@@ -68,6 +68,59 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     except OSError as error:
         raise StageError(write_failure(path, error, replaced=True)) from error
+
+
+@contextmanager
+def atomic_folder(folder: Path, as_good: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield a new folder beside `folder`; when the block ends well it takes its place.
+
+    The block flushes the files that it writes (`write_synced`), folders are flushed here. What
+    stood at `folder` stays as it was until then, and for good when the block raises.
+
+    Args:
+        as_good: says of what stands there meanwhile, made by somebody else, that it may stay.
+
+    Raises:
+        StageError: the disk is full, the quota is used up or the folder cannot be written; the
+            message says what is at `folder` now.
+    """
+    temporary = temporary_name(folder)
+    old = temporary.with_name(f".old{temporary.name}")
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for inner in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
+            sync_directory(inner)
+        there = os.path.lexists(folder)
+        if there and as_good and as_good(folder):
+            return
+        if there:
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if there:
+                old.rename(folder)
+            raise
+    except OSError as error:
+        raise StageError(write_failure(folder, error)) from error
+    finally:
+        remove(temporary)
+        if os.path.lexists(folder):
+            remove(old)
+    try:
+        sync_directory(folder.parent)
+    except OSError as error:
+        raise StageError(write_failure(folder, error, replaced=True)) from error
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file of a new folder and flush it to disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_failure(path: Path, error: OSError, replaced: bool = False) -> str:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.config import Config, LoadedConfig, config_from_dict
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.config import Config, LoadedConfig
+from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
 from yelp_hpc.rundir.changes import differences, refused_changes
 from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.settings import check_values
 
 PACKAGES = (
     "yelp-hpc", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn",
@@ -43,10 +44,23 @@ def load_run(root: str | Path) -> tuple[RunPaths, Config]:
             f"{root} is not a run directory (it has no run.json); make one with "
             f"`python -m yelp_hpc submit all --config FILE --run {root}`"
         )
+    return run, recorded_config(run.run_json)
+
+
+def recorded_config(path: Path) -> Config:
+    """The configuration that a run.json holds, checked again.
+
+    Raises:
+        RequestError: the file is torn or holds none, or, as of a config file, all that is wrong.
+    """
     try:
-        return run, config_from_dict(read_json(run.run_json)["config"]["resolved"])
-    except Exception as error:
-        raise RequestError(f"{run.run_json} cannot be used: {error}") from None
+        made = read_object(path).get("config")
+    except StageError as error:
+        raise RequestError(str(error)) from None
+    values = made.get("resolved") if isinstance(made, dict) else None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} cannot be used: it is no run.json (it holds no configuration)")
+    return check_values(Config, values, path, "config.resolved")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
+from yelp_hpc.models.local import TOKENIZER_FILES
 from yelp_hpc.progress import plain, say
 from yelp_hpc.publishing.card import base_model_id, model_card
 from yelp_hpc.publishing.hub import Backoff, HubFile, Published, Target, publish_files
 from yelp_hpc.publishing.public import (
-    TOKENIZER_FILES,
     VOCABULARY,
     allowed_folders,
     public_record,

@@ -8,7 +8,6 @@ Writes and reads `train/checkpoints/step-NNNNNN/`: `adapter_model.safetensors` a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -23,14 +22,13 @@ from torch import Tensor
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import (
+    atomic_folder,
     damaged_files,
     read_json,
-    sync_directory,
-    temporary_name,
     write_bytes,
-    write_failure,
     write_json,
     write_marker,
+    write_synced,
 )
 from yelp_hpc.rundir.paths import ADAPTER_FILES, step_of
 
@@ -163,7 +161,7 @@ class CheckpointStore:
     def sweep(self) -> None:
         """Remove what a killed write left behind."""
         if self.folder.is_dir():
-            for path in self.folder.glob(".step-*.tmp"):
+            for path in self.folder.glob(".*step-*.tmp"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, snapshot: Snapshot, *, background: bool = False) -> None:
@@ -204,26 +202,14 @@ class CheckpointStore:
     def _write(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
         target = self.folder / f"step-{snapshot.step:06d}"
-        temporary = temporary_name(target)
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_synced(temporary / FILES[0], _json_bytes(snapshot.adapter_config))
-            _write_synced(temporary / FILES[1], tensor_bytes(snapshot.adapter))
-            _write_synced(temporary / FILES[2], tensor_bytes(snapshot.optimizer))
-            _write_synced(temporary / FILES[3], _json_bytes(snapshot.state))
+        # what stands there is damaged, or of the same step: either way this one is as good
+        with atomic_folder(target) as temporary:
+            write_synced(temporary / FILES[0], _json_bytes(snapshot.adapter_config))
+            write_synced(temporary / FILES[1], tensor_bytes(snapshot.adapter))
+            write_synced(temporary / FILES[2], tensor_bytes(snapshot.optimizer))
+            write_synced(temporary / FILES[3], _json_bytes(snapshot.state))
             write_marker(temporary, list(FILES), step=snapshot.step)
-            sync_directory(temporary)
-            if target.exists():  # damaged, or of the same step: either way this one is as good
-                old = self.folder / f".{target.name}.old.tmp"
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            temporary.rename(target)
-            sync_directory(self.folder)
-            self.sweep()
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise StageError(write_failure(target, error)) from error
+        self.sweep()
         self.damaged.discard(target)
         self._prune()
         self.seconds = time.monotonic() - started
@@ -239,10 +225,3 @@ class CheckpointStore:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
