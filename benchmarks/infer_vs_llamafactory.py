@@ -31,6 +31,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.answer_tree import scored_answers
 from yelp_hpc.data.sources import read_file
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder
@@ -146,7 +147,7 @@ def contenders_of(
         return str(tokenizer.decode(answer, skip_special_tokens=True))
 
     fast = prepare_model(tuned())
-    score = score_predictor(fast, len(prefix), tokens["label_ids"], budget, CPU)
+    score = score_predictor(fast, len(prefix), scored_answers(tokens), budget, CPU)
     decoder = GreedyDecoder(
         fast,
         len(prefix),

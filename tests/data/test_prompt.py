@@ -1,10 +1,11 @@
-"""Prompts: cut inside the review only, one last token an answer."""
+"""Prompts: cut inside the text only, ended where the answers part."""
 
 from __future__ import annotations
 
 import pytest
 
 from yelp_hpc.config import YELP, PromptConfig
+from yelp_hpc.data.answer_tree import answer_tree, scored_answers
 from yelp_hpc.data.prompt import Prompt, common_prefix
 from yelp_hpc.errors import RequestError
 
@@ -53,9 +54,54 @@ def test_a_cutoff_below_the_template_is_refused() -> None:
         Prompt(TEMPLATE, YELP.labels, characters, 60)
 
 
-def test_answers_of_several_tokens_are_refused() -> None:
-    with pytest.raises(RequestError, match="exactly one last token"):
-        Prompt(TEMPLATE, ("bad", "poor", "fine", "good", "great"), characters, 1024)
+@pytest.mark.parametrize("encode", [characters, pairs])
+def test_answers_of_several_tokens_follow_the_prompt(encode) -> None:  # type: ignore[no-untyped-def]
+    labels = ("bad", "poor", "fine", "good", "great")
+    prompt = Prompt(TEMPLATE, labels, encode, 200)
+    ids, used = prompt.fit(["Fine.", "long " * 500])
+    assert used[0] == "Fine."
+    for text, one in zip(used, ids, strict=True):
+        assert len(one) + max(map(len, prompt.answers)) + 1 <= 200
+        for label, answer in zip(labels, prompt.answers, strict=True):
+            assert encode([prompt.text(text, label)])[0] == [*one, *answer]
+    assert prompt.label_ids == prompt.answers
+    assert not prompt.end_scored
+
+
+def test_the_end_counts_where_one_label_begins_another() -> None:
+    prompt = Prompt(TEMPLATE, ("card", "card payment", "loan"), characters, 1024)
+    assert prompt.end_scored
+    tokens = {"label_ids": prompt.label_ids, "eos_id": 2, "end_scored": True}
+    assert answer_tree(scored_answers(tokens)).tokens
+    with pytest.raises(ValueError, match="beginning"):
+        answer_tree(prompt.answers)
+
+
+def test_what_all_labels_begin_with_is_part_of_the_prompt_and_of_the_answer() -> None:
+    prompt = Prompt(TEMPLATE, ("comp.os", "comp.graphics"), characters, 1024)
+    assert "".join(map(chr, prompt.lead)) == "comp."
+    (ids,), _ = prompt.fit(["Fine."])
+    assert ids[-5:] == prompt.lead
+    assert Prompt(TEMPLATE, ("a", "b"), characters, 1024).lead == []
+
+
+def test_labels_that_are_the_same_tokens_are_refused() -> None:
+    def folded(texts: list[str]) -> list[list[int]]:
+        return characters([text.lower() for text in texts])
+
+    with pytest.raises(RequestError, match="the same tokens"):
+        Prompt(TEMPLATE, ("Sport", "sport", "other"), folded, 1024)
+
+
+def test_a_huge_text_is_cut_before_it_is_tokenised() -> None:
+    seen: list[int] = []
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        seen.append(max(map(len, texts)))
+        return characters(texts)
+
+    Prompt(TEMPLATE, YELP.labels, counted, 256).fit(["x" * 8_000_000])
+    assert max(seen) < 10_000
 
 
 def test_common_prefix() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from yelp_hpc.config import TaskConfig
 from yelp_hpc.inference.answers import is_decided, parse_label
 
 LABELS = {
@@ -106,3 +107,67 @@ def test_a_decided_answer_keeps_its_label_whatever_follows(text: str, more: str)
         if is_decided(text[:end]):
             assert parse_label(text[:end] + more) == parse_label(text[:end])
             assert parse_label(text) == parse_label(text[:end])
+
+
+NEWS = TaskConfig(labels=("World", "Sports", "Business", "Sci/Tech"), noun="article")
+INTENTS = TaskConfig(
+    labels=("card_arrival", "card_about_to_expire", "card", "top_up_failed", "talk.politics.misc"),
+    names=("card arrival", "expiring card", "cards", "failed top-up", "politics"),
+)
+LEVELS = TaskConfig(labels=("1", "2", "3"), names=("low", "middle", "high"), ordinal=True)
+SPAM = TaskConfig(labels=("0", "1"), names=("ham", "spam"))
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "label"),
+    [
+        (NEWS, " Sports", 1),
+        (NEWS, "**sports**.\nReview: more", 1),
+        (NEWS, "Sports, because of the match", 1),
+        (NEWS, "Sportswear", None),
+        (NEWS, "not Sports", None),
+        (NEWS, "Sports or Business", None),
+        (NEWS, "Sports/Business", None),
+        (NEWS, "Sci/Tech", 3),
+        (NEWS, "sci", 3),
+        (NEWS, "S", None),
+        (NEWS, "The category is Business", 2),
+        (NEWS, "Answer: World", 0),
+        (NEWS, "3", None),
+        (NEWS, "three", None),
+        (NEWS, "", None),
+        (INTENTS, "card_arrival", 0),
+        (INTENTS, "card", 2),
+        (INTENTS, "card_a", None),
+        (INTENTS, "card_ab", 1),
+        (INTENTS, "expiring card", 1),
+        (INTENTS, "talk.politics.misc", 4),
+        (INTENTS, "talk.politics", 4),
+        (INTENTS, "Politics", 4),
+        (LEVELS, "2", 1),
+        (LEVELS, "two", 1),
+        (LEVELS, "3/3", 2),
+        (LEVELS, "0", None),
+        (LEVELS, "2 stars", 1),
+        (LEVELS, "★★", None),
+        (SPAM, "1", 1),
+        (SPAM, "1.5", None),
+        (SPAM, "one", None),
+        (SPAM, "spam", 1),
+        (SPAM, "1 star", 1),
+    ],
+)
+def test_other_tasks_are_parsed_by_their_own_labels(
+    task: TaskConfig, text: str, label: int | None
+) -> None:
+    assert parse_label(text, task) == label
+
+
+def test_a_word_is_decided_with_its_line() -> None:
+    assert not is_decided("card", INTENTS)
+    assert is_decided("card\n", INTENTS)
+
+
+def test_letter_case_counts_where_labels_differ_in_nothing_else() -> None:
+    task = TaskConfig(labels=("a", "A", "b"))
+    assert [parse_label(text, task) for text in ("a", "A", "B")] == [0, 1, 2]

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MistralConfig
 
 from tests.models.test_packed import CONFIGS, SIZES, VOCAB, tiny
+from yelp_hpc.data.answer_tree import answer_tree
 from yelp_hpc.models.load import load_model
 from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
-from yelp_hpc.models.packed.tree import answer_scores, answer_tree
+from yelp_hpc.models.packed.tree import answer_scores
 
 FEW = [[7], [8, 9], [8, 10, 4], [11, 12, 13, 14], [11, 12, 20]]
 LENGTHS = (5, 90, 1, 34, 34, 33)

@@ -89,9 +89,9 @@ def test_peft_alone_finds_the_logged_validation_loss(trained: Trained) -> None:
     for i in range(len(rows)):
         with torch.no_grad():
             logits = tuned(input_ids=torch.tensor([rows.sequence(i)])).logits[0, -2:]
-        targets = torch.tensor([rows.label_ids[rows.labels[i]], rows.eos_id])
+        targets = torch.tensor([*rows.answer(i), rows.eos_id])
         total += F.cross_entropy(logits, targets, reduction="sum").item()
-        confusion[rows.labels[i]][logits[0, rows.label_ids].argmax()] += 1
+        confusion[rows.labels[i]][logits[0, [a[0] for a in rows.answers]].argmax()] += 1
     last = read_jsonl(run.train_log)[-1]
     assert last["validation_loss"] == pytest.approx(total / (2 * len(rows)), abs=1e-5)
     assert last["validation_accuracy"] == sum(confusion[i][i] for i in range(5)) / len(rows)

@@ -1,19 +1,22 @@
-"""Reviews → token ids: the prompt up to the answer, cut inside the review only.
+"""Texts → token ids: the prompt up to the answer, cut inside the text only.
 
 A prompt is tokenised whole, together with an answer, exactly as the tokenizer would see the text.
-The five answers must share every token but the last one (for most tokenizers `Output:`, a space
-and then the digit): the prompt ends where they part, and five logits at its last position decide.
+It ends where the answers' tokens part; what follows is each answer's own: for most tokenizers one
+token of a digit, or a few of a name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from yelp_hpc.errors import RequestError
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Texts → token ids with the tokenizer's own special tokens."""
+CHARACTERS_PER_TOKEN = 32
+"""More than prose has in any tokenizer; only runs of spaces and the like have longer tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Prompt:
         cutoff: longest sequence in tokens, answer and end-of-sequence token included.
 
     Raises:
-        RequestError: the answers do not differ in exactly one last token, or the template alone
-            is longer than the cutoff.
+        RequestError: two answers are the same tokens, or the template alone is longer than the
+            cutoff.
     """
 
     template: str
@@ -37,54 +40,90 @@ class Prompt:
     cutoff: int
 
     def __post_init__(self) -> None:
-        ids = self.encode([self.text("", label) for label in self.labels])
-        shared = common_prefix(ids)
-        if any(len(one) != shared + 1 for one in ids):
-            raise RequestError(
-                f"the answers {', '.join(self.labels)} do not differ in exactly one last token "
-                f"with this tokenizer (ids after the shared part: {[i[shared:] for i in ids]}); "
-                "choose another prompt.template, such as one with a space before {label}"
-            )
-        if shared + 2 > self.cutoff:
+        owners: dict[tuple[int, ...], str] = {}
+        for label, answer in zip(self.labels, self.answers, strict=True):
+            if other := owners.get(tuple(answer)):
+                raise RequestError(
+                    f"the labels {other!r} and {label!r} are the same tokens with this tokenizer; "
+                    "choose other task.labels"
+                )
+            owners[tuple(answer)] = label
+        if (needed := self._shared + 1 + self._room) > self.cutoff:
             raise RequestError(
                 f"data.cutoff is {self.cutoff} tokens, but the prompt without a review already "
-                f"needs {shared + 2}; raise data.cutoff or shorten prompt.template"
+                f"needs {needed - 1}; raise data.cutoff or shorten prompt.template"
             )
+
+    @cached_property
+    def _whole(self) -> list[list[int]]:
+        """The tokens of the template without a text, with each answer."""
+        return self.encode([self.text("", label) for label in self.labels])
+
+    @cached_property
+    def _shared(self) -> int:
+        return common_prefix(self._whole)
+
+    @cached_property
+    def _room(self) -> int:
+        """Tokens behind a prompt: the longest answer and the end of the sequence."""
+        return max(map(len, self.answers)) + 1
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The tokens of each answer behind the prompt, in the order of the classes."""
+        return [one[self._shared :] for one in self._whole]
+
+    @property
+    def label_ids(self) -> list[int] | list[list[int]]:
+        """The answers as tokens.json holds them: numbers where every answer is one token."""
+        if all(len(answer) == 1 for answer in self.answers):
+            return [answer[0] for answer in self.answers]
+        return self.answers
+
+    @property
+    def end_scored(self) -> bool:
+        """Whether one answer's tokens are the beginning of another's."""
+        begun = [tuple(a[:n]) for a in self.answers for n in range(len(a))]
+        return not {*begun}.isdisjoint(map(tuple, self.answers))
+
+    @cached_property
+    def lead(self) -> list[int]:
+        """The prompt's last tokens that are the beginning of every answer's text; mostly none."""
+        if len({label[0] for label in self.labels}) > 1:
+            return []
+        others = self.encode([self.text("", text) for text in ("A", "z", "0", "é")])
+        return self._whole[0][common_prefix([*self._whole, *others]) : self._shared]
 
     def text(self, review: str, label: str = "") -> str:
         """The prompt of a review, followed by `label`."""
         head, tail = self.template.split("{review}")
         return head + review + tail.removesuffix("{label}") + label
 
-    @property
-    def label_ids(self) -> list[int]:
-        """The token that each answer ends with, one a class."""
-        return [one[-1] for one in self.encode([self.text("", label) for label in self.labels])]
-
     def fit(self, reviews: Sequence[str]) -> tuple[list[list[int]], list[str]]:
-        """Token ids of each prompt up to the answer, and the reviews as they were used.
+        """Token ids of each prompt up to the answer, and the texts as they were used.
 
-        A prompt has at most `cutoff - 2` tokens (the answer and the end of the sequence follow
-        in training). An over-long review loses its end; the rest of the prompt is never cut.
+        A prompt leaves room for the longest answer and the end of the sequence, which follow in
+        training. An over-long text loses its end; the rest of the prompt is never cut. A text of
+        over `CHARACTERS_PER_TOKEN` characters for each token of the cutoff is cut there first.
         """
-        last = self.label_ids[0]
-        used = list(reviews)
-        ids = self.encode([self.text(review, self.labels[0]) for review in reviews])
+        answer, most = self.answers[0], self.cutoff - self._room
+        used = [review[: self.cutoff * CHARACTERS_PER_TOKEN] for review in reviews]
+        ids = self.encode([self.text(review, self.labels[0]) for review in used])
         for i, one in enumerate(ids):
-            while len(one) - 1 > self.cutoff - 2:
-                used[i] = self._shorter(used[i], len(one) - 1)
+            while len(one) - len(answer) > most:
+                used[i] = self._shorter(used[i], len(one) - len(answer))
                 one = self.encode([self.text(used[i], self.labels[0])])[0]
-            if one[-1] != last:
+            if one[len(one) - len(answer) :] != answer:
                 raise RequestError(
                     "the tokenizer merges the answer with the text of a review; "
                     "choose another prompt.template"
                 )
-            ids[i] = one[:-1]
+            ids[i] = one[: len(one) - len(answer)]
         return ids, used
 
     def _shorter(self, review: str, tokens: int) -> str:
         """Drop about as many characters as there are tokens too many, at least one."""
-        excess = tokens - (self.cutoff - 2)
+        excess = tokens - (self.cutoff - self._room)
         keep = int(len(review) * (1 - excess / tokens))
         return review[: min(keep, len(review) - 1)]
 

@@ -12,6 +12,7 @@ from statistics import NormalDist
 
 from yelp_hpc.cache import DEMO_MODEL, cached_folders
 from yelp_hpc.config import Config
+from yelp_hpc.data.answer_tree import answer_tree, answers_of, scored_answers
 from yelp_hpc.data.sampling import split_rows
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
@@ -71,15 +72,20 @@ def prepared_lengths(run: RunPaths) -> Lengths | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    prefix = len(read_json(run.tokens)["prefix"])
+    tokens = read_json(run.tokens)
+    prefix, answers = len(tokens["prefix"]), [len(answer) for answer in answers_of(tokens)]
+    behind = len(answer_tree(scored_answers(tokens)).tokens)
     own: dict[str, list[int]] = {}
     for name in SPLITS:
         try:
-            column = pq.read_table(run.split(name), columns=["length"])["length"]
+            table = pq.read_table(run.split(name), columns=["length", "label"])
         except (OSError, pa.ArrowException) as error:
             raise RequestError(f"{run.split(name)} cannot be read: {error}") from None
-        answer = 0 if name == "test" else 1
-        own[name] = [length + answer - prefix for length in column.to_pylist()]
+        rows = zip(table["length"].to_pylist(), table["label"].to_pylist(), strict=True)
+        own[name] = [
+            length - prefix + (behind if name == "test" else answers[label])
+            for length, label in rows
+        ]
     return Lengths(own["train"], own["validation"], own["test"], prefix, "counted in prepare/")
 
 
@@ -95,7 +101,11 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
     """
     head = len(config.prompt.template.split("{review}")[0])
     prefix = max(1, round(head / CHARACTERS_PER_TOKEN))
-    tail = 4  # the line break, "Output:" and the answer
+    # the line break, "Output:" and the answer; the tree of a test prompt is about as large as all
+    # labels without their last tokens
+    answers = [math.ceil(len(label) / CHARACTERS_PER_TOKEN) for label in config.task.labels]
+    tail = 3 + round(sum(answers) / len(answers))
+    behind = sum(answers) - len(answers) - tail + 4 if max(answers) > 1 else 0
     most = config.data.cutoff - prefix
     if config.data.source == "hub":
         mean = mean_tokens or MEAN_TOKENS
@@ -121,8 +131,12 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         return min(most, math.ceil(len(text) / CHARACTERS_PER_TOKEN) + tail)
 
     lengths = [
-        [own(rows[i][0]) for i in chosen]
-        for rows, chosen in ((train, splits.train), (train, splits.validation), (test, splits.test))
+        [own(rows[i][0]) + more for i in chosen]
+        for rows, chosen, more in (
+            (train, splits.train, 0),
+            (train, splits.validation, 0),
+            (test, splits.test, behind),
+        )
     ]
     source = f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
     if mean_tokens:

@@ -1,11 +1,21 @@
 """The label that a generated answer states, or None: documented rules, no guessing.
 
-The prompt asks for a label, 0 to 4; a model may answer with the label, in words, or in stars (1 to
-5, label = stars − 1). Pure: text in, label out.
+Pure: text in, class out. Only the answer's line counts: the first line that is not blank (a model
+that runs on writes the next text after it).
 
-Only the answer's line counts: the first line that is not blank (a model that runs on writes the
-next review after it). In that line the first number that is *an answer* decides; digits and the
-words zero to ten are numbers. A number is an answer when
+**Labels that are words.** The line, or what follows an answer's cue in its beginning ("Answer:
+sports", "The category is sports"), without quotes and Markdown around it, must
+
+1. be a label, or a name of `task.names`; letter case counts only where labels differ in nothing
+   else; or
+2. open with one, of several the longest, before something that no word goes on with ("sports,
+   because …"); not where a second one follows as a choice ("sports or business"); or
+3. be the beginning of exactly one label ("card arri", cut by `infer.max_new_tokens`).
+
+**Labels that are whole numbers, of an ordinal task** (the prompt asks for a label, 0 to 4; a model
+may answer with the label, in words, or, where the task's names are stars, in stars). In the line
+the first number that is *an answer* decides; digits and the words zero to ten are numbers. A
+number is an answer when
 
 1. a unit follows it: "4 stars", "five-star", "4★", "4/5", "4 out of 5": stars, so label 3, 4, 3, …;
 2. it opens the line ("4", "**4**", "4.", "4 - great", "Four") or follows an answer's cue ("Output:
@@ -23,6 +33,7 @@ not one label: out of range (a label of 5, 0 stars, 7/5), negative, between two 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from yelp_hpc.config import YELP, TaskConfig
 
@@ -47,6 +58,16 @@ _STARS_UNIT = re.compile(rf"{_QUOTES}-?\s*(?:stars?\b|[★⭐])", re.IGNORECASE)
 _SCALE_UNIT = re.compile(rf"\s*(?:/|out\s+of)\s*(?P<scale>{_NUMBER})", re.IGNORECASE)
 _SECOND = re.compile(rf"\s*(?:[-–—~]|\bto\b|\bor\b)\s*{_NUMBER}", re.IGNORECASE)
 _MINUS = re.compile(r"(?<!\w)[-−]$")
+# What may stand around a label that is a word, and what makes a longer word or a choice of it.
+_AROUND = " \t\"'“”‘’`*_()[]{}<>#"
+_WORD_CUE = re.compile(
+    r"[\s\"'“”‘’*_`#>]*(?:(?:the|this|its?)\s+)?(?:\w+\s+)?"
+    r"(?:output|answer|label|class|category|topic|intent|sentiment)"
+    r"(?:\s+(?:is|was|of|as|would\s+be|should\s+be)\b|\s*[:=→]|\s*->)+",
+    re.IGNORECASE,
+)
+_WORD_GOES_ON = re.compile(r"\w|[.,:/'’&_-]\w")
+_CHOICE = re.compile(r"[\"'”’`*_]*\s*(?:,?\s*\b(?:or|and)\b|[/|,&+])\s*[\"'“‘`*_]*", re.IGNORECASE)
 _HALF = re.compile(r"\s*(?:½|and\s+a\s+half\b|1/2\b)", re.IGNORECASE)
 
 
@@ -56,8 +77,10 @@ def answer_line(text: str) -> str:
 
 
 def parse_label(text: str, task: TaskConfig = YELP) -> int | None:
-    """The label 0 to 4 that `text` states by the rules above; None when it states none."""
-    return _first_answer(answer_line(text))[0]
+    """The class that `text` states by the rules above; None when it states none."""
+    line = answer_line(text)
+    found = _first_answer(line, task)[0] if _numeric(task) else None
+    return _stated(line, task) if found is None and task.stars is None else found
 
 
 def is_decided(text: str, task: TaskConfig = YELP) -> bool:
@@ -71,21 +94,76 @@ def is_decided(text: str, task: TaskConfig = YELP) -> bool:
         return False
     if len(begun.splitlines()) > 1 or begun.splitlines(keepends=True)[0] != begun.splitlines()[0]:
         return True
-    _, end = _first_answer(begun)
+    if not _numeric(task):
+        return False
+    _, end = _first_answer(begun, task)
     return end is not None and end < len(begun) and begun[end].isspace()
 
 
-def _first_answer(line: str) -> tuple[int | None, int | None]:
+def _numeric(task: TaskConfig) -> bool:
+    """Whether numbers may stand for the labels: they are whole numbers, and in an order."""
+    return task.ordinal and all(label.isascii() and label.isdecimal() for label in task.labels)
+
+
+@lru_cache(maxsize=4)
+def _spoken(task: TaskConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """What states each class: as it stands, and in lower case where that is unambiguous."""
+    exact = {text: i for i, text in reversed([*enumerate(task.shown), *enumerate(task.labels)])}
+    folded: dict[str, set[int]] = {}
+    for text, i in exact.items():
+        folded.setdefault(_folded(text), set()).add(i)
+    return exact, {text: found.pop() for text, found in folded.items() if len(found) == 1}
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _stated(line: str, task: TaskConfig) -> int | None:
+    """The class that a line states where labels are words."""
+    cue = _WORD_CUE.match(line)
+    for text in (line, line[cue.end() :]) if cue else (line,):
+        bare = text.strip(_AROUND)
+        for said, texts in zip((bare, _folded(bare)), _spoken(task), strict=True):
+            found = texts.get(said, texts.get(said.rstrip(".,;:!?")))
+            if found is None:
+                found = _opens(said, texts)
+            if found is not None:
+                return found if found >= 0 else None
+        begun = {i for text, i in _spoken(task)[1].items() if text.startswith(_folded(bare))}
+        if bare and len(begun) == 1:
+            return begun.pop()
+    return None
+
+
+def _opens(said: str, texts: dict[str, int]) -> int | None:
+    """The class whose text a line opens with; -1 where it names a second one beside it."""
+    opening = [t for t in texts if said.startswith(t) and not _WORD_GOES_ON.match(said, len(t))]
+    if not opening:
+        return None
+    longest = max(opening, key=len)
+    choice = _CHOICE.match(said, len(longest))
+    if choice and any(said.startswith(text, choice.end()) for text in texts):
+        return -1
+    return texts[longest]
+
+
+def _first_answer(line: str, task: TaskConfig) -> tuple[int | None, int | None]:
     """`(label, end)` of the line's first answer; `end`: where its unit ends, if it has one."""
+    stars_of = {count: i for i, count in enumerate(task.stars or ())}
+    label_of = {int(label): i for i, label in reversed([*enumerate(task.labels)])}
     for found in _CANDIDATE.finditer(line):
         before, after = line[: found.start()], line[found.end() :]
         if found["drawn"]:
-            count = len(re.findall("[★⭐]", found["drawn"]))
-            return (count - 1 if count <= 5 else None), None
+            if not stars_of:
+                continue
+            return stars_of.get(len(re.findall("[★⭐]", found["drawn"]))), None
         second = _SECOND.match(after)
         tail = after[second.end() :] if second else after
         stars, scale = _STARS_UNIT.match(tail), _SCALE_UNIT.match(tail)
         cue = _AFTER_CUE.search(before)
+        if not stars_of:
+            stars = None
         if not (stars or scale or cue or _OPENS_LINE.fullmatch(before)):
             continue
         unit = stars or scale
@@ -94,10 +172,10 @@ def _first_answer(line: str) -> tuple[int | None, int | None]:
         value = _value(found["number"])
         if second or negative or _HALF.match(after) or value is None:
             return None, end
-        if scale and _value(scale["scale"]) != 5:
+        if scale and _value(scale["scale"]) != max(stars_of or label_of):
             return None, end
-        label = value - 1 if unit or (cue and cue["stars"]) else value
-        return (label if 0 <= label <= 4 else None), end
+        in_stars = stars_of and (unit or (cue and cue["stars"]))
+        return (stars_of if in_stars else label_of).get(value), end
     return None, None
 
 

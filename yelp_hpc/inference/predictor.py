@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from yelp_hpc.config import YELP, Config, TaskConfig
+from yelp_hpc.data.answer_tree import answer_tree, scored_answers
 from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
@@ -47,16 +48,17 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
         loaded = with_adapter(loaded, adapter, merge=config.infer.precision == "fp32")
     # frozen, as peft leaves the tuned model: only frozen weights get the faster arithmetic
     loaded = loaded.to(device).eval().requires_grad_(False)
-    prefix, label_ids = tokens["prefix"], tokens["label_ids"]
+    prefix, lead = tokens["prefix"], tokens.get("lead", [])
     start, budget = len(prefix), config.infer.max_tokens
     if config.infer.mode == "score":
-        return score_predictor(prepare_model(loaded), start, label_ids, budget, device)
+        answers = scored_answers(tokens)
+        return score_predictor(prepare_model(loaded), start, answers, budget, device)
     ends = loaded.generation_config.eos_token_id
     eos_ids = {tokens["eos_id"], *(ends if isinstance(ends, list) else [ends])} - {None}
     tokenizer = load_tokenizer(folder)
 
     def text(answer: list[int]) -> str:
-        return str(tokenizer.decode(answer, skip_special_tokens=True))
+        return str(tokenizer.decode([*lead, *answer], skip_special_tokens=True))
 
     decoder = GreedyDecoder(
         prepare_model(loaded),
@@ -85,15 +87,21 @@ def with_adapter(model: Any, adapter: Path, merge: bool) -> Any:
 
 
 def score_predictor(
-    model: Any, prefix_length: int, label_ids: Sequence[int], max_tokens: int, device: torch.device
+    model: Any,
+    prefix_length: int,
+    answers: Sequence[Sequence[int]],
+    max_tokens: int,
+    device: torch.device,
 ) -> Predictor:
-    """Score mode: the label of the highest logit; of equal ones the smallest."""
+    """Score mode: the label of the highest score; of equal ones the first."""
+    tree = answer_tree(answers)
 
     def plan(lengths: Sequence[int]) -> list[list[int]]:
-        return plan_microbatches([n - prefix_length for n in lengths], max_tokens, prefix_length)
+        own = [n - prefix_length + len(tree.tokens) for n in lengths]
+        return plan_microbatches(own, max_tokens, prefix_length)
 
     def predict(prompts: list[list[int]]) -> tuple[list[int], list[list[float]], None]:
-        scores = label_scores(model, prompts, prefix_length, label_ids, device)
+        scores = label_scores(model, prompts, prefix_length, tree, device)
         return best_labels(scores), scores.tolist(), None
 
     return Predictor(plan, predict)

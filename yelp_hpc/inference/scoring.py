@@ -1,8 +1,9 @@
-"""Score mode: one forward pass a review, the logits of the five labels at the answer's position.
+"""Score mode: one forward pass a prompt scores every label of the task.
 
-Takes a prepared model (`models/packed.py`) and token ids, returns tensors; touches no file.
-The argmax equals that of the whole answers' log-likelihoods (as the LM evaluation harness computes
-them), because each label is one token behind the same prompt: the normaliser is shared.
+Takes a prepared model (`models/packed`) and token ids, returns tensors; touches no file. Labels of
+one token are compared by their logits at the answer's position: the argmax is that of the whole
+answers' log-likelihoods (as the LM evaluation harness computes them), for the normaliser is shared.
+Longer ones get their exact log-likelihoods. Neither is divided by the label's length.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from yelp_hpc.data.answer_tree import AnswerTree
 from yelp_hpc.errors import StageError
 from yelp_hpc.models.packed.batch import forward_selected, pack
+from yelp_hpc.models.packed.tree import answer_scores
 
 
 @torch.inference_mode()
@@ -21,10 +24,12 @@ def label_scores(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     prefix_length: int,
-    label_ids: Sequence[int],
+    tree: AnswerTree,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Logits `[N, len(label_ids)]`, float32 on the CPU, of the labels as each prompt's next token.
+    """Scores `[N, labels]`, float32 on the CPU.
+
+    Logits where each label is one token, else log-probabilities of the whole labels.
 
     The prompts are one micro-batch; their first `prefix_length` tokens are the same and computed
     once.
@@ -32,9 +37,12 @@ def label_scores(
     Raises:
         StageError: a logit is not finite (half precision overflowed).
     """
-    batch = pack(prompts, prefix_length).to(device)
-    vocabulary = torch.tensor(list(label_ids), device=device)
-    scores = forward_selected(model, batch, vocabulary=vocabulary).float().cpu()
+    if tree.tokens:
+        scores = answer_scores(model, prompts, prefix_length, tree, device).cpu()
+    else:
+        batch = pack(prompts, prefix_length).to(device)
+        vocabulary = torch.tensor([steps[0][1] for steps in tree.steps], device=device)
+        scores = forward_selected(model, batch, vocabulary=vocabulary).float().cpu()
     if not scores.isfinite().all():
         raise StageError(
             "the model's logits are not finite; if infer.precision is fp16, use bf16 or fp32"

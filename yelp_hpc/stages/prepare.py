@@ -76,6 +76,8 @@ def run(paths: RunPaths, config: Config) -> None:
     tokens = {
         "prefix": prefix,
         "label_ids": prompt.label_ids,
+        **({"end_scored": True} if prompt.end_scored else {}),
+        **({"lead": prompt.lead} if prompt.lead else {}),
         "eos_id": tokenizer.eos_token_id,
         "pad_id": tokenizer.pad_token_id
         if tokenizer.pad_token_id is not None

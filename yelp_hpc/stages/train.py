@@ -206,6 +206,7 @@ def build(
         get_linear_schedule_with_warmup,
     )
 
+    from yelp_hpc.data.answer_tree import answer_tree, scored_answers
     from yelp_hpc.data.packing import DataPlan, largest_microbatch
     from yelp_hpc.models.load import load_model
     from yelp_hpc.models.packed.batch import prepare_model
@@ -263,6 +264,7 @@ def build(
         validation=validation,
         store=CheckpointStore(paths.checkpoints, settings.keep_checkpoints),
         stop=stop,
+        tree=answer_tree(scored_answers(tokens)),
         adapter_config=adapter_config(model, config),
         fingerprint=fingerprint,
     )

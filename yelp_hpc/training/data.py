@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from yelp_hpc.data.answer_tree import answers_of
 from yelp_hpc.data.packing import shared_prefix
 from yelp_hpc.errors import StageError
 
@@ -29,7 +30,8 @@ class Rows:
     ends: np.ndarray[Any, np.dtype[np.int64]]
     """`ends[i]`: where prompt i begins; one more entry than rows."""
     labels: list[int]
-    label_ids: list[int]
+    answers: list[list[int]]
+    """The tokens of each class's answer."""
     eos_id: int
     prefix_length: int
     """Tokens that all prompts share and a micro-batch computes once."""
@@ -37,19 +39,31 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def sequence(self, row: int) -> list[int]:
-        """The prompt and its label's token."""
+    def prompt(self, row: int) -> list[int]:
+        """The tokens up to the answer."""
         prompt: list[int] = self.tokens[self.ends[row] : self.ends[row + 1]].tolist()
-        return [*prompt, self.label_ids[self.labels[row]]]
+        return prompt
+
+    def answer(self, row: int) -> list[int]:
+        """The tokens of its label."""
+        return self.answers[self.labels[row]]
+
+    def sequence(self, row: int) -> list[int]:
+        """The prompt and its label's tokens."""
+        return [*self.prompt(row), *self.answer(row)]
 
     def own_length(self, row: int) -> int:
         """Tokens of `sequence(row)` behind the shared prefix."""
-        return int(self.ends[row + 1] - self.ends[row]) + 1 - self.prefix_length
+        prompt = int(self.ends[row + 1] - self.ends[row])
+        return prompt + len(self.answer(row)) - self.prefix_length
+
+    def supervised(self, rows: Sequence[int]) -> list[int]:
+        """How many of each row's last positions are supervised: the answer's and its end's."""
+        return [len(self.answer(row)) + 1 for row in rows]
 
     def targets(self, rows: Sequence[int]) -> Tensor:
-        """What the last two positions of each row predict: label, end; `[2 * len(rows)]`."""
-        pairs = [[self.label_ids[self.labels[row]], self.eos_id] for row in rows]
-        return torch.tensor(pairs).flatten()
+        """What the supervised positions predict: each row's answer and the end."""
+        return torch.tensor([token for row in rows for token in (*self.answer(row), self.eos_id)])
 
 
 def read_rows(path: Path, tokens: dict[str, Any]) -> Rows:
@@ -78,7 +92,7 @@ def read_rows(path: Path, tokens: dict[str, Any]) -> Rows:
         flat,
         ends,
         [int(label) for label in table.column("label").to_pylist()],
-        [int(token) for token in tokens["label_ids"]],
+        answers_of(tokens),
         int(tokens["eos_id"]),
         shared,
     )

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.answer_tree import AnswerTree
 from yelp_hpc.data.packing import DataPlan, deal, plan_microbatches
 from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.models.packed.batch import forward_selected, pack
 from yelp_hpc.models.packed.dropout import DropoutContext, derive_seed
+from yelp_hpc.models.packed.tree import answer_scores
 from yelp_hpc.ranks.rank import StopRequest
 from yelp_hpc.ranks.world import World
 from yelp_hpc.rundir.files import append_jsonl
@@ -39,7 +41,6 @@ from yelp_hpc.training.log import progress_line
 from yelp_hpc.training.throughput import Meter
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TARGETS = 2  # supervised tokens a sequence: the label and the end of the answer
 PROGRESS_SECONDS = 5.0
 
 
@@ -75,6 +76,8 @@ class Training:
     validation: Rows
     store: CheckpointStore
     stop: StopRequest
+    tree: AnswerTree
+    """Of the answers, as scores count them."""
     adapter_config: dict[str, Any]
     fingerprint: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
@@ -155,21 +158,23 @@ class Training:
         The summed loss is divided by the number of supervised tokens of the global batch.
         """
         loss_sum = torch.zeros((), device=self.world.device)
-        tokens = 0
+        tokens, supervised = 0, sum(self.train.supervised(rows))
         for parameter in self.parameters.values():
             parameter.grad = None
         for group in self._microbatches(self.train, rows):
             if self.stop.pending:
                 return 0.0, tokens, False
             batch = pack(
-                [self.train.sequence(row) for row in group], self.train.prefix_length, last=TARGETS
+                [self.train.sequence(row) for row in group],
+                self.train.prefix_length,
+                last=self.train.supervised(group),
             ).to(self.world.device)
             targets = self.train.targets(group).to(self.world.device)
             with self.dropout.batch(step, group, batch):
                 with self._autocast():
                     logits = forward_selected(self.model, batch)
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-                loss = loss / (TARGETS * len(rows))
+                loss = loss / supervised
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
             tokens += len(batch.input_ids)
@@ -247,8 +252,7 @@ class Training:
     def _evaluate(self) -> dict[str, float] | None:
         """Loss, accuracy and macro F1 on the validation rows; None when asked to stop meanwhile."""
         device = self.world.device
-        labels = torch.tensor(self.validation.label_ids, device=device)
-        count = len(labels)
+        count = len(self.validation.answers)
         sums = torch.zeros(count * count + 2, dtype=torch.float64, device=device)
         self.model.eval()
         with torch.no_grad():
@@ -259,13 +263,13 @@ class Training:
                 batch = pack(
                     [self.validation.sequence(row) for row in group],
                     self.validation.prefix_length,
-                    last=TARGETS,
+                    last=self.validation.supervised(group),
                 ).to(device)
                 with self._autocast():
                     logits = forward_selected(self.model, batch).float()
                 targets = self.validation.targets(group).to(device)
                 sums[-2] += F.cross_entropy(logits, targets, reduction="sum").double()
-                predicted = logits[::TARGETS].index_select(1, labels).argmax(1)
+                predicted = self._predicted(group, logits)
                 truth = torch.tensor([self.validation.labels[row] for row in group], device=device)
                 sums[: count * count] += torch.bincount(
                     truth * count + predicted, minlength=count * count
@@ -277,10 +281,28 @@ class Training:
         rows = len(self.validation)
         confusion = [counts[count * i : count * (i + 1)] for i in range(count)]
         return {
-            "validation_loss": loss / (TARGETS * rows),
+            "validation_loss": loss / sum(self.validation.supervised(range(rows))),
             "validation_accuracy": sum(confusion[i][i] for i in range(count)) / rows,
             "validation_f1_macro": f1_macro(confusion),
         }
+
+    def _predicted(self, rows: list[int], logits: Tensor) -> Tensor:
+        """The best label of each validation row, `[len(rows)]`.
+
+        Answers of one token are compared where the supervised `logits` are; longer ones need a
+        pass of their own, with every answer behind each prompt.
+        """
+        data = self.validation
+        if not self.tree.tokens:
+            tokens = [answer[0] for answer in data.answers]
+            first = logits[:: data.supervised(rows)[0]]
+            return first[:, torch.tensor(tokens, device=logits.device)].argmax(1)
+        prompts = [data.prompt(row) for row in rows]
+        with self._autocast():
+            scores = answer_scores(
+                self.model, prompts, data.prefix_length, self.tree, self.world.device
+            )
+        return scores.argmax(1)
 
     # --- faults -----------------------------------------------------------------------------
 
