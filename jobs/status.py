@@ -6,13 +6,15 @@ A controller that is down or an sacct that is absent only takes columns away.
 
 from __future__ import annotations
 
+import io
 import json
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import YelpHpcError
@@ -26,6 +28,10 @@ from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_jsonl
 from yelp_hpc.rundir.paths import RunPaths, Task
+
+if TYPE_CHECKING:  # loaded when a table is drawn
+    from rich.table import Table
+    from rich.text import Text
 
 WATCH_SECONDS = 5.0
 
@@ -269,26 +275,64 @@ def _training(fact: Facts) -> str:
 
 
 def render(
-    lines: Sequence[JobStatus], problem: str = "", hours: attempts.GpuHours | None = None
+    lines: Sequence[JobStatus],
+    problem: str = "",
+    hours: attempts.GpuHours | None = None,
+    width: int | None = None,
 ) -> str:
-    """The table as plain text."""
-    head = ("stage", "state", "job", "node", "elapsed/limit", "restarts", "")
-    rows = [head]
+    """The table as plain text, a line a stage; with a `width`, folded to fit it.
+
+    Where the whole does not fit, node and restarts stand among the details.
+    """
+    full = _table(lines, narrow=False)
+    text = _plain_text(full, UNFOLDED)
+    if width is not None and max(map(len, text.splitlines())) > width:
+        text = _plain_text(_table(lines, narrow=True), width)
+    notes = [str(hours)] if hours and hours.used else []
+    if problem:
+        notes.append(f"from the run directory alone, Slurm did not answer: {plain(problem)}")
+    return "\n".join([text, *(_plain_text(note, width or UNFOLDED) for note in notes)])
+
+
+UNFOLDED = 10_000
+"""Columns of what is no terminal: a line a stage, for `grep` and the like."""
+
+
+def _table(lines: Sequence[JobStatus], narrow: bool) -> Table:
+    from rich.table import Table
+
+    head = ("stage", "state", "job", "elapsed/limit") if narrow else _COLUMNS
+    table = Table(*head, "", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=None)
+    for column in table.columns[:-1]:
+        column.no_wrap = column.header != "job"
     for line in lines:
         time_used = "/".join(part for part in (line.elapsed, line.limit) if part)
-        rows.append(
-            (line.name, line.state, line.job, line.node, time_used, str(line.restarts), line.detail)
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
-    text = [
-        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    ]
-    if hours and hours.used:
-        text.append(str(hours))
-    if problem:
-        text.append(f"from the run directory alone, Slurm did not answer: {problem}")
-    return "\n".join(text)
+        cells = [line.name, line.state, line.job, line.node, time_used, str(line.restarts)]
+        detail = line.detail
+        if narrow:
+            cells = [*cells[:3], time_used]
+            restarts = f"{line.restarts} restart{'s' * (line.restarts > 1)}" * bool(line.restarts)
+            detail = "; ".join(filter(None, (detail, line.node, restarts)))
+        table.add_row(*map(_cell, [*cells, detail]))
+    return table
+
+
+_COLUMNS = ("stage", "state", "job", "node", "elapsed/limit", "restarts")
+
+
+def _cell(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(" ".join(plain(text).split()), overflow="fold")
+
+
+def _plain_text(shown: Any, width: int) -> str:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False)
+    console.print(shown, highlight=False, soft_wrap=False)
+    lines: Any = console.file
+    return "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
 
 
 def collect_status(run_dir: str | Path, config: Config) -> tuple[list[JobStatus], str]:
@@ -298,20 +342,37 @@ def collect_status(run_dir: str | Path, config: Config) -> tuple[list[JobStatus]
 
 
 def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False) -> None:
-    """Print the state; with `watch` again and again until nothing runs or waits."""
+    """Print the state; with `watch` until nothing runs or waits, in place on a terminal."""
     from yelp_hpc.rundir.manifest import load_run
 
     paths, config = load_run(run_dir)
-    while True:
-        lines, problem = collect_status(paths.root, config)
-        hours = attempts.gpu_hours(attempts.of_run(paths))
-        if as_json:
-            stages = [asdict(line) for line in lines]
-            value = {"run": str(paths.root), "stages": stages, "gpu_hours": hours._asdict()}
-            print(json.dumps({**value, "slurm": problem or None}), flush=True)
-        else:
-            clear = "\x1b[2J\x1b[H" if watch and sys.stdout.isatty() else ""
-            print(f"{clear}{plain(render(lines, problem, hours))}", flush=True)
-        if not watch or not any(line.state in ("running", "waiting") for line in lines):
-            return
-        time.sleep(WATCH_SECONDS)
+    with _screen(watch and not as_json) as show:
+        while True:
+            lines, problem = collect_status(paths.root, config)
+            hours = attempts.gpu_hours(attempts.of_run(paths))
+            if as_json:
+                stages = [asdict(line) for line in lines]
+                value = {"run": str(paths.root), "stages": stages, "gpu_hours": hours._asdict()}
+                print(json.dumps({**value, "slurm": problem or None}), flush=True)
+            else:
+                show(partial(render, lines, problem, hours))
+            if not watch or not any(line.state in ("running", "waiting") for line in lines):
+                return
+            time.sleep(WATCH_SECONDS)
+
+
+@contextmanager
+def _screen(in_place: bool) -> Iterator[Callable[[Callable[..., str]], None]]:
+    """Shows a text in the terminal's width, each in the place of the last if so wished."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        yield lambda text: print(text(), flush=True)
+    elif not in_place:
+        yield lambda text: print(text(width=console.width), flush=True)
+    else:
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            yield lambda text: live.update(Text(text(width=console.width)), refresh=True)
