@@ -216,23 +216,25 @@ def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
 
 def reason_in_words(reason: str) -> str:
     """Why a job waits, for someone who has not read Slurm's manual."""
-    words = {
-        "None": "about to be scheduled",
-        "Priority": "others are ahead of it in the queue",
-        "Resources": "waiting for nodes to become free",
-        "Dependency": "waits for an earlier stage",
-        "DependencyNeverSatisfied": "an earlier stage failed, so it will never start",
-        "BeginTime": "was requeued, starts again in a moment",
-        "JobHeldUser": "held by its owner: scontrol release",
-        "JobHeldAdmin": "held by an administrator, or after failing to start",
-        "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
-        "PartitionTimeLimit": "asks for more time than its partition allows",
-        "PartitionNodeLimit": "asks for more nodes than its partition has",
-        "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
-        "AssocGrpGRES": "your group's GPUs are all in use",
-        "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
-        "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
-        "launch failed requeued held": "failed to start and is held: scontrol release",
-    }
     plain = reason.strip("()")
-    return words.get(plain.partition(",")[0], plain)
+    return _REASONS.get(plain.partition(",")[0], plain)
+
+
+_REASONS = {
+    "None": "about to be scheduled",
+    "Priority": "others are ahead of it in the queue",
+    "Resources": "waiting for nodes to become free",
+    "Dependency": "waits for an earlier stage",
+    "DependencyNeverSatisfied": "an earlier stage failed, so it will never start",
+    "BeginTime": "was requeued, starts again in a moment",
+    "JobHeldUser": "held by its owner: scontrol release",
+    "JobHeldAdmin": "held by an administrator, or after failing to start",
+    "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
+    "PartitionTimeLimit": "asks for more time than its partition allows",
+    "PartitionNodeLimit": "asks for more nodes than its partition has",
+    "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
+    "AssocGrpGRES": "your group's GPUs are all in use",
+    "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
+    "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
+    "launch failed requeued held": "failed to start and is held: scontrol release",
+}

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 
 from yelp_hpc.config import Config
 from yelp_hpc.jobs.slurm import Row, parse_accounting, parse_queue, reason_in_words
-from yelp_hpc.jobs.status import Facts, render, summarise, total_steps
-from yelp_hpc.rundir.attempts import Attempt, gpu_hours
+from yelp_hpc.jobs.status import Facts, JobStatus, render, summarise, total_steps
+from yelp_hpc.rundir.attempts import Attempt, GpuHours, gpu_hours
 
 SUBMITTED = {"job": "7", "executor": "slurm"}
 
@@ -91,3 +99,139 @@ def test_squeue_and_sacct_are_read() -> None:
     assert "ahead" in reason_in_words(rows[1].reason)
     (row,) = parse_accounting("7_[4-9]|PENDING|None|0|1\n7_1|CANCELLED by 0|g1|00:01:00|00:10:00\n")
     assert (row.job, row.state, row.node) == ("7_1", "CANCELLED", "g1")
+
+
+def of(line: str, name: str = "infer-base", **facts: object) -> JobStatus:
+    stage = name.partition("-")[0]
+    base = {"name": name, "stage": stage, "done": False, "submission": SUBMITTED}
+    (found,) = summarise([Facts(**{**base, **facts})])  # type: ignore[arg-type]
+    assert f"{found.state}: {found.detail}" == line
+    return found
+
+
+def test_what_is_said_of_each_state() -> None:
+    """Whole lines: what a user reads is the product."""
+    again = "interrupted; submit it again to go on"
+    for verdict in ("stopped", "lost", ""):
+        of(f"stopped: {again}", "train", attempts=(attempt(verdict),))
+    of("unknown: submitted, but Slurm has no trace of it", "train", attempts=(attempt("done"),))
+    of("absent: not submitted", "train", submission=None)
+    of("running: ", "train", alive=True)
+    of("running: ", "train", rows=(Row("7", "COMPLETING"),))
+    of("waiting: waits for an earlier stage", "train", rows=(Row("7", "PENDING", "Dependency"),))
+    gone = "cancelled; submit it again to go on"
+    of(f"cancelled: {gone}", "train", accounting=(Row("7", "CANCELLED"), Row("7", "FAILED")))
+    for state in ("COMPLETED", "PENDING", "RUNNING", "REQUEUED"):
+        unknown = "unknown: submitted, but Slurm has no trace of it"
+        of(unknown, "train", accounting=(Row("7", state),))
+    of("failed: Slurm says OUT_OF_MEMORY: raise memory", "train",
+       accounting=(Row("7_1", "COMPLETED"), Row("7_2", "OUT_OF_MEMORY")))  # fmt: skip
+    of("failed: Slurm says ODD: see `logs`", "train", accounting=(Row("7", "ODD"),))
+    tried = (attempt("failed", reason="first"), attempt("failed", reason="second\nlog"))
+    of("failed: second", "train", attempts=tried)
+    partial = of("partial: 2/3 shards, submit infer to do the rest", shards=3,
+                 shards_done=frozenset({0, 2}))  # fmt: skip
+    assert partial.shards == {"done": 2, "running": 0, "failed": 0, "all": 3}
+    whole = of("done: 3/3 shards", done=True, shards=3, shards_done=frozenset({0, 1, 2}))
+    assert whole.rows == {}
+
+
+def test_a_shard_that_was_done_after_all_has_not_failed() -> None:
+    tried = (attempt("failed", "7_0", task=(0,)), attempt("failed", "7_1", task=(1, 2)))
+    line = "failed: 1/3 shards, 1 failed"
+    found = of(line, attempts=tried, shards=3, shards_done=frozenset({0}))
+    assert found.shards["failed"] == 1
+    # a task of two shards, one of them done, is not done
+    of("failed: 2/3 shards, 1 failed", attempts=tried, shards=3, shards_done=frozenset({0, 2}))
+
+
+def test_a_line_is_put_together_from_what_runs_what_was_and_what_is_left() -> None:
+    log = {"step": 30, "loss": 1.25, "tokens_per_second": 0, "eta_seconds": 0}
+    rows = (Row("7", "RUNNING", "None", "g1", "1:02", "10:00", 2),)
+    mine = attempt("", job="7", restart=3, ended=None, node="g7")
+    running = of("running: step 30/?, loss 1.2500, ETA 0:00:00", "train", rows=rows,
+                 training=log, attempts=(mine,))  # fmt: skip
+    assert (running.job, running.node, running.elapsed, running.limit) == (
+        "7",
+        "g1",
+        "1:02",
+        "10:00",
+    )
+    assert (running.restarts, running.training) == (3, log)
+    words = "step 30/60, loss 1.2500, ETA 0:00:00; interrupted; submit it again to go on"
+    over = of(f"stopped: {words}", "train", steps=60, training=log,
+              attempts=(attempt("lost", "6", node="g1"),
+                        attempt("lost", node="g2", started=10.0, ended=75.0)))  # fmt: skip
+    assert (over.node, over.elapsed, over.limit, over.restarts) == ("g2", "0:01:05", "", 0)
+    assert of("done: ", "train", done=True, training=log, steps=60).training == log
+    assert of("absent: not submitted", "train", submission=None).job == ""
+    slow = of("running: 0/2 shards, 1 running, 5/20 rows", shards=2,
+              rows=(Row("7_0", "RUNNING"),), shards_progress={0: {**shard("running", 5, 0.0),
+              "rows": 10}})  # fmt: skip
+    assert slow.rows == {"done": 5, "all": 20, "rows_per_second": 0.0, "eta_seconds": None}
+    third = of("running: 0/2 shards, 1 running, 5/20 rows, 0.3 rows/s, ETA 0:00:45", shards=2,
+               rows=(Row("7_0", "RUNNING"),), shards_progress={0: {**shard("running", 5, 1 / 3),
+               "rows": 10}})  # fmt: skip
+    assert third.rows == {"done": 5, "all": 20, "rows_per_second": 0.333, "eta_seconds": 45.0}
+    of("running: 0/2 shards, 1 running", shards=2, rows=(Row("7_0", "RUNNING"),))
+
+
+LINES = [
+    JobStatus("prepare", "done", "6", "c1", "0:12", "10:00"),
+    JobStatus("train", "running", "123456", "node-with-a-long-name-7", "1:02:03", "8:00:00", 1,
+              "step 30/60, loss 1.2500, 900 tokens/s, ETA 0:01:01\x1b[2J"),
+]  # fmt: skip
+
+
+def test_the_table_has_a_line_a_stage_where_there_is_no_terminal() -> None:
+    assert render(LINES, "it is down", GpuHours(2.0, 0.5)).split("\n") == [
+        "stage    state    job     node                     elapsed/limit    restarts",
+        "prepare  done     6       c1                       0:12/10:00       0",
+        "train    running  123456  node-with-a-long-name-7  1:02:03/8:00:00  1         "
+        "step 30/60, loss 1.2500, 900 tokens/s, ETA 0:01:01",
+        "GPU-hours: 2.00 used, 0.50 of them lost to interruptions",
+        "from the run directory alone, Slurm did not answer: it is down",
+    ]
+
+
+def test_the_table_is_folded_to_the_terminal_and_loses_nothing() -> None:
+    folded = render(LINES, width=80).split("\n")
+    assert max(map(len, folded)) <= 80
+    assert folded[0] == "stage    state    job     elapsed/limit"
+    words = " ".join(" ".join(folded).split())
+    for text in (
+        "prepare done 6 0:12/10:00 c1",
+        "loss 1.2500",
+        "node-with-a-long-name-7",
+        "1 restart",
+    ):
+        assert text in words
+    assert render(LINES, width=200) == render(LINES)
+
+
+def test_watch_shows_each_state_in_the_place_of_the_last(tmp_path: Path) -> None:
+    """On a real terminal, from the first look to the last."""
+    code = """
+from yelp_hpc.jobs import status
+from yelp_hpc.jobs.status import JobStatus
+from yelp_hpc.rundir import manifest
+looks = [([JobStatus("train", state)], "") for state in ("waiting", "running", "done")]
+status.WATCH_SECONDS = 0.05
+status.collect_status = lambda *_: looks.pop(0)
+from pathlib import Path
+from yelp_hpc.rundir.paths import RunPaths
+manifest.load_run = lambda run: (RunPaths(run), None)
+status.show_status(Path("."), watch=True)
+"""
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    subprocess.run([sys.executable, "-c", code], stdout=slave, env=env, check=True, cwd=tmp_path)
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    text = shown.decode()
+    places = [text.index(state) for state in ("waiting", "running", "done")]
+    assert places == sorted(places)
+    assert re.search(r"\x1b\[\d*A", text)  # the cursor goes up instead of a page scrolling by

@@ -1,0 +1,179 @@
+"""Figures of plans to the last digit: who changes a formula changes `figures.json` and sees it.
+
+`python tests/forecast/test_figures.py` writes the file anew; the formulas themselves are held
+against built models, measured peaks and the engine's own plan in test_plan.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from yelp_hpc.config import Config, config_from_dict
+from yelp_hpc.forecast.forecast import Lengths, Probe, checkpoint_interval, forecast, time_limit
+from yelp_hpc.forecast.inputs import estimated_lengths
+from yelp_hpc.forecast.memory import activation_bytes, infer_memory, training_memory
+from yelp_hpc.forecast.model_shape import ModelShape, model_shape
+from yelp_hpc.gpus import find_card
+
+FIGURES = Path(__file__).with_name("figures.json")
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 512}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "intermediate_size": 200, "num_key_value_heads": 2},
+    "qwen2": {**SIZES, "intermediate_size": 200, "num_key_value_heads": 2, "head_dim": 32,
+              "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 96, "n_layer": 3, "n_head": 6, "vocab_size": 512},
+    "chatglm": {"hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
+                "multi_query_attention": True, "multi_query_group_num": 2, "kv_channels": 128,
+                "ffn_hidden_size": 13696, "padded_vocab_size": 65024},
+}  # fmt: skip
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "dense",
+           "query_key_value", "dense_h_to_4h", "dense_4h_to_h", "c_attn", "layers.0.mlp.up_proj",
+           "no_such_projection")  # fmt: skip
+LENGTHS = Lengths([40 + 13 * i % 97 for i in range(600)], [55, 80, 21] * 9, [90, 34] * 50, 30, "x")
+PROBE = Probe(
+    "a machine", False, 7.0, 2e-3, 3_000_000_000, 3_200_000_000, 700, 4, 3.0, 9e-4, 2_500_000_000
+)
+
+
+def shapes() -> dict[str, ModelShape]:
+    return {
+        kind: model_shape({"model_type": kind, **sizes}, kind) for kind, sizes in MODELS.items()
+    }
+
+
+def settings(**sections: dict[str, Any]) -> Config:
+    values: dict[str, dict[str, Any]] = {
+        "model": {"path": "m"},
+        "data": {"source": "file", "train": "t.csv", "test_rows": 100},
+        "train": {"global_batch": 16, "max_tokens": 512, "epochs": 2},
+        "infer": {"max_tokens": 700},
+    }
+    return config_from_dict({k: {**values.get(k, {}), **sections.get(k, {})} for k in
+                             {**values, **sections}})  # fmt: skip
+
+
+def sizes_of_models() -> dict[str, Any]:
+    return {
+        kind: {
+            **asdict(shape),
+            "parameters": shape.parameters,
+            "layer_weights": shape.layer_weights,
+            "last_layer_saved": shape.last_layer_saved,
+            "adapter": {name: shape.adapter_parameters([name], 8) for name in TARGETS},
+            "adapter by default": shape.adapter_parameters(None, 3),
+            "activations": [
+                activation_bytes(shape, precision, cuda)
+                for precision in ("fp32", "fp16", "bf16")
+                for cuda in (False, True)
+            ],
+        }
+        for kind, shape in shapes().items()
+    }
+
+
+def memory_of_models() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind, shape in shapes().items():
+        for precision in ("fp32", "bf16"):
+            for checkpointing in ("off", "on", "auto"):
+                config = settings(
+                    model={"precision": precision},
+                    train={"precision": precision, "gradient_checkpointing": checkpointing},
+                    infer={"precision": precision},
+                    lora={"target": ["dense"], "rank": 5},
+                )
+                for card in (None, find_card("rtx3090")):
+                    key = f"{kind} {precision} {checkpointing} {card.name if card else 'CPU'}"
+                    found[key] = [
+                        asdict(training_memory(shape, config, 4096, card, card is not None)),
+                        asdict(infer_memory(shape, config, card is not None)),
+                    ]
+    return found
+
+
+def plans() -> dict[str, Any]:
+    glm, llama = shapes()["chatglm"], shapes()["llama"]
+    half = {"train": {"precision": "fp16", "nproc": 4}, "infer": {"precision": "fp16"},
+            "model": {"precision": "fp16"}}  # fmt: skip
+    found = {
+        "no machine": forecast(settings(), llama, LENGTHS),
+        "four cards": forecast(settings(**half), glm, LENGTHS, card=find_card("rtx3090")),
+        "two nodes, other assumptions": forecast(
+            settings(**half), glm, LENGTHS, card=find_card("h100"), nodes=2, efficiency=0.5,
+            mtbf_hours=10.0,
+        ),
+        "too small a card without bf16": forecast(
+            settings(train={"precision": "bf16"}), glm, LENGTHS, card=find_card("t4")
+        ),
+        "probed": forecast(settings(infer={"models": ["tuned"]}), llama, LENGTHS, probe=PROBE),
+        "probed, two ranks": forecast(settings(train={"nproc": 2}), llama, LENGTHS, probe=PROBE),
+    }  # fmt: skip
+    return {name: asdict(plan) for name, plan in found.items()}
+
+
+def times() -> dict[str, Any]:
+    return {
+        "checkpoint interval": [
+            checkpoint_interval(s, m) for s in (0.3, 60.0) for m in (90.0, 9e5)
+        ],
+        "time limit": [time_limit(s) for s in (1.0, 3599.0, 86_400.0, 9e5)],
+    }
+
+
+def lengths() -> dict[str, Any]:
+    """Of data that is not prepared: how many rows, and how long they are taken to be."""
+    found = {}
+    for name, config, mean in (
+        ("a Hub data set", settings(data={"source": "hub", "train": None, "path":
+                                          "Yelp/yelp_review_full", "test_rows": 50}), None),
+        ("with a mean", settings(data={"source": "hub", "train": None, "path":
+                                       "Yelp/yelp_review_full", "train_rows": 1000,
+                                       "test_rows": 50}), 321.0),
+    ):  # fmt: skip
+        made = estimated_lengths(config, mean)
+        found[name] = [
+            [len(part), sum(part), max(part), min(part)]
+            for part in (made.train, made.validation, made.test)
+        ] + [made.prefix, made.source]
+    return found
+
+
+def figures() -> dict[str, Any]:
+    made = {
+        "sizes": sizes_of_models(),
+        "memory": memory_of_models(),
+        "plans": plans(),
+        "times": times(),
+        "lengths": lengths(),
+    }
+    return dict(json.loads(json.dumps(made)))
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Leaves by their path."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{at}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{at}/{i}").items()}
+    return {at: value}
+
+
+@pytest.mark.parametrize("part", ["sizes", "memory", "plans", "times", "lengths"])
+def test_figures_are_those_of_the_file(part: str) -> None:
+    stand = flat(json.loads(FIGURES.read_text(encoding="utf-8"))[part])
+    made = flat(figures()[part])
+    assert made.keys() == stand.keys()
+    for key, value in stand.items():
+        if isinstance(value, float):
+            assert made[key] == pytest.approx(value, rel=1e-12), key
+        else:
+            assert made[key] == value, key
+
+
+if __name__ == "__main__":
+    FIGURES.write_text(json.dumps(figures(), indent=1) + "\n", encoding="utf-8")
