@@ -98,7 +98,7 @@ def memory_of_models() -> dict[str, Any]:
 
 def plans() -> dict[str, Any]:
     glm, llama = shapes()["chatglm"], shapes()["llama"]
-    half = {"train": {"precision": "fp16", "nproc": 4}, "infer": {"precision": "fp16"},
+    half: dict[str, dict[str, Any]] = {"train": {"precision": "fp16", "nproc": 4}, "infer": {"precision": "fp16"},
             "model": {"precision": "fp16"}}  # fmt: skip
     found = {
         "no machine": forecast(settings(), llama, LENGTHS),
