@@ -51,7 +51,7 @@ def test_max_steps_and_bounds() -> None:
     plan = DataPlan(100, 10, 3, seed=0, max_steps=12)
     assert plan.steps == 12
     for step in (-1, 12):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=rf"^step {step} is outside 0\.\.11$"):
             plan.batch(step)
     with pytest.raises(ValueError, match="at least 1"):
         DataPlan(0, 10, 1, seed=0)
@@ -93,3 +93,37 @@ def test_no_microbatch_is_larger_than_foretold(world_size: int, max_tokens: int)
                 largest = max(largest, 10 + sum(own[rank[i]] for i in group))
     foretold = largest_microbatch(plan, lengths, world_size, max_tokens, 10)
     assert largest <= foretold <= max(max_tokens, 100)
+
+
+def test_deals_and_groups_are_those_of_the_rule_written_out() -> None:
+    """Longest first, ties in their order, each to the rank with the fewest tokens so far."""
+    lengths = [5, 9, 5, 2, 9, 1]
+    assert deal(lengths, 1) == [[1, 4, 0, 2, 3, 5]]
+    assert deal(lengths, 2) == [[1, 0, 3], [4, 2, 5]]
+    assert deal(lengths, 4) == [[1], [4], [0, 3], [2, 5]]
+    assert deal([7], 3) == [[0], [], []]
+    with pytest.raises(ValueError, match=r"^world_size must be at least 1$"):
+        deal(lengths, 0)
+    assert plan_microbatches(lengths, 18, 4) == [[1], [4, 0], [2, 3, 5]]
+    assert plan_microbatches(lengths, 17, 4) == [[1], [4], [0, 2, 3, 5]]
+    assert plan_microbatches(lengths, 3, 4) == [[1], [4], [0], [2], [3], [5]]
+    assert plan_microbatches([], 18, 4) == []
+
+
+def test_the_largest_microbatch_is_bounded_by_share_budget_and_longest() -> None:
+    plan = DataPlan(4, 4, 1, seed=0)
+    lengths = [10, 20, 30, 40]
+    assert largest_microbatch(plan, lengths, 1, 10_000, 7) == 7 + 100  # all of a step
+    assert (
+        largest_microbatch(plan, lengths, 2, 10_000, 7) == 7 + 90
+    )  # an equal part and the longest
+    assert largest_microbatch(plan, lengths, 4, 10_000, 7) == 7 + 65
+    assert largest_microbatch(plan, lengths, 3, 10_000, 7) == 7 + 73  # 100 / 3 + 40, cut off
+    assert largest_microbatch(plan, lengths, 4, 60, 7) == 60  # the budget
+    assert largest_microbatch(plan, lengths, 4, 20, 7) == 7 + 40  # never cuts a sequence
+    two = DataPlan(4, 2, 1, seed=0)
+    steps = [sum(lengths[row] for row in two.batch(step)) for step in range(2)]
+    assert largest_microbatch(two, lengths, 1, 10_000, 7) == 7 + max(steps)
+    assert largest_microbatch(DataPlan(4, 2, 1, 0, max_steps=1), lengths, 1, 999, 7) == 7 + max(
+        steps[0], 40
+    )

@@ -108,3 +108,35 @@ def test_common_prefix() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
     assert common_prefix([[1], [2]]) == 0
     assert common_prefix([]) == 0
+
+
+def test_the_cutoff_counts_the_answer_and_the_end() -> None:
+    """The least that is accepted, and the longest prompt that stays whole, to the token."""
+    template = "ab {review} {label}"
+    alone = len("ab  ") + 1  # and the first special token
+    assert Prompt(template, ("1", "2"), characters, alone + 3).fit([""])[1] == [""]
+    needed = f"already needs {alone + 2}; raise"
+    with pytest.raises(RequestError, match=needed):
+        Prompt(template, ("1", "2"), characters, alone + 2)
+    prompt = Prompt(template, ("1", "2"), characters, alone + 10 + 2)
+    ids, used = prompt.fit(["x" * 10, "y" * 11])
+    assert used == ["x" * 10, "y" * 10]
+    assert [len(one) for one in ids] == [alone + 10, alone + 10]
+
+
+def test_a_text_is_cut_to_what_a_cutoff_of_tokens_can_hold_at_most() -> None:
+    def runs(texts: list[str]) -> list[list[int]]:
+        """Sixteen characters x are one token."""
+        return characters([text.replace("x" * 16, "\u2588") for text in texts])
+
+    (ids,), (used,) = Prompt("{review} {label}", ("1", "2"), runs, 64).fit(["x" * 100_000])
+    assert len(ids) <= 64 - 2
+    assert 50 * 16 < len(used) <= 64 * 32
+
+
+def test_a_text_loses_about_its_share_of_the_tokens_too_many() -> None:
+    prompt = Prompt("{review} {label}", ("1", "2"), characters, 102)
+    assert len(prompt._shorter("x" * 1000, 200)) == 500
+    assert len(prompt._shorter("x" * 1000, 101)) == 990
+    assert len(prompt._shorter("xyz", 100)) == 2  # at least one, or it would never end
+    assert len(prompt._shorter("x" * 60_000, 100_000)) == 60

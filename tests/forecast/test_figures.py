@@ -98,8 +98,11 @@ def memory_of_models() -> dict[str, Any]:
 
 def plans() -> dict[str, Any]:
     glm, llama = shapes()["chatglm"], shapes()["llama"]
-    half: dict[str, dict[str, Any]] = {"train": {"precision": "fp16", "nproc": 4}, "infer": {"precision": "fp16"},
-            "model": {"precision": "fp16"}}  # fmt: skip
+    half: dict[str, dict[str, Any]] = {
+        "train": {"precision": "fp16", "nproc": 4},
+        "infer": {"precision": "fp16"},
+        "model": {"precision": "fp16"},
+    }
     found = {
         "no machine": forecast(settings(), llama, LENGTHS),
         "four cards": forecast(settings(**half), glm, LENGTHS, card=find_card("rtx3090")),
