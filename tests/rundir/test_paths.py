@@ -47,5 +47,5 @@ def test_shards_and_checkpoints_are_known_by_their_names() -> None:
     assert step_of(PATHS.checkpoint(1_234_567)) == 1_234_567
     for name in ("shard-of-16.parquet", "shard-0003-of-0016.json", ".shard-0003-of-0016.parquet"):
         assert shard_of(Path(name)) is None
-    for name in ("step-12", ".step-000012.tmp", "step-000012.bak", "last"):
+    for name in (".step-000012.tmp", "step-", "step-000012.bak", "last"):
         assert step_of(Path(name)) is None
