@@ -19,8 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +27,8 @@ from yelp_hpc.cache import cached_folders
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.image.check import info
 from yelp_hpc.image.file import image_sha256
-from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Hub, Image, Look, Machine, Quota
+from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Image, Look, Machine, Quota
+from yelp_hpc.jobs.doctor.hub import hub
 from yelp_hpc.own_files import SHARE
 from yelp_hpc.rundir.files import MARKER, parse_json
 from yelp_hpc.rundir.manifest import package_versions
@@ -330,56 +329,6 @@ def image(path: Path) -> Image:
         text = str(error).strip().rpartition("\n")[2].strip()
         return Image(path=str(path), problem=f"apptainer cannot read it: {text}")
     return Image(path=str(path), sha256=image_sha256(path), labels=labels)
-
-
-def hub(token_file: str | None, timeout: float = 8) -> Hub:
-    """Reach the Hub with the token that a publication would use."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    secret, facts = _token(token_file)
-    facts |= {"endpoint": endpoint}
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Hub.model_validate({**facts, "offline": True})
-    path = "/api/whoami-v2" if secret else "/api/models?limit=1"
-    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-    accepted = None
-    try:
-        request = urllib.request.Request(endpoint + path, headers=headers)
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout):
-            accepted = True if secret else None
-    except urllib.error.HTTPError as error:
-        accepted = False if secret and error.code in (401, 403) else None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return Hub.model_validate({**facts, "problem": str(reason)})
-    return Hub.model_validate({**facts, "accepted": accepted})
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer; followed, it would take the token to another host."""
-
-    def redirect_request(self, *arguments: object) -> None:
-        return None
-
-
-def _token(token_file: str | None) -> tuple[str, dict[str, object]]:
-    from yelp_hpc.publishing.token import VARIABLES, find_token, login_file
-
-    facts: dict[str, object] = {}
-    if token_file or any(os.environ.get(name, "").strip() for name in VARIABLES):
-        try:
-            token = find_token(token_file)
-        except RequestError as error:
-            return "", {"token_problem": str(error), "token_path": token_file or ""}
-        if token:
-            return token.secret, {"token": token.source}
-    # huggingface_hub's login, read without it: the login node need not have it
-    path = login_file(os.environ)
-    secret = ""
-    with suppress(OSError):
-        secret = path.read_text(encoding="utf-8").strip()
-        mode = path.stat().st_mode & 0o777
-        facts = {"token": "the Hub's login", "token_path": str(path), "token_mode": mode}
-    return secret, facts if secret else {}
 
 
 def model_problem(path: Path) -> str:
