@@ -76,3 +76,29 @@ def test_too_little_data_is_said(
 
 def test_duplicates_ignore_case_and_spacing() -> None:
     assert duplicates(["Good food", "bad"], ["good  FOOD ", "fine", "bad"]) == 2
+
+
+def test_what_is_missing_is_said_in_numbers() -> None:
+    labels = [0, 1, 2, 3, 4] * 4
+
+    def said(test_labels: list[int] | None, **values: object) -> str:
+        with pytest.raises(RequestError) as error:
+            split_rows(labels, test_labels, data(**values), seed=0)
+        return str(error.value)
+
+    there = "but there are only"
+    beside = f"data.train_rows asks for 18 rows, {there} 15 left beside the test set"
+    assert said(None, test=None, test_rows=5, train_rows=18) == beside
+    assert said(labels, train_rows=21) == f"data.train_rows asks for 21 rows, {there} 20"
+    assert said(labels[:3], test_rows=4) == f"data.test_rows asks for 4 rows, {there} 3"
+    assert said(None, test=None, test_rows=21) == f"data.test_rows asks for 21 rows, {there} 20"
+    uneven = said([0] * 30 + [1, 2, 3, 4] * 3, balanced=True, test_rows=18)
+    few = f"data.balanced with data.test_rows=18 needs 4 rows of label 1, {there} 3"
+    assert uneven == few
+
+
+def test_a_test_file_is_drawn_by_its_own_labels() -> None:
+    labels, own = [0, 1, 2, 3, 4] * 10, [4] * 20 + [3] * 20 + [0, 1, 2] * 4
+    splits = split_rows(labels, own, data(balanced=True, test_rows=20, train_rows=25), seed=1)
+    assert Counter(own[row] for row in splits.test) == dict.fromkeys(range(5), 4)
+    assert len(splits.train) + len(splits.validation) == 25

@@ -196,3 +196,46 @@ def test_a_bad_test_set_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(StageError, match="cannot be read"):
         read_test_set(path)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_beyond_the_classes_is_refused(tmp_path: Path, label: int) -> None:
+    run = RunPaths(tmp_path)
+    write_test_set(run, [0, 4, label])
+    mend = f"make it again: python -m yelp_hpc run prepare --run {tmp_path}"
+    with pytest.raises(StageError) as error:
+        read_test_set(run.split("test"))
+    assert str(error.value) == f"{run.split('test')} holds labels outside 0-4; {mend}"
+    write_test_set(run, [0, 4])
+    assert read_test_set(run.split("test")).labels.tolist() == [0, 4]
+    assert read_test_set(run.split("test"), 6).classes == 6
+
+
+def test_row_ids_and_places_are_each_others_way_back(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    for ids in ([7, 8, 9, 10], [40, 3, 500, 20], [9, 8, 7, 6]):
+        write_test_set(run, [0, 1, 2, 3], ids)
+        test = read_test_set(run.split("test"))
+        places = test.positions(np.array([*ids[::-1], 2, 11, 10**6]))
+        assert places.tolist() == [3, 2, 1, 0, -1, -1 if 11 not in ids else ids.index(11), -1]
+        assert test.row_ids(np.arange(4)) == ids
+        assert test.first == min(ids)
+
+
+def test_what_makes_a_test_set_unreadable_is_said(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    path = run.split("test")
+    mend = f"make it again: python -m yelp_hpc run prepare --run {tmp_path}"
+
+    def said() -> str:
+        with pytest.raises(StageError) as error:
+            read_test_set(path)
+        return str(error.value)
+
+    assert said() == f"{path} is missing; {mend}"
+    write_test_set(run, [])
+    assert said() == f"{path} holds no rows; {mend}"
+    write_test_set(run, [0, 1, 2], [5, 9, 5])
+    assert said() == f"{path} holds row 5 more than once; {mend}"
+    rewrite(path, lambda table: table.drop_columns(["label"]))
+    assert "label" in said() and said().endswith(f"); {mend}")
