@@ -1,7 +1,7 @@
 """The metrics of two fabricated runs to the last digit: a change is seen in `figures.json`.
 
-`python -m tests.evaluation.test_figures` writes the file anew. What the figures mean is held against
-scikit-learn and scipy in test_metrics.py.
+`python -m tests.evaluation.test_figures` writes the file anew. What the figures mean is held
+against scikit-learn and scipy in test_metrics.py.
 """
 
 from __future__ import annotations
