@@ -69,6 +69,13 @@ def minutes(text: str) -> int:
     return max(1, days * 1440 + hours * 60 + mins + (1 if seconds else 0))
 
 
+def time_text(count: int) -> str:
+    """Minutes as Slurm writes them: `D-HH:MM:00` or `H:MM:00`."""
+    days, rest = divmod(count, 1440)
+    text = f"{rest // 60:02d}:{rest % 60:02d}:00"
+    return f"{days}-{text}" if days else text.removeprefix("0")
+
+
 class Resources(Frozen):
     """What one job of a stage asks of Slurm. In a stage's section a null takes the default."""
 

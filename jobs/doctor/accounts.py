@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
-from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes
+from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes, time_text
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, config_line, listed
 from yelp_hpc.jobs.site.slurm_facts import Partition, Qos, SlurmFacts
 
@@ -116,8 +116,10 @@ def _qos_limits(
     asked = minutes(want.time or "60")
     if qos.max_minutes is not None and asked > qos.max_minutes:
         where = key(cluster, stage, "time")
-        text = f"{where} is {clock(asked)}, but qos {qos.name} allows {clock(qos.max_minutes)}"
-        yield config_line("qos", "failure", text, f"{where}: {clock(qos.max_minutes)}")
+        text = (
+            f"{where} is {time_text(asked)}, but qos {qos.name} allows {time_text(qos.max_minutes)}"
+        )
+        yield config_line("qos", "failure", text, f"{where}: {time_text(qos.max_minutes)}")
     nodes = want.nodes or 1
     limits = [limit for limit in (qos.gpus_a_job, qos.gpus_a_user) if limit is not None]
     if want.gpus and limits and want.gpus * nodes > min(limits):
@@ -132,10 +134,3 @@ def _qos_limits(
         if asked > qos.submitted_a_user:
             text = f"{asked} jobs would be queued, but qos {qos.name} allows {qos.submitted_a_user}"
             yield config_line("qos", "failure", text, f"max_array_size: {max(2, room)}")
-
-
-def clock(count: int) -> str:
-    """Minutes as Slurm writes them: `D-HH:MM:00` or `H:MM:00`."""
-    days, rest = divmod(count, 1440)
-    text = f"{rest // 60:02d}:{rest % 60:02d}:00"
-    return f"{days}-{text}" if days else text.removeprefix("0")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
-from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes
-from yelp_hpc.jobs.doctor.accounts import check_account, check_qos, clock, key, partitions_of
+from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes, time_text
+from yelp_hpc.jobs.doctor.accounts import check_account, check_qos, key, partitions_of
 from yelp_hpc.jobs.doctor.findings import Finding, advice, command, config_line, listed, ok
 from yelp_hpc.jobs.site.slurm_facts import Node, SlurmFacts
 from yelp_hpc.rundir.paths import STAGES
@@ -187,10 +187,10 @@ def _time(
     if numbers and len(numbers) == len(limits) and asked > max(numbers):
         most = max(numbers)
         text = (
-            f"{where} is {clock(asked)}, but the partition ends jobs after {clock(most)} "
+            f"{where} is {time_text(asked)}, but the partition ends jobs after {time_text(most)} "
             "(a stage saves before its limit and is requeued, so a lower one does no harm)"
         )
-        yield config_line("time limit", "failure", text, f"{where}: {clock(most)}")
+        yield config_line("time limit", "failure", text, f"{where}: {time_text(most)}")
 
 
 def _size(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.gpus import card_named
-from yelp_hpc.jobs.doctor.accounts import clock, qos_in_force
+from yelp_hpc.jobs.cluster import Resources, time_text
+from yelp_hpc.jobs.doctor.accounts import qos_in_force
 from yelp_hpc.jobs.doctor.findings import listed
 from yelp_hpc.jobs.site.slurm_facts import Node, Partition, SlurmFacts, ask_slurm
 from yelp_hpc.progress import say as tell
@@ -88,8 +89,6 @@ def choose(slurm: SlurmFacts) -> Choice:
 
 
 def _longest(slurm: SlurmFacts, partition: Partition | None, account: str | None) -> int:
-    from yelp_hpc.jobs.cluster import Resources
-
     want = Resources(partition=partition.name if partition else None, account=account)
     limits = [partition.max_minutes if partition else None]
     if slurm.enforces("limits"):
@@ -119,7 +118,7 @@ defaults:
 {_line("qos", "null", _qos_names(slurm))}
   cpus: {cpus}
   memory: {memory}M
-  time: "{clock(min(4 * 60, chosen.longest_cpu))}"
+  time: "{time_text(min(4 * 60, chosen.longest_cpu))}"
   save_seconds: 120               # a stage saves so long before its limit, and is requeued
 """
     if chosen.gpu_partition:
@@ -133,7 +132,7 @@ train:
   nodes: 1
   cpus: {share}
   memory: {_memory(chosen.gpu_node, chosen.gpus_a_node, 10**9)}M
-  time: "{clock(min(12 * 60, chosen.longest_gpu))}"
+  time: "{time_text(min(12 * 60, chosen.longest_gpu))}"
 
 infer:
   partition: {_value(chosen.gpu_partition.name)}
@@ -141,7 +140,7 @@ infer:
   gpus: 1                         # of each task of the array
   cpus: {share}
   memory: {_memory(chosen.gpu_node, chosen.gpus_a_node, 10**9)}M
-  time: "{clock(min(4 * 60, chosen.longest_gpu))}"
+  time: "{time_text(min(4 * 60, chosen.longest_gpu))}"
 """
     nv = "true" if chosen.gpu_partition else "false"
     block = f"container:\n  image: yelp_hpc.sif\n  nv: {nv}\n  binds: []\n"
@@ -216,7 +215,7 @@ def _faster(gpu: str) -> str:
 
 
 def _partition_line(slurm: SlurmFacts, partition: Partition) -> str:
-    limit = "no limit" if partition.max_minutes is None else clock(partition.max_minutes)
+    limit = "no limit" if partition.max_minutes is None else time_text(partition.max_minutes)
     gpus = slurm.gpus_of(partition.name)
     kinds = ", ".join(f"{count} × {kind or 'GPU'}" for kind, count in gpus.items())
     facts = [limit, *([kinds] if kinds else [])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.errors import RequestError
-from yelp_hpc.jobs.cluster import load_cluster, minutes
+from yelp_hpc.jobs.cluster import load_cluster, minutes, time_text
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
 
@@ -53,3 +53,7 @@ def test_every_problem_is_reported_at_once_with_the_nearest_key(tmp_path: Path) 
 )
 def test_minutes_reads_slurms_times(text: str, expected: int) -> None:
     assert minutes(text) == expected
+
+
+def test_what_is_written_for_slurm_is_read_back() -> None:
+    assert [minutes(time_text(count)) for count in range(1, 5000)] == list(range(1, 5000))
