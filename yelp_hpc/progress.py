@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -61,3 +62,45 @@ def track(items: Iterable[Item], total: int, label: str) -> Iterator[Item]:
             left = f", about {(now - start) / done * (total - done):.0f} s left" if done else ""
             say(f"{label}: {done}/{total}, {now - start:.0f} s{left}")
         yield item
+
+
+_STEP = re.compile(r"step (\d+)/(\d+)  ?(.*)")
+
+
+@contextmanager
+def step_bar() -> Iterator[Callable[[str], None]]:
+    """Takes a log's lines and shows them on standard error.
+
+    On a terminal `step A/B …` becomes a bar that stays put; the last step, and those with a
+    validation, are printed too. Anything else is printed as it is.
+    """
+    if not sys.stderr.isatty():
+        yield _write
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn
+    from rich.table import Column
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+    columns = (BarColumn(20), TextColumn("{task.completed:.0f}/{task.total:.0f}"), text)
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bars:
+        task: TaskID | None = None
+
+        def show(line: str) -> None:
+            nonlocal task
+            line = plain(line.rstrip("\n"))
+            step = _STEP.match(line)
+            if step is None or "validation" in line or step[1] == step[2]:
+                console.print(line, soft_wrap=True)
+            if step is not None:
+                task = bars.add_task("") if task is None else task
+                done, total, what = int(step[1]), int(step[2]), step[3]
+                bars.update(task, completed=done, total=total, description=what, refresh=True)
+
+        yield show
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(line)
+    sys.stderr.flush()

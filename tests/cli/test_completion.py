@@ -210,3 +210,29 @@ def test_nothing_but_text_off_a_terminal() -> None:
     env = {**os.environ, "TERM": "xterm-256color"}
     done = subprocess.run([sys.executable, "-c", PROGRESS], capture_output=True, env=env, cwd=ROOT)
     assert b"\x1b" not in done.stdout + done.stderr
+
+
+LINES = [
+    "starting [bold]on[/bold] a node",
+    "step 1/3  loss 1.0000",
+    "step 2/3  loss 0.5000  validation loss 0.4",
+    "step 3/3  loss 0.2500",
+    "train: done",
+]
+STEPS = f"""
+from yelp_hpc.progress import step_bar
+with step_bar() as show:
+    list(map(show, {LINES!r}))
+"""
+
+
+def test_steps_of_training_are_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
+    shown = on_terminal(STEPS)
+    assert "━" in shown and "1/3" in shown
+    kept = [line for line in LINES if not line.startswith("step 1/3")]
+    places = [shown.index(line) for line in kept]
+    assert places == sorted(places)
+    assert "step 1/3" not in shown  # the bar alone says it
+    code = STEPS.replace("map(show, [", "map(lambda x: show(x + chr(10)), [")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.splitlines() == LINES

@@ -14,7 +14,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from types import FrameType
 from typing import IO, Any
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
+from yelp_hpc.progress import step_bar
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
 
 # After the first failure the others may write their own log lines so long (seconds) …
@@ -201,23 +201,11 @@ def _start(
 
 def _relay(stream: IO[bytes], log: Path) -> None:
     """Copy a rank's output to its log and to standard error."""
-    with log.open("ab", buffering=0) as file:
+    with log.open("ab", buffering=0) as file, step_bar() as show:
         for line in stream:
             file.write(line)
             with suppress(OSError, ValueError):
-                sys.stderr.write(on_screen(line.decode(errors="replace"), sys.stderr.isatty()))
-                sys.stderr.flush()
-
-
-def on_screen(line: str, terminal: bool, width: int = 24) -> str:
-    """A line of the log as it is shown: on a terminal `step A/B …` becomes a bar that stays put."""
-    step = re.match(r"step (\d+)/(\d+) ", line)
-    if not terminal or step is None:
-        return line
-    done, steps = int(step[1]), int(step[2])
-    filled = width * done // steps
-    end = "\n" if done == steps or "validation" in line else ""
-    return f"\r\x1b[K[{'━' * filled}{' ' * (width - filled)}] {line.rstrip()}{end}"
+                show(line.decode(errors="replace"))
 
 
 def _watch(ranks: list[_Rank], stopped: threading.Event) -> None:
