@@ -19,6 +19,7 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
+from yelp_hpc.jobs.interrupted import record_interrupted, sweep_pickles
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import local_alive, run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
@@ -121,6 +122,9 @@ def submit(
     for warning in exposed(paths):
         say(f"warning: {warning}")
     with locked(paths.lock("submit")), _undone(paths):  # one submission at a time
+        if executor == "slurm":
+            record_interrupted(paths)
+            sweep_pickles(paths)
         live = _live(paths, with_slurm)  # another may have been faster
         _refuse_running(planned, live)
         if asked:
@@ -348,6 +352,7 @@ def cancel(run_dir: str | Path) -> list[str]:
         StageError: the Slurm controller does not answer.
     """
     paths = RunPaths(Path(run_dir).absolute())
+    record_interrupted(paths)
     submitted = records(paths)
     ids = [record["job"] for record in submitted if record["executor"] == "slurm"]
     alive = sorted({row.parent for row in slurm.queue(ids)}) if ids else []
