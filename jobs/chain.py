@@ -232,6 +232,7 @@ def _submit_slurm(
     except (RequestError, StageError):
         with suppress(StageError):  # all or nothing: the chain would end where this one is missing
             slurm.cancel([submission.job for submission in submissions])
+            slurm.cancel(record_interrupted(paths))
         raise
     return submissions
 

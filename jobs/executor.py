@@ -189,6 +189,8 @@ def submit_slurm(
             submitted = executor.map_array(supervise, *columns)
     except FailedJobError as error:
         raise refusal(job, str(error)) from None
+    except OSError as error:  # submitit's own files
+        raise StageError(write_failure(paths.logs / "slurm", error)) from error
     return str(submitted[0].job_id).partition("_")[0]
 
 
@@ -213,8 +215,6 @@ def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path)
 
     require_frozen(code, frozen)  # a chain runs for hours
     private_pickles()
-    executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
-    executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
     main = threading.current_thread() is threading.main_thread()
     # submitit's controller kills its tasks a second after Ctrl-C; made deaf to it, the supervisor,
     # which sets its own handler, is the one that hears it and has the stage saved
@@ -222,10 +222,14 @@ def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path)
     inherited = os.environ.get("PYTHONPATH")
     path = f"{code}:{inherited}" if inherited else str(code)
     try:
+        executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
+        executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
         with _environment(job.stage, PYTHONPATH=path):
             handle: Any = executor.submit(
                 supervise, job.stage, str(paths.root), str(frozen), job.model, task_text(task)
             )
+    except OSError as error:  # submitit's own files
+        raise StageError(write_failure(paths.logs / "local", error)) from error
     finally:
         if main:
             signal.signal(signal.SIGINT, handler or signal.default_int_handler)
