@@ -43,6 +43,14 @@ WAYS: tuple[Way, ...] = (
     *(("E", number) for number in (errno.ENOSPC, errno.EIO, errno.EDQUOT)),
     *(("P", errno.ENOSPC), ("S", 0), ("T", 0), ("K", 0), ("R", 0)),
 )
+WORDS = {
+    "E": "failed",
+    "P": "failed from there on",
+    "S": "took half",
+    "T": "took half and was the last",
+    "K": "was not begun by a killed process",
+    "R": "was the last",
+}
 WRITES = ("write", "pwrite")
 Files = dict[str, bytes]
 
@@ -76,12 +84,14 @@ class Tally:
     leftovers: int = 0
     tracebacks: int = 0
     notes: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Tally) -> None:
         """Add another tally to this one."""
         for name in ("injections", "lost", "wrong", "leftovers", "tracebacks"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.notes += other.notes
+        self.kinds += other.kinds
 
     @property
     def faultless(self) -> bool:
@@ -289,8 +299,7 @@ def inject(
     Args:
         injections: how many in all, at least; small units alone may need more.
     """
-    draw, total, kinds = random.Random(seed), Tally(), Counter[str]()
-    log(HEAD)
+    draw, total = random.Random(seed), Tally()
     large = [unit for unit in units if not unit.small]
     for unit in sorted(units, key=lambda unit: not unit.small):
         injector = Injector(unit, top)
@@ -302,16 +311,12 @@ def inject(
         tally = Tally()
         for number, way in ways:
             tally.add(injector.strike(number, way))
-            kinds[way[0]] += 1
+            tally.kinds[way[0]] += 1
         total.add(tally)
         log(tally.line(unit.name, len(injector.operations)))
         for note in tally.notes[:10]:
             log(f"  {note}")
         shutil.rmtree(injector.top, ignore_errors=True)
-    words = {"E": "failed", "P": "failed from there on", "S": "short", "T": "torn and killed",
-             "K": "killed before", "R": "killed after"}  # fmt: skip
-    log(", ".join(f"{count} {words[kind]}" for kind, count in sorted(kinds.items())))
-    log(total.line("all", ""))
     return total
 
 
@@ -329,18 +334,27 @@ def main() -> int:
             env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_XET": "1"}
             env |= {"YELP_HPC_CACHE": f"{place}/cache", "TQDM_DISABLE": "1"}
             return subprocess.run([sys.executable, *sys.argv], env=env, check=False).returncode
-    from benchmarks.faults_units import all_units
+    from benchmarks.faults_units import heavy_units, light_units
 
-    folder = Path(os.environ["YELP_HPC_FAULTS"])
+    folder, started = Path(os.environ["YELP_HPC_FAULTS"]), time.monotonic()
     chosen = set(filter(None, options.only.split(",")))
-    with all_units(folder) as units:
-        if unknown := chosen - {unit.name for unit in units}:
-            parser.error(f"no unit {', '.join(sorted(unknown))}: {[unit.name for unit in units]}")
-        units = [unit for unit in units if not chosen or unit.name in chosen]
-        started = time.monotonic()
-        log: Callable[[str], None] = lambda text: print(text, flush=True)  # noqa: E731
-        total = inject(units, folder / "work", options.injections, options.seed, log)
-    print(f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores")
+
+    def log(text: str) -> None:
+        print(text, flush=True)
+
+    def strike(units: list[Unit], injections: int) -> Tally:
+        wanted = [unit for unit in units if not chosen or unit.name in chosen]
+        return inject(wanted, folder / "work", injections, options.seed, log)
+
+    log(HEAD)
+    total = strike(light_units(), 0)
+    if not chosen or chosen - {unit.name for unit in light_units()}:
+        with heavy_units(folder) as units:
+            total.add(strike(units, options.injections - total.injections))
+    log(total.line("all", ""))
+    kinds = sorted(total.kinds.items())
+    log(", ".join(f"{count} {WORDS[kind]}" for kind, count in kinds))
+    log(f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores")
     return 0 if total.faultless else 1
 
 

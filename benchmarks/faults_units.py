@@ -575,9 +575,30 @@ def _import_everything() -> None:
     assert all(known)
 
 
+def light_units() -> list[Unit]:
+    """The units that need no torch, so that a fork is cheap."""
+    append: dict[str, Any] = {"act": _append(3), "again": _append(4), "content": _known_records}
+    return [
+        Unit("append_jsonl", _two_records, lost=_records_lost({1, 2, 4}), **append),
+        Unit("append_torn", _torn_tail, lost=_records_lost({1, 2, 4}), **append),
+        Unit("append_new", _nothing, lost=_records_lost({4}), **append),
+        Unit("write_json", _old_json, _write_json("a.json")),
+        Unit("atomic_path", _nothing, _write_json("deep/er/a.json")),
+        Unit("marker", _three_files, _mark),
+        Unit("record_run", _unsubmitted, _record_run, content=_without_created),
+        Unit("update_run", _submitted_run, _update),
+        Unit("freeze", _nothing, _freeze),
+        Unit("freeze_planted", _planted, _freeze),
+        Unit("settings", _nothing, _settings),
+        Unit("attempt", _nothing, _attempt),
+        Unit("collected", _nothing, _collected),
+        Unit("collected_anew", _old_metrics, _collected),
+    ]
+
+
 @contextmanager
-def all_units(top: Path) -> Iterator[list[Unit]]:
-    """Every unit; what they share lies in `top`."""
+def heavy_units(top: Path) -> Iterator[list[Unit]]:
+    """Every other unit; what they share lies in `top`."""
     stages, slurm = Stages(top / "stages"), Slurm(top / "slurm")
     publishing = Publishing(top / "publishing")
     for folder in (stages.top, publishing.top):
@@ -593,23 +614,8 @@ def all_units(top: Path) -> Iterator[list[Unit]]:
     if os.waitpid(pid, 0)[1]:
         raise SystemExit("the tiny model cannot be made")
     publishing.start()
-    append: dict[str, Any] = {"act": _append(3), "again": _append(4), "content": _known_records}
     try:
         yield [
-            Unit("append_jsonl", _two_records, lost=_records_lost({1, 2, 4}), **append),
-            Unit("append_torn", _torn_tail, lost=_records_lost({1, 2, 4}), **append),
-            Unit("append_new", _nothing, lost=_records_lost({4}), **append),
-            Unit("write_json", _old_json, _write_json("a.json")),
-            Unit("atomic_path", _nothing, _write_json("deep/er/a.json")),
-            Unit("marker", _three_files, _mark),
-            Unit("record_run", _unsubmitted, _record_run, content=_without_created),
-            Unit("update_run", _submitted_run, _update),
-            Unit("freeze", _nothing, _freeze),
-            Unit("freeze_planted", _planted, _freeze),
-            Unit("settings", _nothing, _settings),
-            Unit("attempt", _nothing, _attempt),
-            Unit("collected", _nothing, _collected),
-            Unit("collected_anew", _old_metrics, _collected),
             Unit("checkpoint", _checkpoint(2), _checkpoint(4)),
             Unit("adapter", _nothing, _adapter),
             Unit("shard", _nothing, _shard),

@@ -25,6 +25,7 @@ from yelp_hpc.jobs.slurm import TOKENS, clean_environment, require_sbatch
 from yelp_hpc.jobs.snapshot import check_line, freeze_settings, private_pickles, require_frozen
 from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
+from yelp_hpc.rundir.files import write_failure
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 if TYPE_CHECKING:
