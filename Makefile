@@ -8,15 +8,13 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 APART  := -n 2 --dist loadfile -m "not cluster and not slow"
 
-.PHONY: demo test test-quick test-all mutants system lint docs cluster cluster-down lock release clean
+.PHONY: demo test test-quick test-all mutants system lint docs cluster cluster-down lock audit release clean
 
 # Installs what the lock names. A machine without the CPU build of torch takes the CUDA set.
-$(VENV)/installed: containers/cpu.lock containers/cuda.lock pyproject.toml
+$(VENV)/installed: containers/cpu.lock containers/cuda.lock containers/install.py pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --require-hashes -r containers/cpu.lock \
-		|| $(BIN)/pip install --quiet --require-hashes -r containers/cuda.lock
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/python containers/install.py
 	touch $@
 
 demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
@@ -53,6 +51,11 @@ cluster:  ## a private Slurm of four virtual nodes on this machine (Debian, root
 
 cluster-down:
 	bash tests/cluster/slurm_down.sh wipe
+
+audit:  ## how old the locks are, and the known vulnerabilities of what they name (needs pip-audit and the network)
+	@for lock in containers/*.lock; do git log -1 --format="$$lock is of %cs (%cr)" -- $$lock; done
+	@command -v pip-audit >/dev/null || { echo "pip-audit is not installed: pipx install pip-audit"; exit 1; }
+	for lock in containers/*.lock; do pip-audit --require-hashes --disable-pip -r $$lock || exit 1; done
 
 lock:  ## write the lock files anew from pyproject.toml
 	bash containers/lock.sh

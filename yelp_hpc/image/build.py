@@ -2,7 +2,8 @@
 
 Wheels are fetched on the host by pip's own configuration, each checked against the lock's hashes,
 and handed to the build in a folder: the build itself asks no network. Reads Apptainer.def,
-containers/ and the two packages of a checkout; writes the .sif and, in the cache, wheels and base.
+containers/ and the two packages of a checkout; writes the .sif, beside it what it holds
+(IMAGE.cdx.json) and, in the cache, wheels and base.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.image.file import EPOCH, NO_APPTAINER, image_sha256, normalise
+from yelp_hpc.image.sbom import write_sbom
 from yelp_hpc.image.steps import call, folder_of, replaced, scratch, sole_builder
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files, version
 from yelp_hpc.progress import say
@@ -78,6 +81,7 @@ def build(
         with replaced(image) as temporary:
             _apptainer_build(temporary, SHARE / "Apptainer.def", base_args, stage)
             normalise(temporary)
+        say(f"wrote {write_sbom(image, stage / 'wheels')}")
     return image_sha256(image)
 
 
@@ -183,11 +187,17 @@ def _project_wheel(stage: Path, lock: Path) -> None:
     for name in [*package_files(), *map(Path, _OF_WHEEL)]:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(IMPORT_ROOT / name, copy / name)
-    argv = [*_PIP, "wheel", "--no-deps", "--wheel-dir", str(stage / "wheels"), str(copy)]
-    constraint = stage / "constraint.txt"
-    constraint.write_text("\n".join(re.findall(r"(?m)^setuptools==[\w.]+", lock.read_text())))
-    env = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(constraint))
-    call(argv, "the wheel of this project", {**env, "SOURCE_DATE_EPOCH": str(EPOCH)})
+    backend = stage / "backend"
+    wheel = next((stage / "wheels").glob("setuptools-*.whl"), None)
+    if wheel is None:
+        raise StageError(f"{lock} names no setuptools, which builds this project")
+    with zipfile.ZipFile(wheel) as archive:  # its hash was compared with the lock's
+        archive.extractall(backend)
+    argv = [*_PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
+    argv += ["--wheel-dir", str(stage / "wheels"), str(copy)]
+    env = {"PYTHONPATH": str(backend), "SOURCE_DATE_EPOCH": str(EPOCH)}
+    call(argv, "the wheel of this project", env)
+    shutil.rmtree(backend)
     shutil.rmtree(copy)
 
 

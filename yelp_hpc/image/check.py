@@ -70,7 +70,7 @@ def check(image: Path) -> list[str]:
     here = lock_hashes().get(lock)
     if here and here != labels.get("lock-sha256"):
         problems.append(f"it was built from another {lock} than the one here: build it again")
-    versions = {_normal(name): version for name, version in inside["packages"].items()}
+    versions = {normal_name(name): version for name, version in inside["packages"].items()}
     for name in ("yelp-hpc", "submitit"):
         host = importlib.metadata.version(name)
         if versions.get(name) != host:
@@ -98,8 +98,8 @@ def version_problems(lock: str, packages: dict[str, str]) -> list[str]:
     if not lock:
         return ["it does not hold the lock that its label names"]
     pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock, re.MULTILINE))
-    wanted = {_normal(name): version for name, version in pins.items()}
-    found = {_normal(name): version for name, version in packages.items()}
+    wanted = {normal_name(name): version for name, version in pins.items()}
+    found = {normal_name(name): version for name, version in packages.items()}
     common = sorted(wanted.keys() & found.keys())
     problems = [
         f"{name} is {found[name]} in the image, the lock says {wanted[name]}"
@@ -157,6 +157,6 @@ def _apptainer(verb: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _normal(name: str) -> str:
+def normal_name(name: str) -> str:
     """The normalised name of a package (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
