@@ -32,6 +32,7 @@ def _as_text(value: Any) -> Any:
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_text)]
+Name = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v)]
 _STARS = re.compile(r"(\d+)\s*(?:stars?|[★⭐])", re.IGNORECASE)
 
 
@@ -106,12 +107,32 @@ class DataConfig(Frozen):
     source: Literal["hub", "file", "demo"] = Field(description="kind of source")
     path: str | None = Field(None, description="hub: data set id")
     revision: str | None = Field(None, description="hub: revision (commit) of the data set")
-    train: str | None = Field(None, description="file: csv, jsonl or parquet of training reviews")
+    configuration: str | None = Field(None, description="hub: configuration of the data set")
+    train_split: str = Field("train", description="hub: the split of the training rows")
+    test_split: str | None = Field(
+        "test", description="hub: the split of the test rows; null: test_rows are drawn from train"
+    )
+    train: str | None = Field(
+        None,
+        description="file: the training rows: csv, tsv, jsonl, json, parquet or arrow (text also "
+        "in gz, zst, zip), a folder of them, a glob or a folder of `save_to_disk`",
+    )
     test: str | None = Field(
         None, description="file: the test reviews; without it test_rows are drawn from train"
     )
-    text_column: str = Field("text", description="column of the review")
-    label_column: str = Field("label", description="column of the label, 0 to 4 (stars - 1)")
+    text_column: Name = Field("text", description="column of the text")
+    label_column: Name = Field("label", description="column of the label; see task.values")
+    header: bool = Field(
+        True, description="csv: its first line names the columns; without, they are 0, 1, …"
+    )
+    escaped: bool = Field(
+        False, description="a backslash and n in a text are a line break, as in Yelp's archive"
+    )
+    drop_duplicates: bool = Field(
+        False,
+        description="leave out training rows whose text is also a test row's, or has another label "
+        "elsewhere in training",
+    )
     seed: int | None = Field(
         None, ge=0, lt=2**32, description="of the draw of the sets; null: the run's seed"
     )
@@ -137,6 +158,8 @@ class DataConfig(Frozen):
             raise ValueError("source file needs data.train, a csv, jsonl or parquet file")
         if self.source == "file" and not self.test and not self.test_rows:
             raise ValueError("source file needs data.test, or data.test_rows to draw from train")
+        if self.source == "hub" and not self.test_split and not self.test_rows:
+            raise ValueError("without data.test_split, data.test_rows are needed")
         return self
 
 

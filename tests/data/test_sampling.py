@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from yelp_hpc.config import DataConfig
-from yelp_hpc.data.sampling import duplicates, split_rows
+from yelp_hpc.data.sampling import conflicting, duplicates, split_rows, text_keys
 from yelp_hpc.errors import RequestError
 
 
@@ -75,7 +76,34 @@ def test_too_little_data_is_said(
 
 
 def test_duplicates_ignore_case_and_spacing() -> None:
-    assert duplicates(["Good food", "bad"], ["good  FOOD ", "fine", "bad"]) == 2
+    keys = text_keys(["Good food", "bad"]), text_keys(["good  FOOD ", "fine", "bad"])
+    assert duplicates(*keys) == 2
+
+
+def test_equal_texts_with_two_labels_are_found() -> None:
+    keys = text_keys(["a", "b", "A ", "b", "c"])
+    found = conflicting(keys, np.array([0, 1, 2, 1, 1]))
+    assert found.tolist() == [True, False, True, False, False]
+
+
+def test_the_splits_seed_is_its_own() -> None:
+    labels = [i % 5 for i in range(100)]
+    drawn = [
+        split_rows(labels, None, data(test=None, test_rows=20, seed=own), seed)
+        for own, seed in ((None, 1), (1, 2), (None, 2))
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_unusable_rows_leave_training_and_not_the_test_set() -> None:
+    labels = [i % 5 for i in range(100)]
+    settings = data(test=None, test_rows=20)
+    plain = split_rows(labels, None, settings, 3)
+    out = np.arange(100) < 30
+    fewer = split_rows(labels, None, settings, 3, unusable=lambda test: out)
+    assert fewer.test == plain.test
+    kept = {*range(30, 100)} - {*plain.test}
+    assert {*fewer.train, *fewer.validation} == kept
 
 
 def test_what_is_missing_is_said_in_numbers() -> None:

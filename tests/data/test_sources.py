@@ -30,7 +30,7 @@ def written(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_all_formats_give_the_same_rows(tmp_path: Path, kind: str) -> None:
-    assert read_file(written(tmp_path, kind), "text", "label") == ROWS
+    assert list(read_file(written(tmp_path, kind), "text", "label")) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_all_formats_give_the_same_rows(tmp_path: Path, kind: str) -> None:
     [
         ("a.csv", b"label,text\n1,fine\n,\n", "line 3: text is empty"),
         ("a.csv", b"label,text\n7,fine\n", "line 2: label is '7'"),
-        ("a.csv", b"label,text\n1.0,fine\n", "label is '1.0'"),
+        ("a.csv", b"label,text\n1.5,fine\n", "label is '1.5'"),
         ("a.csv", b"label,text\n1,caf\xe9\n", "not UTF-8 text.*line 2"),
         ("a.csv", b"stars,review\n1,fine\n", "no column text and no column label.*stars, review"),
         ("a.csv", b"label,text\n", "has no rows"),
@@ -68,5 +68,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_many_faults_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("label,text\n" + "9,x\n" * 50)
+    with pytest.raises(RequestError, match=r"50 rows.*\n.*line 2: label is '9' in 50 rows"):
+        read_file(path, "text", "label")
+    path.write_text("label,text\n" + "1,\n" * 50)
     with pytest.raises(RequestError, match=r"50 rows.*\n[\s\S]*and 40 more"):
         read_file(path, "text", "label")

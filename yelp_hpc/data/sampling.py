@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from yelp_hpc.config import YELP, DataConfig
 from yelp_hpc.errors import RequestError
@@ -30,6 +34,7 @@ def split_rows(
     data: DataConfig,
     seed: int,
     names: Sequence[str] = YELP.labels,
+    unusable: Callable[[list[int]], NDArray[np.bool_]] | None = None,
 ) -> Splits:
     """Draw the test set, then the training rows without replacement, then split off validation.
 
@@ -38,6 +43,7 @@ def split_rows(
         test_labels: label of each row of the test source; None draws the test set from training.
         seed: of the draw, where `data.seed` does not give one of its own.
         names: of the classes; labels count in them.
+        unusable: given the test rows, which rows of the training source are left out, `[rows]`.
 
     Raises:
         RequestError: fewer rows than asked for, or a set that is empty or holds one class only.
@@ -52,6 +58,9 @@ def split_rows(
         test = _draw(rng, range(len(labels)), labels, data.test_rows, data, "test_rows", names)
         taken = set(test)
         rest = [row for row in range(len(labels)) if row not in taken]
+    if unusable is not None:
+        out = unusable(test)
+        rest = [row for row in rest if not out[row]]
     drawn = _draw(rng, rest, labels, data.train_rows, data, "train_rows", names)
     rng.shuffle(drawn)
     cut = round(len(drawn) * data.validation_share)
@@ -102,10 +111,22 @@ def _draw(
     return drawn
 
 
-def duplicates(train: Sequence[str], test: Sequence[str]) -> int:
-    """How many test texts stand in training too, letter case and spacing aside."""
-    seen = {text_key(text) for text in train}
-    return sum(text_key(text) in seen for text in test)
+def text_keys(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """A number a text, `[n]`, equal for texts that differ in letter case and spacing only."""
+    numbers = (int.from_bytes(text_key(text)[:8], "little") for text in texts)
+    return np.fromiter(numbers, dtype=np.uint64)
+
+
+def duplicates(train: NDArray[np.uint64], test: NDArray[np.uint64]) -> int:
+    """How many test texts stand in training too, by their keys."""
+    return int(np.isin(test, train).sum())
+
+
+def conflicting(keys: NDArray[np.uint64], labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which rows have a text that stands there with another label too, `[n]`."""
+    both = np.unique(np.stack([keys, labels.astype(np.uint64)]), axis=1)
+    texts, labels_of = np.unique(both[0], return_counts=True)
+    return np.isin(keys, texts[labels_of > 1])
 
 
 def text_key(text: str) -> bytes:

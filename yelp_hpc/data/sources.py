@@ -1,28 +1,69 @@
-"""Reviews from a file, the Hub or the demo's packages, every faulty row named.
+"""Texts and their classes from files, the Hub or the demo's packages, every faulty row named.
 
-A source gives `(text, label)` rows in their order; the place in that order is the row id.
+A source gives rows in their order; the place in that order is the row id. They are written once
+into an Arrow file of this process's own and mapped from there, so that memory does not grow with
+the source.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import YELP, Config, DataConfig, TaskConfig
 from yelp_hpc.data import demo
+from yelp_hpc.data.files import Record, class_names, data_files, records
+from yelp_hpc.data.labels import advice, classes_of, value_text
 from yelp_hpc.data.sampling import text_key
 from yelp_hpc.errors import RequestError, StageError, all_problems
 
 Row = tuple[str, int]
-FORMATS = (".csv", ".jsonl", ".parquet")
+_BATCH = 4096
+_SHOWN = 10
+MOST_VALUES = 5000
+"""Different labels after which the label column must be another column."""
 
 
-def read_source(config: Config) -> tuple[list[Row], list[Row] | None]:
+class Table(Sequence[Row]):
+    """`(text, class)` rows; the texts are mapped from a file."""
+
+    def __init__(self, texts: pa.ChunkedArray, labels: NDArray[np.int16]) -> None:
+        self._texts = texts
+        self.labels = labels
+        """`[n]` classes."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return str(self._texts[place].as_py()), int(self.labels[place])
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _BATCH):
+            rows = range(start, min(len(self), start + _BATCH))
+            yield from zip(self.texts(rows), self.labels[start : rows.stop].tolist(), strict=True)
+
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        """The texts of some rows."""
+        found: list[str] = self._texts.take(pa.array(rows, pa.int64())).to_pylist()
+        return found
+
+
+def read_source(config: Config) -> tuple[Table, Table | None]:
     """Training and test rows of the configured source; no test rows: draw them from training.
 
     Raises:
@@ -36,119 +77,215 @@ def read_source(config: Config) -> tuple[list[Row], list[Row] | None]:
                 f"data.source demo has five classes, task.labels has {len(task.labels)}"
             )
         distinct = {text_key(text): (text, rating) for text, rating in demo.rated_snippets()}
-        return [(text, demo.star_label(rating)) for text, rating in distinct.values()], None
+        texts, ratings = zip(*distinct.values(), strict=True)
+        labels = np.array([demo.star_label(rating) for rating in ratings], dtype=np.int16)
+        return Table(pa.chunked_array([pa.array(texts, pa.large_string())]), labels), None
     if data.source == "hub":
-        return _read_hub(data, task, "train"), _read_hub(data, task, "test")
-    assert data.train is not None  # checked by the config
-    columns = data.text_column, data.label_column, task
-    train = read_file(Path(data.train), *columns)
-    return train, read_file(Path(data.test), *columns) if data.test else None
+        spools = [_read_hub(data, s) for s in (data.train_split, data.test_split) if s]
+    else:
+        spools = [_read_files(place, data) for place in (data.train, data.test) if place]
+    tables = _classified(spools, task)
+    return tables[0], tables[1] if len(tables) > 1 else None
 
 
 def read_file(
-    path: Path, text_column: str, label_column: str, task: TaskConfig = YELP
-) -> list[Row]:
-    """The rows of a csv, jsonl or parquet file.
+    path: Path | str, text_column: str, label_column: str, task: TaskConfig = YELP
+) -> Table:
+    """The rows of a data file, a folder of them or a glob.
 
     Raises:
         RequestError: naming the file and, for the first faulty rows, the line and what is wrong.
     """
-    if path.suffix not in FORMATS:
-        raise RequestError(f"data file {path} must end in {', '.join(FORMATS)}")
-    if not path.is_file():
-        raise RequestError(f"data file {path} does not exist")
+    data = DataConfig(
+        source="file",
+        train=str(path),
+        text_column=text_column,
+        label_column=label_column,
+        test_rows=1,
+    )
+    return _classified([_read_files(str(path), data)], task)[0]
+
+
+@dataclass
+class _Spool:
+    """The rows of one source, its texts in a file; labels are places in `values`."""
+
+    source: str
+    label_column: str
+    texts: pa.ChunkedArray
+    codes: NDArray[np.int32]
+    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """Each label as text → as it stood, and where it stood first."""
+    problems: list[str] = field(default_factory=list)
+    faulty: int = 0
+    """Rows without a usable text or label."""
+    names: list[str] | None = None
+
+
+def _classified(spools: list[_Spool], task: TaskConfig) -> list[Table]:
+    """The classes of all sources' labels, judged together. Raises RequestError for faulty rows."""
+    values = {value for spool in spools for value in spool.values}
+    names = next((spool.names for spool in spools if spool.names), None)
     try:
-        records = list(_records(path))
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} "
-            f"{_line_of(path, error)}); convert it, for example with iconv"
-        ) from None
-    except (csv.Error, ValueError, OSError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from None
-    if not records:
-        raise RequestError(f"{path} has no rows")
-    columns = list(records[0][1])
-    missing = [c for c in (text_column, label_column) if c not in columns]
-    if missing:
-        raise RequestError(
-            f"{path} has no column {' and no column '.join(missing)} (it has: "
-            f"{', '.join(map(str, columns))}); set data.text_column and data.label_column"
+        classes = classes_of(values, task, names)
+    except RequestError as error:
+        raise RequestError(f"{spools[0].source}: {error}") from None
+    wrong = [value for value, i in classes.items() if i is None]
+    for spool in spools:
+        counts = np.bincount(spool.codes, minlength=len(spool.values))
+        faulty, problems = spool.faulty, [(1, problem) for problem in spool.problems]
+        for count, (value, (stood, place)) in zip(counts, spool.values.items(), strict=True):
+            if classes[value] is None:
+                faulty += int(count)
+                rows = f" in {count:,} rows" if count > 1 else ""
+                problem = f"{place}: {spool.label_column} is {stood!r}{rows}, not {_expected(task)}"
+                problems.append((int(count), problem))
+        if problems:
+            shown = [problem for _, problem in problems[:_SHOWN]]
+            if hidden := faulty - sum(count for count, _ in problems[:_SHOWN]):
+                shown.append(f"… and {hidden:,} more")
+            headline = f"{spool.source} has {faulty} rows that cannot be used:"
+            hint = f"\n{advice(values, task)}" if wrong else ""
+            raise RequestError(all_problems(headline, shown) + hint)
+    tables = []
+    for spool in spools:
+        order = np.array([classes[value] for value in spool.values], dtype=np.int16)
+        tables.append(Table(spool.texts, order[spool.codes] if len(order) else order))
+    return tables
+
+
+def _expected(task: TaskConfig) -> str:
+    if task == YELP:
+        return "one of 0 to 4 (stars - 1)"
+    texts = task.values or task.labels
+    return "one of " + ", ".join(texts[:12]) + (" …" if len(texts) > 12 else "")
+
+
+def _read_files(place: str, data: DataConfig) -> _Spool:
+    paths = data_files(place)
+    one = len(paths) == 1
+
+    def every() -> Iterator[Record]:
+        for path in paths:
+            for where, record in records(path, data.header):
+                yield where if one else f"{path.name} {where}", record
+
+    source = str(paths[0]) if one else place
+    spool = _spool(source, every(), data, "set data.text_column and data.label_column")
+    spool.names = class_names(paths[0], data.label_column)
+    return spool
+
+
+def _read_hub(data: DataConfig, split: str) -> _Spool:
+    from datasets import load_dataset
+
+    assert data.path is not None  # checked by the config
+    try:
+        # beside the model: `fetch` on a login node and a job in the image share this folder
+        cache = str(cache_folder() / "datasets")
+        table = load_dataset(
+            data.path, data.configuration, split=split, revision=data.revision, cache_dir=cache
         )
-    return _checked(path, records, text_column, label_column, task)
+    except Exception as error:
+        raise StageError(
+            f"data set {data.path} ({split}) could not be loaded from the Hub: {error}\n"
+            "Where the node has no network, run `python -m yelp_hpc fetch` on the login node first."
+        ) from error
+    rows = ((f"row {i}", record) for i, record in enumerate(table))
+    spool = _spool(f"data set {data.path}", rows, data, "set data.text_column and so on")
+    spool.names = getattr(table.features.get(data.label_column), "names", None)
+    return spool
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """`(place, record)` of each row."""
-    if path.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            names = list(reader.fieldnames or ())
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"the header names {', '.join(twice)} twice")
-            for record in reader:
-                yield f"line {reader.line_num}", record
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"line {number} is not JSON: {error}") from None
-                    except RecursionError:
-                        raise ValueError(f"line {number} is nested too deeply") from None
-                    if not isinstance(record, dict):
-                        raise ValueError(f"line {number} is not a JSON object")
-                    yield f"line {number}", record
-    else:
-        import pyarrow.parquet as pq
+def _spool(source: str, rows: Iterable[Record], data: DataConfig, mend: str) -> _Spool:
+    """Write the texts into a file that is mapped; remember the labels and what is wrong.
 
-        for number, record in enumerate(pq.read_table(path).to_pylist()):
-            yield f"row {number}", record
+    Raises:
+        RequestError: there are no rows, a column is missing, or the label column holds texts.
+    """
+    text_column, label_column = data.text_column, data.label_column
+    spool = _Spool(source, label_column, pa.chunked_array([], pa.large_string()), _codes([]))
+    places: dict[str, int] = {}
+    columns: dict[str, None] = {}
+    codes: list[NDArray[np.int32]] = []
+    schema = pa.schema([("text", pa.large_string())])
+    folder = cache_folder() / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    # unlinked when it is closed: the map keeps it alive
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
+        texts: list[str] = []
+        own: list[int] = []
+        seen = False
+        with pa.ipc.new_file(file.name, schema) as writer:
+
+            def flush() -> None:
+                writer.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema))
+                codes.append(_codes(own))
+                texts.clear()
+                own.clear()
+
+            for place, record in rows:
+                seen = True
+                if record.keys() - columns.keys():
+                    columns |= dict.fromkeys(key for key in record if key is not None)
+                fault, text, value = _judged(record, text_column, label_column, data.escaped)
+                if fault:
+                    spool.faulty += 1
+                    if len(spool.problems) < _SHOWN:
+                        spool.problems.append(f"{place}: {fault}")
+                    continue
+                if value not in places:
+                    places[value] = len(places)
+                    spool.values[value] = (record[label_column], place)
+                    if len(places) > MOST_VALUES:
+                        raise RequestError(
+                            f"{source}: column {label_column} holds over {MOST_VALUES:,} different "
+                            "values: is it the label? Set data.label_column"
+                        )
+                texts.append(text)
+                own.append(places[value])
+                if len(texts) == _BATCH:
+                    flush()
+            flush()
+        if not seen:
+            raise RequestError(f"{source} has no rows")
+        missing = [c for c in (text_column, label_column) if c not in columns]
+        if missing:
+            headless = " (if its first line is a row already, set data.header=false)"
+            raise RequestError(
+                f"{source} has no column {' and no column '.join(missing)} (it has: "
+                f"{', '.join(map(str, columns))}); {mend}"
+                + (headless if ".csv" in source.lower() and data.header else "")
+            )
+        mapped = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    spool.texts, spool.codes = mapped["text"], np.concatenate(codes)
+    return spool
 
 
-def _line_of(path: Path, error: UnicodeDecodeError) -> str:
-    """Where the first byte that is not UTF-8 lies."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            return f"in line {number}"
-    return f"at {error.start}"
+def _codes(values: list[int]) -> NDArray[np.int32]:
+    return np.array(values, dtype=np.int32)
 
 
-def _checked(
-    path: Path,
-    records: Iterable[tuple[str, dict[Any, Any]]],
-    text_column: str,
-    label_column: str,
-    task: TaskConfig,
-) -> list[Row]:
-    classes = {value: i for i, value in enumerate(task.values or task.labels)}
-    rows: list[Row] = []
-    problems = []
-    for place, record in records:
-        text, label = record.get(text_column), record.get(label_column)
-        if None in record:  # csv: the rest of the line would be lost without a word
-            problems.append(f"{place}: more fields than the header; quote a text that has a comma")
-        elif not isinstance(text, str) or not text.strip():
-            what = "is empty" if text is None or isinstance(text, str) else f"is {text!r}, no text"
-            problems.append(f"{place}: {text_column} {what}")
-        elif not _is_unicode(text):
-            problems.append(f"{place}: {text_column} holds half a character (a lone surrogate)")
-        elif label is None or label == "":
-            problems.append(f"{place}: {label_column} is empty")
-        elif str(label).strip() not in classes:
-            problems.append(f"{place}: {label_column} is {label!r}, not one of 0 to 4 (stars - 1)")
-        else:
-            rows.append((text, classes[str(label).strip()]))
-    if problems:
-        raise RequestError(
-            all_problems(f"{path} has {len(problems)} rows that cannot be used:", problems, 10)
-        )
-    return rows
+def _judged(
+    record: dict[Any, Any], text_column: str, label_column: str, escaped: bool
+) -> tuple[str, str, str]:
+    """`(what is wrong, text, label as text)` of a record."""
+    text, label = record.get(text_column), record.get(label_column)
+    if None in record:  # csv: the rest of the line would be lost without a word
+        return "more fields than the header; quote a text that has a comma", "", ""
+    if not isinstance(text, str) or not text.strip():
+        what = "is empty" if text is None or isinstance(text, str) else f"is {text!r}, no text"
+        return f"{text_column} {what}", "", ""
+    if not _is_unicode(text):
+        return f"{text_column} holds half a character (a lone surrogate)", "", ""
+    if isinstance(label, bool | list | dict):
+        return f"{label_column} is {label!r}, no label", "", ""
+    value = value_text(label)
+    if not value:
+        return f"{label_column} is empty", "", ""
+    if escaped:
+        text = text.replace("\\n", "\n").replace('\\"', '"')
+    return "", text, value
 
 
 def _is_unicode(text: str) -> bool:
@@ -157,25 +294,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_hub(data: DataConfig, task: TaskConfig, split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    assert data.path is not None  # checked by the config
-    try:
-        # beside the model: `fetch` on a login node and a job in the image share this folder
-        cache = str(cache_folder() / "datasets")
-        table = load_dataset(data.path, split=split, revision=data.revision, cache_dir=cache)
-    except Exception as error:
-        raise StageError(
-            f"data set {data.path} ({split}) could not be loaded from the Hub: {error}\n"
-            "Where the node has no network, run `python -m yelp_hpc fetch` on the login node first."
-        ) from error
-    if len(set(table.column_names) & {data.text_column, data.label_column}) < 2:
-        raise RequestError(
-            f"data set {data.path} has no columns {data.text_column} and {data.label_column} "
-            f"(it has: {', '.join(table.column_names)})"
-        )
-    records = ((f"row {i}", record) for i, record in enumerate(table))
-    return _checked(Path(data.path), records, data.text_column, data.label_column, task)

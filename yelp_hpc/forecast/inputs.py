@@ -119,8 +119,8 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         return Lengths(sets[0], sets[1], sets[2], prefix, source)
     train, test = read_source(config)
     splits = split_rows(
-        [label for _, label in train],
-        None if test is None else [label for _, label in test],
+        train.labels.tolist(),
+        None if test is None else test.labels.tolist(),
         config.data,
         config.seed,
         config.task.labels,

@@ -8,13 +8,17 @@ int32), `tokens.json` (the ids that later stages share), and what LLaMA-Factory 
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from yelp_hpc.config import Config
-from yelp_hpc.data.prompt import Prompt, common_prefix
-from yelp_hpc.data.sampling import duplicates, split_rows
-from yelp_hpc.data.sources import Row, read_source
+from yelp_hpc.data.prepared import PreparedSets
+from yelp_hpc.data.prompt import Prompt
+from yelp_hpc.data.sampling import conflicting, duplicates, split_rows, text_keys
+from yelp_hpc.data.sources import Table, read_source
 from yelp_hpc.progress import say, track
 from yelp_hpc.rundir.files import damaged_files, read_marker, sweep, write_json, write_marker
 from yelp_hpc.rundir.manifest import update_run
@@ -40,24 +44,19 @@ def run(paths: RunPaths, config: Config) -> None:
             say("prepare: made again, because " + "; ".join(problems))
 
     train_rows, test_rows = read_source(config)
+    tested = train_rows if test_rows is None else test_rows
     splits = split_rows(
-        [label for _, label in train_rows],
-        None if test_rows is None else [label for _, label in test_rows],
+        train_rows.labels.tolist(),
+        None if test_rows is None else test_rows.labels.tolist(),
         config.data,
         config.seed,
         config.task.labels,
+        unusable=_unusable(train_rows, tested) if config.data.drop_duplicates else None,
     )
-    if test_rows is None:
-        test_rows = train_rows
-    chosen: dict[str, list[tuple[int, Row]]] = {
-        "train": [(i, train_rows[i]) for i in splits.train],
-        "validation": [(i, train_rows[i]) for i in splits.validation],
-        "test": [(i, test_rows[i]) for i in splits.test],
-    }
-    twins = duplicates(
-        [text for name in ("train", "validation") for _, (text, _) in chosen[name]],
-        [text for _, (text, _) in chosen["test"]],
-    )
+    drawn = sorted([*splits.train, *splits.validation])
+    keys = text_keys(_texts(train_rows, drawn))
+    twins = duplicates(keys, text_keys(_texts(tested, splits.test)))
+    conflicts = int(conflicting(keys, train_rows.labels[drawn]).sum())
 
     # Imported here: a faulty source is reported before the slow imports.
     from yelp_hpc.models.load import load_tokenizer
@@ -67,12 +66,16 @@ def run(paths: RunPaths, config: Config) -> None:
     tokenizer = load_tokenizer(folder)
     prompt = bind_prompt(config, tokenizer)
 
-    tables, truncated = {}, 0
+    sets = PreparedSets(paths, config, prompt)
     for name in SPLITS:
-        tables[name], cut = _tokenise(prompt, name, chosen[name])
-        truncated += cut
-    prefix = _shared_prefix(prompt, tables)
-    _write(paths, config, prompt, tables)
+        source, rows = tested if name == "test" else train_rows, getattr(splits, name)
+        starts = range(0, len(rows), CHUNK)
+        with sets.writing(name) as part:
+            for start in track(starts, len(starts), f"tokenise {name}"):
+                ids = rows[start : start + CHUNK]
+                part.add(ids, source.labels[ids].tolist(), source.texts(ids))
+    sets.write_info()
+    prefix = sets.prefix()
     tokens = {
         "prefix": prefix,
         "label_ids": prompt.label_ids,
@@ -88,11 +91,13 @@ def run(paths: RunPaths, config: Config) -> None:
     write_json(paths.tokens, tokens)
     names = [paths.split(n).name for n in SPLITS] + [paths.alpaca(n).name for n in SPLITS]
     summary: dict[str, Any] = {
-        "rows": {name: len(tables[name]["row"]) for name in SPLITS},
-        "tokens": {name: sum(tables[name]["length"]) for name in SPLITS},
-        "truncated": truncated,
+        "rows": sets.rows,
+        "tokens": sets.tokens,
+        "truncated": sets.truncated,
         "duplicates": twins,
-        "fingerprint": _fingerprint(tables),
+        "conflicts": conflicts,
+        "classes": sets.classes,
+        "fingerprint": sets.fingerprint,
     }
     update_run(
         paths,
@@ -110,10 +115,40 @@ def run(paths: RunPaths, config: Config) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in summary["rows"].items())
     mean = sum(summary["tokens"].values()) / sum(summary["rows"].values())
     say(f"prepare: {counts} rows, {mean:.0f} tokens each, {len(prefix)} of them shared by all")
-    if truncated:
-        say(f"prepare: {truncated} reviews over {config.data.cutoff} tokens lost their end")
+    noun = config.task.noun
+    if sets.truncated:
+        say(f"prepare: {sets.truncated} {noun}s over {config.data.cutoff} tokens lost their end")
+    remedy = "data.drop_duplicates=true leaves them out of training"
     if twins:
-        say(f"prepare: warning: {twins} test reviews also stand in the training data")
+        say(f"prepare: warning: {twins} test {noun}s also stand in the training data; {remedy}")
+    if conflicts:
+        say(
+            f"prepare: warning: {conflicts} training {noun}s have another label elsewhere; {remedy}"
+        )
+    for name in ("train", "test"):
+        absent = [i for i, rows in enumerate(sets.classes[name]) if not rows]
+        if absent:
+            shown = ", ".join(config.task.shown[i] for i in absent[:10])
+            more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""
+            say(f"prepare: warning: no {name} row has the label {shown}{more}")
+
+
+def _texts(table: Table, rows: list[int]) -> Iterator[str]:
+    """The texts of some rows, a chunk in memory at a time."""
+    for start in range(0, len(rows), CHUNK):
+        yield from table.texts(rows[start : start + CHUNK])
+
+
+def _unusable(train: Table, tested: Table) -> Callable[[list[int]], NDArray[np.bool_]]:
+    """Given the test rows, the training rows that repeat one or contradict another."""
+
+    def found(test: list[int]) -> NDArray[np.bool_]:
+        keys = text_keys(text for text, _ in train)
+        repeated = np.isin(keys, text_keys(_texts(tested, test)))
+        out: NDArray[np.bool_] = repeated | conflicting(keys, train.labels)
+        return out
+
+    return found
 
 
 def bind_prompt(config: Config, tokenizer: Any) -> Prompt:
@@ -121,90 +156,6 @@ def bind_prompt(config: Config, tokenizer: Any) -> Prompt:
 
     def encode(texts: list[str]) -> list[list[int]]:
         ids = tokenizer(texts)["input_ids"]
-        return [list(one) for one in ids]
+        return list(ids)
 
     return Prompt(config.prompt.template, config.task.labels, encode, config.data.cutoff)
-
-
-def _tokenise(
-    prompt: Prompt, name: str, rows: list[tuple[int, Row]]
-) -> tuple[dict[str, list[Any]], int]:
-    """Columns of one set, and how many of its reviews were cut."""
-    columns: dict[str, list[Any]] = {
-        key: [] for key in ("row", "label", "text", "input_ids", "length")
-    }
-    truncated = 0
-    starts = range(0, len(rows), CHUNK)
-    for start in track(starts, len(starts), f"tokenise {name}"):
-        part = rows[start : start + CHUNK]
-        reviews = [text for _, (text, _) in part]
-        ids, used = prompt.fit(reviews)
-        truncated += sum(a != b for a, b in zip(reviews, used, strict=True))
-        columns["row"] += [row for row, _ in part]
-        columns["label"] += [label for _, (_, label) in part]
-        columns["text"] += used
-        columns["input_ids"] += ids
-        columns["length"] += [len(one) for one in ids]
-    return columns, truncated
-
-
-def _shared_prefix(prompt: Prompt, tables: dict[str, dict[str, list[Any]]]) -> list[int]:
-    """The token ids that every prompt of the run begins with: never a token of a review."""
-    head = common_prefix(prompt.encode([prompt.text(review) for review in ("a", "Z", "0", "é")]))
-    sequences = [ids for table in tables.values() for ids in table["input_ids"]]
-    shared = min(head, common_prefix(sequences), min(map(len, sequences)) - 1)
-    return list(sequences[0][:shared])
-
-
-def _write(
-    paths: RunPaths, config: Config, prompt: Prompt, tables: dict[str, dict[str, list[Any]]]
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from yelp_hpc.rundir.files import atomic_path
-
-    schema = pa.schema(
-        [
-            ("row", pa.int64()),
-            ("label", pa.int16()),
-            ("text", pa.string()),
-            ("input_ids", pa.list_(pa.int32())),
-            ("length", pa.int32()),
-        ]
-    )
-    head, tail = config.prompt.template.split("{review}")
-    instruction, _, before = head.rpartition("\n")
-    after = tail.removesuffix("{label}").rstrip()
-    for name, columns in tables.items():
-        with atomic_path(paths.split(name)) as path:
-            pq.write_table(pa.table(columns, schema=schema), path)
-        records = [
-            {
-                "instruction": instruction,
-                "input": before + text + after,
-                "output": config.task.labels[label],
-            }
-            for text, label in zip(columns["text"], columns["label"], strict=True)
-        ]
-        write_json(paths.alpaca(name), records)
-    write_json(
-        paths.dataset_info,
-        {
-            f"yelp_{name}": {
-                "file_name": paths.alpaca(name).name,
-                "columns": {"prompt": "instruction", "query": "input", "response": "output"},
-            }
-            for name in SPLITS
-        },
-    )
-
-
-def _fingerprint(tables: dict[str, dict[str, list[Any]]]) -> str:
-    """SHA-256 over row ids, labels and token ids of all sets."""
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        table = tables[name]
-        for row, label, ids in zip(table["row"], table["label"], table["input_ids"], strict=True):
-            digest.update(f"{name} {row} {label} {ids}\n".encode())
-    return digest.hexdigest()

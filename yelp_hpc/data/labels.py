@@ -1,0 +1,117 @@
+"""What stands in the label column → classes: all values judged together, none guessed alone.
+
+Pure. A value stands for a class because it is one of `task.values`; without them because all values
+are labels, or all are names, or all are stars ("5 stars"), or all count the classes from 0. Whole
+numbers may be written as floats (4.0).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from yelp_hpc.config import TaskConfig
+from yelp_hpc.errors import RequestError
+
+_FLOAT = re.compile(r"([-+]?\d+)\.0+")
+_STARS = re.compile(r"(\d+)(?:\.0+)?\s*(?:stars?|[★⭐])", re.IGNORECASE)
+Rule = Callable[[str], int | None]
+
+
+def value_text(value: Any) -> str:
+    """A value of a label column as text; "" for a missing one."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _whole(text: str) -> str:
+    found = _FLOAT.fullmatch(text)
+    return found[1] if found else text
+
+
+def classes_of(
+    values: Collection[str], task: TaskConfig, names: Sequence[str] | None = None
+) -> dict[str, int | None]:
+    """The class of each value; None for one that stands for none under the rule that fits best.
+
+    `names`: of a ClassLabel column, whose values are their places.
+
+    Raises:
+        RequestError: `names` are not the task's classes.
+    """
+    best: dict[str, int | None] = {}
+    for rule in _rules(task, names):
+        found = {value: rule(value) for value in values}
+        if not best or _known(found) > _known(best):
+            best = found
+        if _known(best) == len(best):
+            break
+    return best
+
+
+def _known(found: dict[str, int | None]) -> int:
+    return sum(i is not None for i in found.values())
+
+
+def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
+    """The ways to read a label column, the most literal first."""
+
+    def among(texts: Sequence[str], fold: bool = False) -> Rule:
+        places = {text.casefold() if fold else text: i for i, text in enumerate(texts)}
+
+        def rule(value: str) -> int | None:
+            exact = value.casefold() if fold else value
+            return places.get(exact, places.get(_whole(exact)))
+
+        return rule
+
+    if task.values is not None:
+        return [among(task.values)]
+    count = len(task.labels)
+    numbers = [str(i) for i in range(count)]
+    if names is not None:
+        for texts in (task.labels, task.shown):
+            places = {text.casefold(): i for i, text in enumerate(texts)}
+            order = [places.get(name.casefold()) for name in names]
+            if None not in order and len(names) == count:
+                by_place = dict(zip(numbers, order, strict=True))
+                return [lambda value, by_place=by_place: by_place.get(_whole(value))]  # type: ignore[misc]
+        if len(names) != count:
+            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+            raise RequestError(
+                f"its label column has {len(names)} classes ({shown}), task.labels has {count}: "
+                "set task.labels to them"
+            )
+        return [among(numbers)]
+    rules = [among(task.labels), among(task.labels, fold=True), among(task.shown, fold=True)]
+    if task.stars:
+        stars = {str(n): i for i, n in enumerate(task.stars)}
+
+        def drawn(value: str) -> int | None:
+            found = _STARS.fullmatch(value)
+            text = found[1] if found else str(len(value)) if set(value) <= {"★", "⭐"} else ""
+            return stars.get(text)
+
+        rules.append(drawn)
+    return [*rules, among(numbers)]
+
+
+def advice(values: Collection[str], task: TaskConfig) -> str:
+    """What the values of a label column look like, and what to set; "" when they tell nothing."""
+    count = len(task.labels)
+    whole = {int(_whole(v)) for v in values if re.fullmatch(r"\d+", _whole(v))}
+    if len(whole) == len({*values}) and whole and task.values is None:
+        if max(whole) == count and min(whole) >= 1:
+            listed = ", ".join(str(i + 1) for i in range(count))
+            stars = "stars? " if task.stars else ""
+            return (
+                f"the label column holds {min(whole)} to {max(whole)}: {stars}"
+                f"set task.values=[{listed}]"
+            )
+        return f"the label column holds {min(whole)} to {max(whole)}"
+    listed = ", ".join(sorted(values)[:12]) + (" …" if len(values) > 12 else "")
+    return f"the label column holds {len(values)} values: {listed}; set task.values or task.labels"
