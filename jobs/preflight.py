@@ -25,9 +25,15 @@ MODULES = {
     "train": ("pyarrow", "transformers", "torch", "peft"),
     "infer": ("pyarrow", "transformers", "torch"),
     "collect": ("numpy", "pyarrow"),
-    "publish": ("pyarrow", "matplotlib", "huggingface_hub"),
+    "publish": ("pyarrow", "matplotlib"),
 }
 """What each stage imports that the host's part of the toolkit does not bring."""
+
+JOB_MODULES = {
+    *(name for names in MODULES.values() for name in names),
+    *("accelerate", "datasets", "gguf", "safetensors", "sentencepiece", "sklearn", "tokenizers"),
+}
+"""Everything that the extras `job` and `demo` bring, by the name that is imported."""
 
 
 def require_sound_request(
@@ -73,8 +79,8 @@ def _packages(
     stages: Sequence[str], config: Config, cluster: ClusterConfig, executor: str
 ) -> Iterator[str]:
     """Packages that jobs on the host's Python would miss."""
-    if cluster.container or cluster.command or (executor == "slurm" and cluster.setup):
-        return  # an image has them; what setup loads is seen on the node alone
+    if not on_host_python(cluster, executor):
+        return
     wanted = dict.fromkeys(name for stage in stages for name in MODULES[stage])
     if "train" in stages and config.train.tensorboard:
         wanted["tensorboard"] = None
@@ -87,6 +93,15 @@ def _packages(
         )
     elif missing:
         yield without_packages(python, missing)
+
+
+def on_host_python(cluster: ClusterConfig, executor: str = "slurm") -> bool:
+    """Whether stages run on a Python that can be looked at here.
+
+    An image has its own; what `setup` loads is seen on the node alone.
+    """
+    loads = executor == "slurm" and cluster.setup
+    return not (cluster.container or cluster.command or loads)
 
 
 def without_packages(python: str, missing: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ run would use, and removes them; with `on_node` it submits one short job.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -36,11 +37,13 @@ from yelp_hpc.jobs.doctor.run import (
     check_allreduce,
     check_image,
     check_inputs,
+    check_job_side,
     check_run,
     check_seen,
     check_visit,
 )
 from yelp_hpc.jobs.doctor.slurm import check_slurm
+from yelp_hpc.jobs.preflight import MODULES, missing_modules, on_host_python
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.jobs.slurm import client
 from yelp_hpc.own_files import own_module
@@ -173,6 +176,9 @@ def _look(request: Request, found: Inputs | None, **changes: Any) -> Look:
 
 def _host_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
     yield from check_machine(look(_look(request, found, paths=())), request)
+    if on_host_python(request.cluster):
+        python = request.cluster.python or sys.executable
+        yield check_job_side(python, missing_modules(python, MODULES["train"]))
     if request.run_named:
         yield from check_run(request)
     if request.cluster.container:

@@ -5,7 +5,7 @@ Pure but for a look at the sources of binds: facts in, findings out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError
@@ -47,6 +47,15 @@ def check_run(request: Request) -> Iterator[Finding]:
             yield config_line("run", "failure", text, f"--set {key}={_shown(old)}")
             return
     yield ok("run", f"{request.run} was made with this configuration")
+
+
+def check_job_side(python: str, missing: Sequence[str]) -> Finding:
+    """The Python that stages run on, where no image is named: does it have torch?"""
+    if not missing:
+        return ok("job side", f"{python} has what stages import")
+    text = f"jobs would run on {python}, which has no {', '.join(missing)}; no image is named"
+    remedy = "container: {image: yelp_hpc.sif}"
+    return config_line("job side", "failure", text, remedy)
 
 
 def _shown(value: object) -> str:

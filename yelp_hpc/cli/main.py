@@ -277,8 +277,17 @@ def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> 
 @cli.command()
 @CONFIG
 @SET
-def fetch(config_file: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--cluster",
+    metavar="FILE",
+    type=click.Path(),
+    help="its image does what is not installed here",
+)
+def fetch(config_file: str, overrides: tuple[str, ...], cluster: str | None) -> None:
     """Download the model (and a Hub data set) where the network is, for jobs without one.
+
+    A Hub model needs nothing; a Hub data set and the demo need the job side, and so the image that
+    --cluster names where it is not installed.
 
     \b
       python -m yelp_hpc fetch --config configs/yelp_chatglm3.yaml
@@ -351,4 +360,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        from yelp_hpc.cli.job_side import go_on_in_image
+
+        try:
+            go_on_in_image(error, sys.argv[1:])
+        except YelpHpcError as refusal:
+            click.echo(plain(str(refusal)), err=True)
+            sys.exit(refusal.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

@@ -34,7 +34,7 @@ def model_folder(model: ModelConfig) -> Path:
     local = Path(model.path).expanduser()
     if local.is_dir():  # before the slow import of what downloads
         return local
-    from yelp_hpc.models.load import fetch_model
+    from yelp_hpc.models.fetch import fetch_model
 
     return fetch_model(model.path, model.revision, hub_folder())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.models import load
+from yelp_hpc.models.fetch import fetch_model
 
 CONTENT = b'{"model_type": "llama"}'
 
@@ -32,27 +32,27 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:
-    assert load.fetch_model(str(tmp_path)) == tmp_path
+    assert fetch_model(str(tmp_path)) == tmp_path
 
 
 def test_a_path_that_does_not_exist_is_no_hub_model() -> None:
     with pytest.raises(RequestError, match="neither a folder"):
-        load.fetch_model("./models/missing")
+        fetch_model("./models/missing")
 
 
 def test_a_cached_model_is_found_by_its_commit(tmp_path: Path, offline: None) -> None:
     snapshot = cached(tmp_path, CONTENT)
-    assert load.fetch_model("some/model", "0" * 40, tmp_path) == snapshot
+    assert fetch_model("some/model", "0" * 40, tmp_path) == snapshot
 
 
 def test_a_model_not_in_the_cache_is_named(tmp_path: Path, offline: None) -> None:
     with pytest.raises(StageError, match=r"some/other.*not in the cache"):
-        load.fetch_model("some/other", "0" * 40, tmp_path)
+        fetch_model("some/other", "0" * 40, tmp_path)
 
 
 def test_a_file_with_another_hash_is_named_and_removed(tmp_path: Path, offline: None) -> None:
     snapshot = cached(tmp_path, CONTENT + b" ")
     with pytest.raises(StageError, match=r"checksum of config\.json"):
-        load.fetch_model("some/model", "0" * 40, tmp_path)
+        fetch_model("some/model", "0" * 40, tmp_path)
     assert not (snapshot / "config.json").exists()
     assert list((snapshot.parents[1] / "blobs").iterdir()) == []
