@@ -18,7 +18,7 @@ $(VENV)/installed: containers/cpu.lock containers/cuda.lock containers/install.p
 	touch $@
 
 demo: $(VENV)/installed  ## everything on SmolLM2-135M and real review sentences
-	$(BIN)/python -m yelp_hpc submit all --config configs/demo.yaml --executor local --run $(RUN) --wait
+	$(BIN)/yelp-hpc demo --run $(RUN)
 
 test: $(VENV)/installed lint system  ## ruff, mypy, the manual and the tests, on a real Slurm and Apptainer (Debian, root)
 	$(PYTEST) $(APART) --cov --cov-report= --durations=15

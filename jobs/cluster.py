@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.jobs.slurm import TOKENS
+from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.settings import Frozen, read_settings
 
@@ -188,7 +189,7 @@ def load_cluster(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Cl
     """
     if path is None:
         return ClusterConfig()
-    cluster, _, _ = read_settings(ClusterConfig, Path(path), overrides)
+    cluster, _, _ = read_settings(ClusterConfig, shipped(path), overrides)
     return cluster
 
 

@@ -107,7 +107,7 @@ def on_host_python(cluster: ClusterConfig, executor: str = "slurm") -> bool:
 def without_packages(python: str, missing: Sequence[str]) -> str:
     """That jobs would run on a Python without the job side, and both ways out."""
     return (
-        f"jobs would run on {python}, which has no {' and no '.join(missing)} → name an image: "
+        f"jobs would run on {python}, which has no {', '.join(missing)} → name an image: "
         "container.image in the --cluster file (python -m yelp_hpc image build yelp_hpc.sif), or "
         f"install the job side: {python} -m pip install 'yelp-hpc[job,demo]'"
     )

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from yelp_hpc.own_files import shipped
 from yelp_hpc.settings import Frozen, read_settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -331,11 +332,13 @@ class LoadedConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a YAML file, apply `a.b=value` overrides in order and check the result.
 
+    A name that is no file here may be one of the package's own: `demo`, `yelp_chatglm3`.
+
     Raises:
         RequestError: the file is missing or not YAML, a key is unknown (the nearest valid one is
             named), a value has the wrong type or range. All problems are in the one message.
     """
-    config, given, origin = read_settings(Config, Path(path), overrides)
+    config, given, origin = read_settings(Config, shipped(path), overrides)
     return LoadedConfig(config, given, origin)
 
 

@@ -55,3 +55,18 @@ def package_files() -> list[Path]:
         inner[:] = [name for name in inner if name != "__pycache__" and name[0] != "."]
         found += [Path(folder, name).relative_to(IMPORT_ROOT) for name in names if name[0] != "."]
     return sorted(found)
+
+
+def shipped(name: str | Path) -> Path:
+    """`name`, or the file of that name that the package brings along where there is none here.
+
+    `demo`, `demo.yaml` and `configs/demo.yaml` all name the demo's configuration.
+    """
+    path = Path(name)
+    if path.exists() or path.is_absolute():
+        return path
+    for folder in (SHARE, SHARE / "configs", SHARE / "configs" / "clusters"):
+        for found in (folder / path, folder / f"{path}.yaml"):
+            if found.is_file():
+                return found
+    return path

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -31,9 +32,16 @@ def plain(text: str) -> str:
     return _CONTROL.sub("", text.replace("\r", "\n"))
 
 
+def as_called(text: str) -> str:
+    """`text` with its commands spelled as this one was: `yelp-hpc`, or `python -m yelp_hpc`."""
+    if Path(sys.argv[0]).name != "yelp-hpc":
+        return text
+    return text.replace("python -m yelp_hpc", "yelp-hpc")
+
+
 def say(text: str) -> None:
     """Print one line to standard error, at once, without control characters."""
-    print(plain(text), file=sys.stderr, flush=True)
+    print(as_called(plain(text)), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from yelp_hpc.progress import plain
+from yelp_hpc.progress import as_called, plain
 
 Level = Literal["ok", "warning", "failure"]
 WIDTH = 80
@@ -84,7 +84,7 @@ def print_findings(findings: Sequence[Finding], as_json_text: bool = False) -> N
         print(json.dumps(as_json(findings)))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n".join(lines(findings, colour)))
+        print(as_called("\n".join(lines(findings, colour))))
     if failed(findings):
         sys.exit(1)
 

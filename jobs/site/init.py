@@ -17,6 +17,7 @@ from yelp_hpc.jobs.cluster import Resources, time_text
 from yelp_hpc.jobs.doctor.accounts import qos_in_force
 from yelp_hpc.jobs.doctor.findings import listed
 from yelp_hpc.jobs.site.slurm_facts import Node, Partition, SlurmFacts, ask_slurm
+from yelp_hpc.progress import as_called
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import write_bytes
 
@@ -277,16 +278,15 @@ def init(
     if not slurm.installed:
         raise RequestError(
             "there is no Slurm on this machine (no scontrol on PATH): run this on the cluster's "
-            "login node, or on this machine alone:\n  python -m yelp_hpc submit all --config "
-            "configs/demo.yaml --executor local --run runs/demo --wait"
+            "login node, or on this machine alone:\n  python -m yelp_hpc demo"
         )
     if slurm.problem:
         raise StageError(f"Slurm does not answer, nothing was written:\n  {slurm.problem}")
     chosen = choose(slurm)
     image = Path("yelp_hpc.sif").is_file()
     text = cluster_text(slurm, chosen, str(cluster), str(config), image)
-    write_bytes(cluster, text.encode())
-    write_bytes(config, config_text(chosen, str(cluster), str(config)).encode())
+    write_bytes(cluster, as_called(text).encode())
+    write_bytes(config, as_called(config_text(chosen, str(cluster), str(config))).encode())
     partition = chosen.gpu_partition or chosen.cpu_partition
     gpu = f", GPUs: {chosen.gpu_type or 'untyped'}" if chosen.gpu_partition else ", no GPUs"
     say(f"{cluster}: partition {partition.name if partition else 'of the site'}{gpu}")

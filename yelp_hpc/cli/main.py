@@ -17,13 +17,14 @@ from typing import Any
 import click
 
 from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
+from yelp_hpc.cli.demo import demo
 from yelp_hpc.cli.image import image
 from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
 from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.record import export, reproduce, verify
 from yelp_hpc.cli.site import doctor, init
 from yelp_hpc.errors import YelpHpcError
-from yelp_hpc.progress import plain
+from yelp_hpc.progress import as_called, plain
 from yelp_hpc.rundir.paths import MODELS, STAGES
 
 
@@ -43,6 +44,19 @@ class Commands(click.Group):
         return list(self.commands)
 
 
+def _spell_help_as_called() -> None:
+    """Have every `--help` name the program as it was called."""
+    helped = click.Command.get_help
+    if getattr(helped, "spelt", False):
+        return
+
+    def get_help(self: click.Command, ctx: click.Context) -> str:
+        return as_called(helped(self, ctx))
+
+    get_help.spelt = True  # type: ignore[attr-defined]
+    click.Command.get_help = get_help  # type: ignore[method-assign]
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
@@ -56,9 +70,8 @@ def cli() -> None:
     """Fine-tune, evaluate and publish a review classifier as resumable Slurm jobs.
 
     \b
-    The whole way on this machine:
-      python -m yelp_hpc submit all --config configs/demo.yaml --executor local \\
-          --run runs/demo --wait
+    The whole way on this machine, in minutes:
+      python -m yelp_hpc demo
     The report's run on a cluster:
       python -m yelp_hpc submit all --config configs/yelp_chatglm3.yaml \\
           --cluster configs/clusters/4x3090.yaml --run runs/yelp
@@ -68,6 +81,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(demo)
 cli.add_command(init)
 cli.add_command(doctor)
 cli.add_command(plan)
@@ -231,7 +245,8 @@ def cancel(run_dir: str) -> None:
     from yelp_hpc.rundir.manifest import load_run
 
     run, _ = load_run(run_dir)
-    cancel_jobs(run.root)
+    if not cancel_jobs(run.root):
+        click.echo("nothing to cancel: no job of this run is waiting or running")
 
 
 @cli.group()
@@ -344,10 +359,11 @@ def interrupted(arguments: Sequence[str]) -> str:
 
 def main() -> None:
     """Run the command line; every error of the toolkit is one message and an exit code."""
+    _spell_help_as_called()
     try:
         code = cli.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE)
     except YelpHpcError as error:
-        click.echo(plain(str(error)), err=True)
+        click.echo(as_called(plain(str(error))), err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         click.echo(interrupted(sys.argv[1:]), err=True)
@@ -366,6 +382,6 @@ def main() -> None:
         try:
             go_on_in_image(error, sys.argv[1:])
         except YelpHpcError as refusal:
-            click.echo(plain(str(refusal)), err=True)
+            click.echo(as_called(plain(str(refusal))), err=True)
             sys.exit(refusal.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

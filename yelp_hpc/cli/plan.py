@@ -128,6 +128,8 @@ def _forecast(
     shape = read_shape(config)
     measured, lengths = None, None
     if probe:
+        import pyarrow  # noqa: F401 - what the probe's stages need is missed before they start
+
         from yelp_hpc.forecast.probe import measure
 
         measured, lengths = measure(config, run)

@@ -184,9 +184,11 @@ def _project_wheel(stage: Path, lock: Path) -> None:
     With the lock's setuptools: a wheel says what it was made by.
     """
     copy = stage / "tree"
-    for name in [*package_files(), *map(Path, _OF_WHEEL)]:
+    for name in package_files():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(IMPORT_ROOT / name, copy / name)
+    for own in _OF_WHEEL:  # an installed wheel brings them along, too
+        shutil.copy(SHARE / own, copy / own)
     backend = stage / "backend"
     wheel = next((stage / "wheels").glob("setuptools-*.whl"), None)
     if wheel is None:
