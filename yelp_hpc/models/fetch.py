@@ -50,15 +50,15 @@ def fetch_model(
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
-        raise RequestError(f"the Hub has no model {path_or_id}{at}: {_line(error)}") from None
+        raise RequestError(f"the Hub has no model {path_or_id}{at}: {first_line(error)}") from None
     except LocalEntryNotFoundError as error:
         raise StageError(
-            f"{path_or_id} is not in the cache and cannot be downloaded: {_line(error)}; "
+            f"{path_or_id} is not in the cache and cannot be downloaded: {first_line(error)}; "
             "fetch it where the Hub can be reached"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise StageError(
-            f"downloading {path_or_id} failed: {_line(error)}; run it again, it resumes"
+            f"downloading {path_or_id} failed: {first_line(error)}; run it again, it resumes"
         ) from None
     damaged = [path for path in sorted(folder.rglob("*")) if not _intact(path)]
     if damaged:
@@ -87,6 +87,7 @@ def _intact(path: Path) -> bool:
     return digest.hexdigest() == blob.name
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says anything."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

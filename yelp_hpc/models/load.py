@@ -21,6 +21,7 @@ from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig
 from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
 from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
+from yelp_hpc.models.fetch import first_line
 from yelp_hpc.models.local import TOKENIZERS
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
@@ -77,7 +78,9 @@ def load_tokenizer(path: str | Path) -> Any:
         options: dict[str, Any] = {} if native else {"trust_remote_code": False}
         tokenizer = kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise RequestError(f"the tokenizer in {folder} cannot be loaded: {_line(error)}") from None
+        raise RequestError(
+            f"the tokenizer in {folder} cannot be loaded: {first_line(error)}"
+        ) from None
     rows = config.get("padded_vocab_size") if native else None
     if rows is not None and tokenizer.vocab_size > rows:
         raise RequestError(
@@ -122,7 +125,7 @@ def load_model(
         if damaged:
             headline = f"weights in {folder} are damaged; fetch the model again"
             raise RequestError(all_problems(headline, damaged)) from None
-        raise RequestError(f"the model in {folder} cannot be loaded: {_line(error)}") from None
+        raise RequestError(f"the model in {folder} cannot be loaded: {first_line(error)}") from None
     problems = _misfits(info)
     if problems:
         headline = f"weights in {folder} do not fit its config.json"
@@ -159,13 +162,8 @@ def _unreadable(file: Path) -> str | None:
         else:
             torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        return _line(error)
+        return first_line(error)
     return None
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
