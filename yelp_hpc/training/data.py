@@ -19,6 +19,7 @@ from torch import Tensor
 from yelp_hpc.data.answer_tree import answers_of
 from yelp_hpc.data.packing import shared_prefix
 from yelp_hpc.errors import StageError
+from yelp_hpc.evaluation.metrics import f1_honest
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,5 @@ def read_rows(path: Path, tokens: dict[str, Any]) -> Rows:
 
 def f1_macro(confusion: Sequence[Sequence[float]]) -> float:
     """Mean F1 over the labels of a square confusion matrix (rows: truth); 0 where undefined."""
-    scores = []
-    for i, row in enumerate(confusion):
-        of_both = sum(row) + sum(other[i] for other in confusion)
-        scores.append(2 * row[i] / of_both if of_both else 0.0)
-    return sum(scores) / len(scores)
+    counts = np.asarray(confusion, dtype=np.int64)
+    return float(f1_honest(np.pad(counts, ((0, 0), (0, 1))))["macro"])  # none is unparsed
