@@ -20,6 +20,7 @@ from yelp_hpc.settings import Frozen, read_settings
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision → torch's name of it."""
+Auto = Literal["auto"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -99,7 +100,9 @@ class ModelConfig(Frozen):
         description="local folder, Hub id, or demo:smollm2-135m (the packaged demo model)"
     )
     revision: str | None = Field(None, description="Hub revision (commit) of the model")
-    precision: Precision = Field("fp32", description="number format of the frozen weights")
+    precision: Precision = Field(
+        "fp32", description="number format of the published weights; a stage casts them to its own"
+    )
 
 
 class DataConfig(Frozen):
@@ -207,8 +210,17 @@ class TrainConfig(Frozen):
     epochs: int = Field(1, ge=1, description="how often each training row is seen")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps")
     global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all ranks")
-    max_tokens: int = Field(8192, ge=64, description="token budget of a rank's micro-batch")
-    precision: Precision = Field("fp32", description="autocast format; fp16 scales the loss")
+    max_tokens: Auto | Annotated[int, Field(ge=64)] = Field(
+        "auto", description="token budget of a micro-batch; auto: what fits with activations kept"
+    )
+    micro_batches: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="pieces of a global batch, which its ranks share; auto: 1, 2, 4 or 8, as many "
+        "as cost 2 % at most",
+    )
+    precision: Precision = Field(
+        "fp32", description="number format of the weights and sums; fp16 scales the loss"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is cut to this norm")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of Adam's moments")
@@ -217,9 +229,14 @@ class TrainConfig(Frozen):
         "auto", description="compute layers twice to save memory; auto: only if it must be"
     )
     compile: bool = Field(False, description="torch.compile the model")
-    nproc: int = Field(1, ge=1, description="ranks a node, one a GPU")
+    nproc: Auto | Annotated[int, Field(ge=1)] = Field(
+        1, description="ranks a node, one a GPU; auto: as many as the node has"
+    )
     evaluate_every: int | None = Field(
         None, ge=1, description="steps between validation losses; null: about ten times a run"
+    )
+    evaluate_rows: int = Field(
+        2000, ge=1, description="validation rows of each check, a fixed sample; all at the end"
     )
     log_every: int = Field(1, ge=1, description="steps between lines of log.jsonl")
     save_every_steps: int = Field(200, ge=1, description="steps between checkpoints, or …")
@@ -230,7 +247,8 @@ class TrainConfig(Frozen):
 
 FREE_TRAIN_SETTINGS = frozenset(
     {
-        *("max_tokens", "gradient_checkpointing", "compile", "nproc", "log_every", "tensorboard"),
+        *("max_tokens", "micro_batches", "evaluate_rows"),
+        *("gradient_checkpointing", "compile", "nproc", "log_every", "tensorboard"),
         *("save_every_steps", "save_every_minutes", "keep_checkpoints"),
     }
 )

@@ -110,7 +110,8 @@ def _gpus(
 ) -> Iterator[Finding]:
     want = cluster.resources(stage)
     where = key(cluster, stage, "gpus")
-    nproc = config.train.nproc if config and stage == "train" else None
+    asked = config.train.nproc if config and stage == "train" else "auto"
+    nproc = None if asked == "auto" else asked
     if not want.gpus:
         if want.gpu_type:
             kind = key(cluster, stage, "gpu_type")

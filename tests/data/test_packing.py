@@ -6,9 +6,11 @@ import pytest
 
 from yelp_hpc.data.packing import (
     DataPlan,
+    cut_batch,
     deal,
+    default_pieces,
     epoch_order,
-    largest_microbatch,
+    microbatch_tokens,
     plan_microbatches,
     shared_prefix,
 )
@@ -79,20 +81,39 @@ def test_shared_prefix_leaves_every_sequence_a_prompt_token() -> None:
     assert shared_prefix([], shortest=3) == 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("pieces", [1, 2, 4])
 @pytest.mark.parametrize("max_tokens", [64, 300, 10_000])
-def test_no_microbatch_is_larger_than_foretold(world_size: int, max_tokens: int) -> None:
+def test_a_cut_batch_fits_its_budget_in_equal_pieces(pieces: int, max_tokens: int) -> None:
     draw = random.Random(1)
-    lengths = [draw.randint(2, 90) for _ in range(50)]
-    plan = DataPlan(50, 8, 1, seed=4)
-    largest = 0
-    for step in range(plan.steps):
+    for _ in range(50):
+        lengths = [draw.randint(2, 90) for _ in range(draw.randint(1, 24))]
+        cut = cut_batch(lengths, pieces, max_tokens, 10)
+        assert sorted(i for piece in cut for i in piece) == list(range(len(lengths)))
+        loads = [sum(lengths[i] for i in piece) for piece in cut]
+        assert all(
+            len(piece) == 1 or 10 + load <= max_tokens
+            for piece, load in zip(cut, loads, strict=True)
+        )
+        assert max(loads) - min(loads) <= max(lengths)
+        assert len(cut) % pieces == 0 or len(cut) == len(lengths)
+
+
+def test_pieces_cost_two_percent_of_a_step_at_most() -> None:
+    assert default_pieces(32 * 169, 31, 32) == 4  # the report's run
+    assert default_pieces(8 * 40, 31, 8) == 1
+    assert default_pieces(1e6, 0, 64) == 8
+    assert default_pieces(1e6, 0, 2) == 2
+
+
+def test_tokens_of_micro_batches_are_those_of_the_steps() -> None:
+    lengths = [5 + 3 * i % 40 for i in range(50)]
+    plan = DataPlan(50, 8, 2, seed=4)
+    steps = list(microbatch_tokens(plan, lengths, 2, 100, 10))
+    assert len(steps) == plan.steps
+    for step, work in enumerate(steps):
         own = [lengths[row] for row in plan.batch(step)]
-        for rank in deal(own, world_size):
-            for group in plan_microbatches([own[i] for i in rank], max_tokens, 10):
-                largest = max(largest, 10 + sum(own[rank[i]] for i in group))
-    foretold = largest_microbatch(plan, lengths, world_size, max_tokens, 10)
-    assert largest <= foretold <= max(max_tokens, 100)
+        assert sum(work) == sum(own) + 10 * len(work)
+        assert len(work) == len(cut_batch(own, 2, 100, 10))
 
 
 def test_deals_and_groups_are_those_of_the_rule_written_out() -> None:
@@ -108,22 +129,3 @@ def test_deals_and_groups_are_those_of_the_rule_written_out() -> None:
     assert plan_microbatches(lengths, 17, 4) == [[1], [4], [0, 2, 3, 5]]
     assert plan_microbatches(lengths, 3, 4) == [[1], [4], [0], [2], [3], [5]]
     assert plan_microbatches([], 18, 4) == []
-
-
-def test_the_largest_microbatch_is_bounded_by_share_budget_and_longest() -> None:
-    plan = DataPlan(4, 4, 1, seed=0)
-    lengths = [10, 20, 30, 40]
-    assert largest_microbatch(plan, lengths, 1, 10_000, 7) == 7 + 100  # all of a step
-    assert (
-        largest_microbatch(plan, lengths, 2, 10_000, 7) == 7 + 90
-    )  # an equal part and the longest
-    assert largest_microbatch(plan, lengths, 4, 10_000, 7) == 7 + 65
-    assert largest_microbatch(plan, lengths, 3, 10_000, 7) == 7 + 73  # 100 / 3 + 40, cut off
-    assert largest_microbatch(plan, lengths, 4, 60, 7) == 60  # the budget
-    assert largest_microbatch(plan, lengths, 4, 20, 7) == 7 + 40  # never cuts a sequence
-    two = DataPlan(4, 2, 1, seed=0)
-    steps = [sum(lengths[row] for row in two.batch(step)) for step in range(2)]
-    assert largest_microbatch(two, lengths, 1, 10_000, 7) == 7 + max(steps)
-    assert largest_microbatch(DataPlan(4, 2, 1, 0, max_steps=1), lengths, 1, 999, 7) == 7 + max(
-        steps[0], 40
-    )

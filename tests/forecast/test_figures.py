@@ -16,7 +16,12 @@ import pytest
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.forecast.forecast import Lengths, Probe, checkpoint_interval, forecast, time_limit
 from yelp_hpc.forecast.inputs import estimated_lengths
-from yelp_hpc.forecast.memory import activation_bytes, infer_memory, training_memory
+from yelp_hpc.forecast.memory import (
+    activation_bytes,
+    choose_budget,
+    infer_memory,
+    training_memory,
+)
 from yelp_hpc.forecast.model_shape import ModelShape, model_shape
 from yelp_hpc.gpus import find_card
 
@@ -89,9 +94,12 @@ def memory_of_models() -> dict[str, Any]:
                 )
                 for card in (None, find_card("rtx3090")):
                     key = f"{kind} {precision} {checkpointing} {card.name if card else 'CPU'}"
+                    cuda, memory = card is not None, card.memory if card else 10**15
+                    budget, twice = choose_budget(shape, config, memory, cuda, lambda _: 4096)
                     found[key] = [
-                        asdict(training_memory(shape, config, 4096, card, card is not None)),
-                        asdict(infer_memory(shape, config, card is not None)),
+                        budget,
+                        asdict(training_memory(shape, config, 4096, twice, cuda)),
+                        asdict(infer_memory(shape, config, cuda)),
                     ]
     return found
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.tiny import make_model, prepare_run, reviews, tiny_config
 from yelp_hpc.config import load_config
-from yelp_hpc.data.packing import DataPlan, deal, plan_microbatches
+from yelp_hpc.data.packing import DataPlan, cut_batch, deal, plan_microbatches
 from yelp_hpc.errors import RequestError
 from yelp_hpc.forecast.forecast import (
     Lengths,
@@ -27,7 +27,7 @@ from yelp_hpc.forecast.forecast import (
     training_work,
 )
 from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
-from yelp_hpc.forecast.memory import training_memory
+from yelp_hpc.forecast.memory import choose_budget, training_memory
 from yelp_hpc.forecast.model_shape import KNOWN, model_shape
 from yelp_hpc.forecast.page import Happened, comparison_page, page
 from yelp_hpc.gpus import find_card
@@ -86,17 +86,17 @@ def test_computed_tokens_are_those_of_the_engines_micro_batches() -> None:
 def test_work_of_a_training_is_that_of_its_steps(tmp_path: Path) -> None:
     config = tiny_config(Path("m"), train={"epochs": 2, "global_batch": 8, "max_tokens": 128})
     lengths = Lengths([10 + i % 7 for i in range(50)], [9] * 4, [9] * 5, 6, "")
-    work = training_work(config, lengths, ranks=2)
+    work = training_work(config, lengths, 2, None, CHATGLM3)
     plan = DataPlan(50, 8, 2, config.seed)
-    shares = [
-        [
-            computed([lengths.train[plan.batch(s)[i]] for i in part], 128, 6)
-            for part in deal([lengths.train[row] for row in plan.batch(s)], 2)
-        ]
-        for s in range(plan.steps)
-    ]
+    assert work.pieces == 1 and work.budget == 128 and not work.recompute
+    tokens = critical = 0
+    for step in range(plan.steps):
+        own = [lengths.train[row] for row in plan.batch(step)]
+        cut = [6 + sum(own[i] for i in piece) for piece in cut_batch(own, 1, 128, 6)]
+        tokens += sum(cut)
+        critical += max(sum(cut[i] for i in share) for share in deal(cut, 2))
     assert (work.steps, work.sequences) == (14, 100)
-    assert work.tokens == sum(map(sum, shares)) and work.critical == sum(map(max, shares))
+    assert (work.tokens, work.critical) == (tokens, critical)
     assert work.evaluations == 14  # each step: a tenth of 14 steps is one
 
 
@@ -112,15 +112,28 @@ def test_forward_flops_of_one_sequence_by_hand() -> None:
     assert forward_flops(shape, [6], 10, 4) == products + attention + 2 * 100 * 8 * 2
 
 
-def test_memory_of_the_reports_run_fits_a_3090_by_computing_layers_twice() -> None:
+def test_the_budget_of_the_reports_run_keeps_its_activations_on_a_3090() -> None:
     config = load_config(ROOT / "configs/yelp_chatglm3.yaml").config
     card = find_card("rtx3090")
-    memory = training_memory(CHATGLM3, config, 4096, card, cuda=True)
+
+    def largest(budget: int) -> int:
+        return max(budget, 1024)
+
+    budget, recompute = choose_budget(CHATGLM3, config, card.memory, True, largest)
+    assert 1900 < budget < 2200 and not recompute
+    memory = training_memory(CHATGLM3, config, budget, recompute, cuda=True)
     assert memory.weights == 2 * CHATGLM3.parameters
     assert memory.adapter == 16 * 1_949_696
-    assert memory.checkpointing and memory.total < card.memory
-    roomy = training_memory(CHATGLM3, config, 4096, find_card("h100"), cuda=True)
-    assert not roomy.checkpointing and roomy.activations > memory.activations
+    assert 0.85 * card.memory < memory.total < 0.93 * card.memory
+    # more asked for than fits: the layers are computed twice
+    fixed = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["train.max_tokens=4096"]).config
+    assert choose_budget(CHATGLM3, fixed, card.memory, True, largest) == (4096, True)
+    # the longest sequence alone does not fit with everything kept
+    tight = round(memory.total - 0.6 * memory.activations)
+    budget, recompute = choose_budget(CHATGLM3, config, tight, True, largest)
+    assert recompute and budget > 1024
+    roomy = choose_budget(CHATGLM3, config, find_card("h100").memory, True, largest)
+    assert roomy == (8192, False)
 
 
 # --- advice -------------------------------------------------------------------------------------
@@ -161,8 +174,10 @@ def test_a_card_that_is_too_small_or_knows_no_bf16_is_said() -> None:
     changes = ["data.train_rows=320", "train.precision=bf16", "model.precision=fp32"]
     config = load_config(ROOT / "configs/yelp_chatglm3.yaml", changes).config
     plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("t4"))
-    text = "\n".join(plan.notes)
-    assert "no bf16: set train.precision" in text and "lower train.max_tokens" in text
+    assert "no bf16: set train.precision" in "\n".join(plan.notes)
+    whole = load_config(ROOT / "configs/yelp_chatglm3.yaml", [changes[0], "train.precision=fp32"])
+    plan = forecast(whole.config, CHATGLM3, estimated_lengths(config), card=find_card("t4"))
+    assert "lower train.max_tokens or train.precision" in "\n".join(plan.notes)
 
 
 def test_a_probe_gives_times_in_proportion_to_the_tokens() -> None:
@@ -175,7 +190,7 @@ def test_a_probe_gives_times_in_proportion_to_the_tokens() -> None:
         infer_start=5.0, infer_token=0.002, infer_memory=2 * 10**9,
     )  # fmt: skip
     plan = forecast(config, shape, lengths, probe=probe)
-    work = training_work(config, lengths, 1)
+    work = training_work(config, lengths, 1, None, shape)
     assert plan.train_seconds == pytest.approx(10 + 0.01 * work.critical)
     scored = computed(lengths.test, config.infer.max_tokens, 5)
     assert plan.infer_seconds == pytest.approx(2 * (5 + 0.002 * scored))

@@ -23,7 +23,7 @@ from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.models.packed.attention import Layout, attend, attend_varlen
 from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
 from yelp_hpc.models.packed.dropout import use_sequence_dropout
-from yelp_hpc.models.packed.linear import keep_mask
+from yelp_hpc.models.packed.masks import keep_mask, token_keys
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -358,12 +358,55 @@ def test_gradients_through_a_shared_mask_do_not_depend_on_fusing() -> None:
 
 
 def test_keep_mask_keeps_the_share_it_should_and_is_reproducible() -> None:
-    mask = keep_mask(500, 401, p=0.08, seed=3)
+    keys = token_keys(torch.tensor(3), torch.arange(500))
+    mask = keep_mask(keys, 7, 401, 0.08, torch.float32)
     assert mask.shape == (500, 401)
     assert torch.equal(mask.unique(), torch.tensor([0.0, 1.0]))
     assert abs(float((mask == 0).float().mean()) - 0.08) < 0.003
-    assert torch.equal(mask, keep_mask(500, 401, p=0.08, seed=3))
-    assert not torch.equal(mask, keep_mask(500, 401, p=0.08, seed=4))
+    assert torch.equal(mask, keep_mask(keys, 7, 401, 0.08, torch.float32))
+    assert not torch.equal(mask, keep_mask(keys, 8, 401, 0.08, torch.float32))
+    assert torch.equal(mask[100:200].half(), keep_mask(keys[100:200], 7, 401, 0.08, torch.half))
+
+
+def test_masks_are_splitmix64_bit_for_bit() -> None:
+    """Against whole numbers of Python's: what any device must give."""
+
+    def mix(number: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            number = (number ^ number >> shift) * factor % 2**64
+        return number
+
+    gamma, seed, layer, features = 0x9E3779B97F4A7C15, 2**62 + 12345, 2**63 - 9, 10
+    # the first output of the published generator for the seed 0
+    assert mix(gamma) == 0xE220A8397B1DCDAF
+    mask = keep_mask(
+        token_keys(torch.tensor(seed), torch.arange(6)), layer, features, 0.3, torch.int
+    )
+    threshold = round(0.3 * 2**16)
+    for position in range(6):
+        key = mix((seed + (position + 1) * gamma) % 2**64)
+        for column in range(features):
+            bits = mix((key + layer + (column // 4 + 1) * gamma) % 2**64)
+            draw = (bits >> 16 * (column % 4)) % 2**16
+            signed = draw - 2**16 if draw >= 2**15 else draw
+            assert mask[position, column] == (signed >= threshold - 2**15)
+
+
+def test_masks_of_rows_layers_and_columns_are_independent() -> None:
+    """Correlations of neighbours in each direction are those of chance: four standard errors."""
+    rows, columns = 400, 512
+    one, other = (token_keys(torch.tensor(seed), torch.arange(rows)) for seed in (5, 6))
+    mask = keep_mask(one, 11, columns, 0.5, torch.float64) - 0.5
+    others = {
+        "row": keep_mask(other, 11, columns, 0.5, torch.float64) - 0.5,
+        "layer": keep_mask(one, 12, columns, 0.5, torch.float64) - 0.5,
+        "position": mask.roll(1, 0),
+        "column": mask.roll(1, 1),
+        "fourth column": mask.roll(4, 1),
+    }
+    for name, shifted in others.items():
+        correlation = float((mask * shifted).mean()) * 4
+        assert abs(correlation) < 4 / (rows * columns) ** 0.5, name
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

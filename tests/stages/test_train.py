@@ -17,16 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.tiny import make_model, prepare_run, tiny_config
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.models.packed.batch import forward_selected
 from yelp_hpc.publishing.export import export_merged
 from yelp_hpc.ranks.launch import first_host, rendezvous
 from yelp_hpc.ranks.rank import StopRequest, deadline
-from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl
+from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl, read_marker, write_json
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import train
 from yelp_hpc.training.checkpoint import read_checkpoint
 from yelp_hpc.training.data import f1_macro, read_rows
 from yelp_hpc.training.log import truncate_log
 
+FORWARD = "yelp_hpc.training.gradients.forward_selected"
 Trained = tuple[RunPaths, Config]
 KEPT_OR_PACKED: list[dict[str, Any]] = [{"gradient_checkpointing": "on"}, {"max_tokens": 4096}]
 
@@ -221,6 +223,64 @@ def test_a_stop_in_the_middle_of_a_step_repeats_that_step(
     assert [x.get("validation_loss") for x in lines] == [
         x.get("validation_loss") for x in read_jsonl(trained[0].train_log)
     ]
+
+
+def test_a_step_that_does_not_fit_the_memory_is_repeated_in_smaller_parts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played from a step in the middle on; the record makes the same bytes again."""
+    seen: list[int] = []
+
+    def limited(model: Any, batch: Any) -> Any:
+        tokens = len(batch.input_ids)
+        seen.append(tokens)
+        if len(seen) > 7 and tokens > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward_selected(model, batch)
+
+    settings = {"micro_batches": 2, "max_tokens": 400, "max_steps": 8, "evaluate_every": 99}
+    config = tiny_config(model, train=settings)
+    first = prepare_run(tmp_path / "first", model)
+    monkeypatch.setattr(FORWARD, limited)
+    train_here(first, config)
+    lines = read_jsonl(first.train_log)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    start, *lowered = read_json(first.budgets)
+    assert start["max_tokens"] == 400 and start["step"] == 0
+    assert lowered and 0 < lowered[0]["step"] < 7
+    assert lowered[-1]["max_tokens"] < 300 and "out of memory" in lowered[-1]["why"]
+    assert read_marker(first.adapter)["budgets"] == [start, *lowered]  # type: ignore[index]
+
+    monkeypatch.setattr(FORWARD, forward_selected)
+    second = prepare_run(tmp_path / "second", model)
+    write_json(second.budgets, [start, *lowered])
+    train_here(second, config)
+    calm = prepare_run(tmp_path / "calm", model)
+    train_here(calm, config)
+    assert losses(second) == losses(first)
+    assert losses(calm) == pytest.approx(losses(first), abs=1e-5)
+    weights = [run.adapter / "adapter_model.safetensors" for run in (first, second, calm)]
+    assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
+
+
+def test_a_sequence_that_never_fits_ends_with_what_to_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(model: Any, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FORWARD, never)
+    run = prepare_run(tmp_path, model)
+    with pytest.raises(StageError, match=r"step 1: a sequence of .* lower data.cutoff"):
+        train_here(run, tiny_config(model))
+    assert read_json(run.budgets)[-1]["recompute"]
+
+
+def test_checks_take_a_fixed_sample_and_the_last_one_all_rows(model: Path, tmp_path: Path) -> None:
+    run = prepare_run(tmp_path, model)
+    train_here(run, tiny_config(model, train={"evaluate_rows": 7, "evaluate_every": 4}))
+    rows = [x["validation_rows"] for x in read_jsonl(run.train_log) if "validation_rows" in x]
+    assert rows == [7, 7, 20]
 
 
 def test_merged_export_equals_the_adapter_on_its_base(trained: Trained, tmp_path: Path) -> None:

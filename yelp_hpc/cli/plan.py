@@ -118,12 +118,13 @@ def _forecast(
     from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
     from yelp_hpc.gpus import find_card
 
-    nodes = 1
+    nodes, gpus = 1, 1
     if cluster is not None:
         from yelp_hpc.jobs.cluster import load_cluster
 
         wanted = load_cluster(cluster).resources("train")
-        nodes, gpu = wanted.nodes or 1, gpu or wanted.gpu_type
+        nodes, gpus = wanted.nodes or 1, wanted.gpus or 1
+        gpu = gpu or wanted.gpu_type
     card = find_card(gpu) if gpu and not probe else None
     shape = read_shape(config)
     measured, lengths = None, None
@@ -141,6 +142,7 @@ def _forecast(
         card=card,
         probe=measured,
         nodes=nodes,
+        gpus=gpus,
         efficiency=efficiency or EFFICIENCY,
         mtbf_hours=mtbf or MTBF_HOURS,
     )

@@ -8,9 +8,14 @@ how sequences are packed. Reads and writes nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+# What repeating the shared prefix in each micro-batch may cost, of a step's tokens …
+PIECES_COST = 0.02
+# … and what a further micro-batch costs at least: its kernels' starts, in tokens.
+_PIECE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -108,19 +113,47 @@ def plan_microbatches(
     return groups
 
 
-def largest_microbatch(
-    plan: DataPlan, lengths: Sequence[int], world_size: int, max_tokens: int, prefix_length: int
-) -> int:
-    """An upper bound on the tokens of any micro-batch of the run, the shared prefix included.
+def cut_batch(
+    lengths: Sequence[int], pieces: int, max_tokens: int, prefix_length: int
+) -> list[list[int]]:
+    """The micro-batches of a global batch (by index; `lengths` without the prefix).
 
-    `lengths`: tokens of each row behind the prefix. A rank's share of a step is at most an equal
-    part and one sequence; the budget `max_tokens` cuts it, but never a single sequence.
+    They are the same for any number of ranks, which is why every number of them trains the same
+    bytes: `pieces` of nearly equal tokens, or 2, 3, … times as many until each fits `max_tokens`,
+    so that ranks that share them evenly once share them evenly always. A sequence over the budget
+    is a micro-batch of its own.
     """
-    share, longest = 0.0, max(lengths)
-    for step in range(min(plan.steps, plan.steps_per_epoch)):
+    most = max(max_tokens - prefix_length, 1)
+    count = pieces * max(1, sum(lengths) // (most * pieces))
+    while True:
+        cut = [piece for piece in deal(lengths, count) if piece]
+        if all(len(piece) == 1 or sum(lengths[i] for i in piece) <= most for piece in cut):
+            return cut
+        count += pieces
+
+
+def default_pieces(batch_tokens: float, prefix_length: int, global_batch: int) -> int:
+    """Pieces of a global batch that so many ranks can share: 1, 2, 4 or 8.
+
+    Each further piece computes the shared prefix once more: as many as cost 2 % at most.
+    `batch_tokens`: of a global batch on average, without the prefix.
+    """
+    price = max(prefix_length, _PIECE_TOKENS)
+    allowed = 1 + PIECES_COST * (batch_tokens + prefix_length) / price
+    return next(n for n in (8, 4, 2, 1) if n == 1 or n <= min(allowed, global_batch))
+
+
+def microbatch_tokens(
+    plan: DataPlan, lengths: Sequence[int], pieces: int, max_tokens: int, prefix_length: int
+) -> Iterator[list[int]]:
+    """Tokens of each micro-batch, the shared prefix included, of step after step.
+
+    `lengths`: tokens of each row behind the prefix.
+    """
+    for step in range(plan.steps):
         own = [lengths[row] for row in plan.batch(step)]
-        share = max(share, min(sum(own), sum(own) / world_size + max(own)))
-    return prefix_length + max(longest, min(int(share), max_tokens - prefix_length))
+        cut = cut_batch(own, pieces, max_tokens, prefix_length)
+        yield [prefix_length + sum(own[i] for i in piece) for piece in cut]
 
 
 def shared_prefix(prefix: Sequence[int], shortest: int) -> int:

@@ -9,12 +9,25 @@ alone, no gradients of frozen weights. Reads and writes nothing, imports no torc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from yelp_hpc.config import Config
-from yelp_hpc.data.packing import DataPlan, deal, largest_microbatch, plan_microbatches
-from yelp_hpc.forecast.memory import BYTES, Memory, activation_bytes, infer_memory, training_memory
+from yelp_hpc.data.packing import (
+    DataPlan,
+    deal,
+    default_pieces,
+    microbatch_tokens,
+    plan_microbatches,
+)
+from yelp_hpc.forecast.memory import (
+    BYTES,
+    Memory,
+    activation_bytes,
+    choose_budget,
+    infer_memory,
+    training_memory,
+)
 from yelp_hpc.forecast.model_shape import ModelShape
 from yelp_hpc.gpus import Card
 from yelp_hpc.inference.shards import plan_shards
@@ -26,6 +39,7 @@ START_SECONDS = 40.0  # interpreter, imports, CUDA; and the weights at …
 READ_RATE = 1e9  # … bytes a second
 # Kokolis et al. 2024 (arXiv:2410.21680): 6.5 failures in 1,000 node-days on a large GPU cluster.
 MTBF_HOURS = 24 * 1000 / 6.5
+ROOMY = 10**15  # bytes of a machine whose memory is not known
 SHARD_SECONDS = 1800.0  # a shard of half an hour: short in a queue, long beside its start
 
 
@@ -77,6 +91,14 @@ class Work:
     shapes: int
     """Different sizes of micro-batches of the first rank."""
     evaluations: int
+    pieces: int
+    """Into which a global batch is cut, at least."""
+    budget: int
+    """Tokens of a micro-batch at most."""
+    recompute: bool
+    """Whether layers are computed twice."""
+    micro_batches: int
+    """Over all steps and ranks."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,10 @@ class Forecast:
     infer_tokens: int
     infer_flops: float
     ranks: int
+    micro_batches: int
+    """Of a step, at least."""
+    max_tokens: int
+    """Of a micro-batch, at most."""
     train_memory: Memory
     infer_memory: Memory
     card_memory: int | None
@@ -113,28 +139,43 @@ class Forecast:
 # --- the work -----------------------------------------------------------------------------------
 
 
-def training_work(config: Config, lengths: Lengths, ranks: int) -> Work:
-    """Steps, tokens and the largest micro-batch of a training on `ranks` ranks."""
+def training_work(
+    config: Config, lengths: Lengths, ranks: int, card: Card | None, shape: ModelShape
+) -> Work:
+    """Steps, tokens and micro-batches of a training on `ranks` ranks, cut as the engine does."""
     settings, prefix = config.train, lengths.prefix
     plan = DataPlan(
         len(lengths.train), settings.global_batch, settings.epochs, config.seed, settings.max_steps
     )
-    tokens = critical = sequences = 0
+    pieces = settings.micro_batches
+    if pieces == "auto":
+        mean = sum(lengths.train) / len(lengths.train) * settings.global_batch
+        pieces = default_pieces(mean, prefix, settings.global_batch)
+
+    def cut(budget: int) -> Iterator[list[int]]:
+        return microbatch_tokens(plan, lengths.train, pieces, budget, prefix)
+
+    def largest(budget: int) -> int:
+        return max(map(max, cut(budget)))
+
+    memory = card.memory if card else ROOMY
+    budget, recompute = choose_budget(shape, config, memory, card is not None, largest)
+    tokens = critical = most = count = 0
     sizes: set[int] = set()
-    for step in range(plan.steps):
-        own = [lengths.train[row] for row in plan.batch(step)]
-        batches = [
-            micro_batches([own[i] for i in dealt], settings.max_tokens, prefix)
-            for dealt in deal(own, ranks)
-        ]
-        sequences += len(own)
-        tokens += sum(map(sum, batches))
-        critical += max(map(sum, batches))
-        sizes.update(batches[0])
+    for work in cut(budget):
+        loads = deal(work, ranks)
+        tokens += sum(work)
+        critical += max(sum(work[i] for i in load) for load in loads)
+        most = max(most, *work)
+        count += len(work)
+        sizes.update(work[i] for i in loads[0])
+    sequences = sum(len(plan.batch(step)) for step in range(plan.steps))
     every = settings.evaluate_every or max(1, plan.steps // 10)
     evaluations = -(-plan.steps // every) if lengths.validation else 0
-    largest = largest_microbatch(plan, lengths.train, ranks, settings.max_tokens, prefix)
-    return Work(plan.steps, sequences, tokens, critical, largest, len(sizes), evaluations)
+    return Work(
+        plan.steps, sequences, tokens, critical, most, len(sizes), evaluations, pieces, budget,
+        recompute, count,
+    )  # fmt: skip
 
 
 def micro_batches(own: Sequence[int], max_tokens: int, prefix: int) -> list[int]:
@@ -223,24 +264,31 @@ def forecast(
     card: Card | None = None,
     probe: Probe | None = None,
     nodes: int = 1,
+    gpus: int = 1,
     efficiency: float = EFFICIENCY,
     mtbf_hours: float = MTBF_HOURS,
 ) -> Forecast:
     """The plan of a run on `nodes` × `train.nproc` ranks of `card`, or on the probed machine.
 
+    `gpus`: ranks a node where `train.nproc` is auto.
+
     Raises:
         ValueError: there are no training rows.
     """
-    ranks = nodes * config.train.nproc
-    work = training_work(config, lengths, ranks)
+    ranks = nodes * (gpus if config.train.nproc == "auto" else config.train.nproc)
+    work = training_work(config, lengths, ranks, card, shape)
     cuda = probe.cuda if probe else card is not None
-    memory = training_memory(shape, config, work.largest, card, cuda)
+    memory = training_memory(shape, config, work.largest, work.recompute, cuda)
     scoring = infer_memory(shape, config, cuda)
     once = list(lengths.train) * config.train.epochs
     own = once[: work.sequences]
     forward = forward_flops(shape, own, work.tokens, lengths.prefix)
     training = train_flops(shape, forward, memory.checkpointing)
-    validation = computed(lengths.validation, config.train.max_tokens, lengths.prefix)
+    checked_rows = lengths.validation[: config.train.evaluate_rows]
+    sample, every = (
+        computed(rows, work.budget, lengths.prefix) for rows in (checked_rows, lengths.validation)
+    )
+    validation = max(0, work.evaluations - 1) * sample + min(1, work.evaluations) * every
     scored = computed(lengths.test, config.infer.max_tokens, lengths.prefix)
     models = len(config.infer.models)
     scoring_flops = models * forward_flops(shape, lengths.test, scored, lengths.prefix)
@@ -249,7 +297,7 @@ def forecast(
     if probe is not None:
         machine = f"{probe.device} (measured)"
         train_seconds = probe.train_start + work.critical * probe.train_token
-        train_seconds += work.evaluations * validation / ranks * probe.infer_token
+        train_seconds += validation / ranks * probe.infer_token
         starts = probe.infer_start
         infer_seconds = models * scored * probe.infer_token
         memory = _measured(memory, _extrapolated(shape, config, work, probe))
@@ -264,7 +312,7 @@ def forecast(
         start = START_SECONDS + BYTES[config.model.precision] * shape.parameters / READ_RATE
         if trains:
             per_token = training / work.tokens
-            checked = work.evaluations * validation / ranks * forward / work.tokens
+            checked = validation / ranks * forward / work.tokens
             train_seconds = start + (work.critical * per_token + checked) / (trains * efficiency)
         if infers:
             starts, infer_seconds = start, scoring_flops / (infers * efficiency)
@@ -277,8 +325,13 @@ def forecast(
             if used > 0.95 * card.memory:
                 notes.append(
                     f"{what} needs {used / 1e9:.1f} GB, a {card.name} has {card.memory / 1e9:.1f}: "
-                    f"lower {what}.max_tokens or model.precision"
+                    f"lower {what}.max_tokens or {what}.precision"
                 )
+    if ranks > work.pieces:
+        notes.append(
+            f"{ranks} ranks share {work.pieces} micro-batches a step, the others wait: set "
+            f"train.micro_batches to {ranks}"
+        )
     shards = _shards(infer_seconds, models, starts)
     limits: list[str | None] = [None, None]
     hours = None
@@ -310,6 +363,8 @@ def forecast(
         infer_tokens=models * scored,
         infer_flops=scoring_flops,
         ranks=ranks,
+        micro_batches=work.pieces,
+        max_tokens=work.budget,
         train_memory=memory,
         infer_memory=scoring,
         card_memory=card.memory if card else None,

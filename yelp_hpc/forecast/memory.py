@@ -1,19 +1,24 @@
 """Memory of a rank, by what holds it: weights, adapter, optimizer, activations. Pure.
 
-Used by `plan.py`; the coefficients were counted from the tensors that autograd saves.
+The one formula of `plan` and of a training that chooses its own budget; the coefficients were
+counted from the tensors that autograd saves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from yelp_hpc.config import Config
 from yelp_hpc.forecast.model_shape import ModelShape
-from yelp_hpc.gpus import Card
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # A process that imports torch and opens a CUDA context or a CPU runtime, bytes.
 RUNTIME_BYTES = {"cuda": 1_000_000_000, "cpu": 600_000_000}
+# Of a memory, what a plan fills: the rest goes to fragments and to what others hold.
+FILLED = 0.92
+# A micro-batch of so many tokens keeps any card busy: more brings no time.
+AUTO_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -54,27 +59,50 @@ def activation_bytes(shape: ModelShape, precision: str, cuda: bool) -> float:
 
 
 def training_memory(
-    shape: ModelShape, config: Config, largest: int, card: Card | None, cuda: bool
+    shape: ModelShape, config: Config, tokens: int, recompute: bool, cuda: bool
 ) -> Memory:
-    """Memory of a rank while it trains."""
-    weights = weight_bytes(shape, config.model.precision, cuda, backward=True)
+    """Memory of a rank while it trains on micro-batches of `tokens`."""
+    precision = config.train.precision  # the frozen weights are cast to it once, when loaded
+    weights = weight_bytes(shape, precision, cuda, backward=True)
     # fp32 weights, gradients and Adam's two moments
     adapter = 16 * shape.adapter_parameters(config.lora.target, config.lora.rank)
     runtime = RUNTIME_BYTES["cuda" if cuda else "cpu"]
-    layer = activation_bytes(shape, config.train.precision, cuda) * largest
+    layer = activation_bytes(shape, precision, cuda) * tokens
     kept = layer * shape.layers
-    setting = config.train.gradient_checkpointing
-    checkpointing = setting == "on"
-    if setting == "auto" and card is not None:
-        # the engine's own rule (stages/train.py): 20 h + 5 f elements against 80 % of what is free
-        size = BYTES[config.train.precision]
-        wanted = largest * shape.layers * (20 * shape.hidden + 5 * shape.inner) * size
-        checkpointing = wanted > 0.8 * (card.memory - weights - adapter - runtime)
-    if checkpointing:
-        inputs = largest * shape.layers * shape.hidden * BYTES[config.model.precision]
-        kept = inputs + layer
-    working = BYTES[config.train.precision] * largest * (4 * shape.hidden + 4 * shape.inner)
-    return Memory(weights, adapter, round(kept + working), runtime, checkpointing)
+    if recompute:
+        kept = layer + BYTES[precision] * tokens * shape.layers * shape.hidden
+    working = BYTES[precision] * tokens * (4 * shape.hidden + 4 * shape.inner)
+    return Memory(weights, adapter, round(kept + working), runtime, recompute)
+
+
+def choose_budget(
+    shape: ModelShape, config: Config, memory: int, cuda: bool, largest: Callable[[int], int]
+) -> tuple[int, bool]:
+    """Tokens of a micro-batch, and whether layers are computed twice, on `memory` bytes a rank.
+
+    `train.max_tokens: auto` is the largest budget whose activations are kept; layers are computed
+    twice only where the longest sequence alone does not fit otherwise. `largest`: the tokens of a
+    run's largest micro-batch under a budget.
+    """
+    asked, setting = config.train.max_tokens, config.train.gradient_checkpointing
+    usable = FILLED * memory
+
+    def total(tokens: int, recompute: bool) -> int:
+        return training_memory(shape, config, tokens, recompute, cuda).total
+
+    def most(recompute: bool) -> int:
+        least, thousand = total(0, recompute), total(1000, recompute)
+        return int(1000 * (usable - least) / (thousand - least))
+
+    if asked == "auto":
+        kept = most(False)
+        if setting == "on" or (setting == "auto" and kept < largest(1)):
+            kept = most(True)
+        budget = max(64, min(AUTO_TOKENS, kept) // 64 * 64)
+    else:
+        budget = asked
+    too_large = setting == "auto" and total(largest(budget), False) > usable
+    return budget, setting == "on" or too_large
 
 
 def infer_memory(shape: ModelShape, config: Config, cuda: bool) -> Memory:

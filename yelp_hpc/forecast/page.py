@@ -56,6 +56,7 @@ def page(plan: Forecast) -> str:
         ("tokens", f"{plan.mean_tokens:.0f} a prompt, {plan.token_source}"),
         ("", ""),
         ("train", f"{amount(plan.steps)} steps, {amount(plan.train_tokens)} tokens"),
+        ("  micro-batches", f"{plan.micro_batches} a step, of {plan.max_tokens:,} tokens at most"),
         ("  FLOPs", f"{plan.train_flops:.3g}"),
         ("  memory a rank", _memory(plan.train_memory, plan.card_memory)),
         ("", _parts(plan.train_memory)),
@@ -99,7 +100,7 @@ def _memory(memory: Memory, card: int | None) -> str:
 def _parts(memory: Memory) -> str:
     return (
         f"{size(memory.weights)} weights, {size(memory.adapter)} adapter, "
-        f"{size(memory.activations)} activations"
+        f"{size(memory.activations)} kept"
     )
 
 

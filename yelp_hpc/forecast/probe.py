@@ -22,13 +22,14 @@ from typing import Any
 from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import StageError
 from yelp_hpc.forecast.forecast import Lengths, Probe, training_work
-from yelp_hpc.forecast.inputs import prepared_lengths
+from yelp_hpc.forecast.inputs import prepared_lengths, read_shape
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import read_json, read_jsonl
 from yelp_hpc.rundir.manifest import load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.runtime import set_runtime_defaults
+from yelp_hpc.training.budget import read_budgets
 
 STEPS = 20
 WARM_UP = 2  # steps that lay out weights and fill caches
@@ -66,8 +67,13 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
         lines = read_jsonl(trial.train_log)
         kept = lines[WARM_UP:] or lines
         tokens = [line["tokens_per_second"] * line["seconds"] for line in kept]
-        ranks = config.train.nproc
-        measured = training_work(small, own, ranks)
+        # what the probe's own training took, not what was asked for
+        budget = read_budgets(trial)[-1]
+        ranks = len(list(trial.logs.glob("train-rank-*.log")))
+        fixed = {"max_tokens": budget.max_tokens, "micro_batches": budget.pieces}
+        train = small.train.model_copy(update=fixed)
+        small = small.model_copy(update={"train": train})
+        measured = training_work(small, own, ranks, None, read_shape(small))
         per_token = sum(line["seconds"] for line in kept) / sum(tokens) * ranks
         every = [line["tokens_per_second"] * line["seconds"] for line in lines]
         return (

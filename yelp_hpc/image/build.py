@@ -29,8 +29,9 @@ from yelp_hpc.rundir.manifest import code_state
 
 # all files are root's: equal whoever builds, and a user without subordinate ids can unpack a base
 SQUASHFS = f"-comp zstd -Xcompression-level 3 -all-root -mkfs-time {EPOCH} -all-time {EPOCH}"
-# glibc of Debian 12 is 2.36: wheels for any older one run in the image
-_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17, 12, 5)]
+# glibc of Debian 12 is 2.36: wheels for it and any older one run in the image. pip compares these
+# tags as text, so each is named (pypa/pip#9127); PEP 600's begin with 2.5.
+_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(36, 4, -1)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 
 
@@ -113,15 +114,20 @@ def fetch_wheels(lock: Path, python: str) -> Path:
             return folder
         say(f"{folder} holds a wheel that the lock does not name: fetching all of them again")
     say(f"fetching the wheels of {lock.name}")
-    argv = [*_PIP, "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    argv += ["--python-version", python, "--implementation", "cp"]
-    # 3.11 counts as 3.11.0 here; the build's own pip checks what it installs
-    argv += ["--ignore-requires-python"]
-    for platform in _PLATFORMS:
-        argv += ["--platform", platform]
+    argv = [*_PIP, "download", "--no-deps", "--require-hashes", *wheel_choice(python)]
     with atomic_folder(folder, as_named) as made:
         call([*argv, "--requirement", str(lock), "--dest", str(made)], f"the wheels of {lock}")
     return folder
+
+
+def wheel_choice(python: str) -> list[str]:
+    """pip's flags for wheels that run in the image, whatever machine fetches them."""
+    # 3.11 counts as 3.11.0 here; the build's own pip checks what it installs
+    argv = ["--only-binary=:all:", "--ignore-requires-python"]
+    argv += ["--python-version", python, "--implementation", "cp"]
+    for platform in _PLATFORMS:
+        argv += ["--platform", platform]
+    return argv
 
 
 def _check_request(image: Path, lock: Path, base: str) -> None:

@@ -23,6 +23,7 @@ from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
 from yelp_hpc.models.packed.batch import prepare_model
 from yelp_hpc.progress import say
+from yelp_hpc.ranks.device import usable_gpus
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Predictor:
 
 def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any]) -> Predictor:
     """Load the model, with `adapter` unless None, onto the GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if usable_gpus() else "cpu")
     folder = model_folder(config.model)
     say(f"loading {folder} in {config.infer.precision} on {device}")
     loaded = load_model(folder, TORCH_DTYPES[config.infer.precision])

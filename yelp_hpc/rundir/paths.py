@@ -115,6 +115,11 @@ class RunPaths:
         return self.train / "log.jsonl"
 
     @property
+    def budgets(self) -> Path:
+        """How the global batches were cut into micro-batches, from which step on."""
+        return self.train / "budgets.json"
+
+    @property
     def loss_png(self) -> Path:
         """The loss curve."""
         return self.train / "loss.png"

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,9 @@ from yelp_hpc.rundir.files import (
 from yelp_hpc.rundir.paths import RunPaths
 
 if TYPE_CHECKING:
+    from yelp_hpc.data.packing import DataPlan
     from yelp_hpc.ranks.world import World
+    from yelp_hpc.training.budget import Budget
     from yelp_hpc.training.loop import Training
 
 
@@ -53,6 +56,7 @@ def run(paths: RunPaths, config: Config) -> None:
         _draw(paths)
         print(f"train: already done ({paths.adapter}, step {marker.get('step')})", file=sys.stderr)
         return
+    ranks = ranks_of_node(config)
     from yelp_hpc.models.local import model_folder
 
     payload = {
@@ -62,8 +66,27 @@ def run(paths: RunPaths, config: Config) -> None:
         "fingerprint": fingerprint,
     }
     command = own_module("yelp_hpc.stages.train")
-    launch(command, json.dumps(payload).encode(), config.train.nproc, paths.logs)
+    launch(command, json.dumps(payload).encode(), ranks, paths.logs)
     _draw(paths)
+
+
+def ranks_of_node(config: Config) -> int:
+    """`train.nproc`, or one rank for each GPU of this node.
+
+    Raises:
+        RequestError: more ranks than GPUs, or GPUs that cannot be used.
+    """
+    from yelp_hpc.ranks.device import usable_gpus
+
+    gpus = usable_gpus()
+    if config.train.nproc == "auto":
+        return max(1, gpus)
+    if gpus and config.train.nproc > gpus:
+        raise RequestError(
+            f"train.nproc is {config.train.nproc}, but this node shows {gpus} GPUs: "
+            "one rank needs one GPU"
+        )
+    return config.train.nproc
 
 
 def check_request(paths: RunPaths, config: Config) -> None:
@@ -145,37 +168,35 @@ def _draw(paths: RunPaths) -> None:
 def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     """What each rank does: build, restore, train; rank 0 writes the adapter."""
     paths, config = RunPaths(payload["run"]), config_from_dict(payload["config"])
-    import torch
 
     # New names that transformers 5.6 does not have yet.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     from yelp_hpc.ranks.world import join_world
-    from yelp_hpc.training.checkpoint import read_checkpoint, write_adapter
+    from yelp_hpc.training.checkpoint import CheckpointStore, read_checkpoint, write_adapter
     from yelp_hpc.training.log import truncate_log
 
-    world = join_world(config)
-    training = build(paths, config, Path(payload["model"]), payload["fingerprint"], world, stop)
-    step = torch.tensor([-1], device=world.device)
+    world = join_world()
+    step = -1
     if world.first:
-        training.store.sweep()
-        folder, skipped = training.store.newest()
+        store = CheckpointStore(paths.checkpoints, config.train.keep_checkpoints)
+        store.sweep()
+        folder, skipped = store.newest()
         for warning in skipped:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         if folder is not None:
             found = read_json(folder / "state.json")
             check_fingerprint(found["fingerprint"], payload["fingerprint"], folder)
-            step[0] = found["step"]
-    if world.size > 1:
-        torch.distributed.broadcast(step, 0)
-    if int(step) >= 0:
-        snapshot = read_checkpoint(paths.checkpoint(int(step)))
-        # A matrix product may round otherwise with another number of threads.
-        torch.set_num_threads(snapshot.state["threads"])
-        training.restore(snapshot)
+            step = found["step"]
+    step = world.agree(step)
+    training = build(
+        paths, config, Path(payload["model"]), payload["fingerprint"], world, stop, max(step, 0)
+    )
+    if step >= 0:
+        training.restore(read_checkpoint(paths.checkpoint(step)))
         if world.first:
-            print(f"train: going on from step {int(step)}", file=sys.stderr, flush=True)
+            print(f"train: going on from step {step}", file=sys.stderr, flush=True)
     if world.first:
-        truncate_log(paths, max(int(step), 0), training.progress.pending is not None)
+        truncate_log(paths, max(step, 0), training.progress.pending is not None)
         training.board = _board(paths, config, training)
     training.run()
     if world.first:
@@ -186,6 +207,7 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
             step=training.progress.step,
             best=training.progress.best,
             fingerprint=payload["fingerprint"],
+            budgets=read_json(paths.budgets),
         )
         print(f"train: done, adapter in {paths.adapter}", file=sys.stderr, flush=True)
 
@@ -197,8 +219,12 @@ def build(
     fingerprint: dict[str, Any],
     world: World,
     stop: StopRequest,
+    step: int = 0,
 ) -> Training:
-    """The model with its adapter, the optimizer, the schedule and the data, at step 0."""
+    """The model with its adapter, the optimizer, the schedule and the data, as at step 0.
+
+    `step`: from which it will go on; a budget that is new holds from there.
+    """
     import torch
     from transformers.optimization import (
         get_constant_schedule_with_warmup,
@@ -207,14 +233,15 @@ def build(
     )
 
     from yelp_hpc.data.answer_tree import answer_tree, scored_answers
-    from yelp_hpc.data.packing import DataPlan, largest_microbatch
+    from yelp_hpc.data.packing import DataPlan
     from yelp_hpc.models.load import load_model
     from yelp_hpc.models.packed.batch import prepare_model
     from yelp_hpc.models.packed.dropout import use_sequence_dropout
     from yelp_hpc.training.adapter import adapter_config, add_lora
+    from yelp_hpc.training.budget import budget_at
     from yelp_hpc.training.checkpoint import CheckpointStore
     from yelp_hpc.training.data import read_rows
-    from yelp_hpc.training.loop import Training
+    from yelp_hpc.training.loop import Training, recompute_layers
 
     settings = config.train
     tokens = read_json(paths.tokens)
@@ -224,14 +251,17 @@ def build(
     plan = DataPlan(
         len(train), settings.global_batch, settings.epochs, config.seed, settings.max_steps
     )
-    model = add_lora(load_model(model_path, config.model.precision), config).to(world.device)
-    dropout = use_sequence_dropout(model, config.seed)
     own = [train.own_length(row) for row in range(len(train))]
-    tokens_at_once = largest_microbatch(
-        plan, own, world.size, settings.max_tokens, train.prefix_length
+    budgets = world.agree(
+        settle_budgets(paths, config, model_path, plan, own, train.prefix_length, world, step)
+        if world.first
+        else None
     )
-    if needs_checkpointing(model, config, world, tokens_at_once):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.set_num_threads(budgets[0].threads)
+    model = add_lora(load_model(model_path, settings.precision), config).to(world.device)
+    dropout = use_sequence_dropout(model, config.seed)
+    if budget_at(budgets, step).recompute:
+        recompute_layers(model)
     model = prepare_model(model)
     if settings.compile:
         model.get_base_model().compile(dynamic=True)
@@ -267,38 +297,66 @@ def build(
         tree=answer_tree(scored_answers(tokens)),
         adapter_config=adapter_config(model, config),
         fingerprint=fingerprint,
+        budgets=budgets,
     )
 
 
-def needs_checkpointing(model: Any, config: Config, world: World, tokens: int) -> bool:
-    """Whether the layers' activations must be computed twice to fit the memory.
-
-    `auto` estimates what the largest micro-batch of `tokens` keeps (about 20 hidden and 5
-    intermediate vectors a token and layer) and compares it with 80 % of the free memory of the GPU
-    or of this rank's share of the host.
-    """
+def settle_budgets(
+    paths: RunPaths,
+    config: Config,
+    model_path: Path,
+    plan: DataPlan,
+    own: Sequence[int],
+    prefix: int,
+    world: World,
+    step: int,
+) -> list[Budget]:
+    """The record of how batches are cut, made at the first start and when the settings change."""
     import torch
 
-    setting = config.train.gradient_checkpointing
-    if setting != "auto":
-        return setting == "on"
-    shape = model.config
-    hidden = shape.hidden_size
-    layers = getattr(shape, "num_hidden_layers", None) or shape.num_layers
-    inner = getattr(shape, "intermediate_size", None) or getattr(
-        shape, "ffn_hidden_size", 4 * hidden
+    from yelp_hpc.data.packing import default_pieces, microbatch_tokens
+    from yelp_hpc.forecast.memory import choose_budget
+    from yelp_hpc.forecast.model_shape import model_shape
+    from yelp_hpc.training.budget import Budget, read_budgets, write_budgets
+
+    settings = config.train
+    budgets = read_budgets(paths)
+    asked = (settings.max_tokens, settings.micro_batches, settings.gradient_checkpointing)
+    if budgets and budgets[-1].asked == asked:
+        return budgets
+    shape = model_shape(read_json(model_path / "config.json"), str(model_path / "config.json"))
+    pieces = settings.micro_batches
+    if pieces == "auto":
+        mean = sum(own) / len(own) * settings.global_batch
+        pieces = default_pieces(mean, prefix, settings.global_batch)
+    cuda = world.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(world.device).total_memory if cuda else free_memory()
+
+    def largest(budget: int) -> int:
+        return max(map(max, microbatch_tokens(plan, own, pieces, budget, prefix)))
+
+    max_tokens, recompute = choose_budget(shape, config, memory, cuda, largest)
+    chosen = Budget(
+        step=step if budgets else 0,
+        max_tokens=max_tokens,
+        pieces=pieces,
+        recompute=recompute,
+        threads=budgets[0].threads if budgets else torch.get_num_threads(),
+        asked=asked,
+        why="the settings changed" if budgets else "the first start",
     )
-    size = 4 if config.train.precision == "fp32" else 2
-    wanted = tokens * layers * (20 * hidden + 5 * inner) * size
-    if world.device.type == "cuda":
-        free = torch.cuda.mem_get_info(world.device)[0]
-    else:
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with open("/proc/meminfo") as file:  # noqa: PTH123 (no file of ours)
-            found = [line for line in file if line.startswith("MemAvailable")]
-        free = int(found[0].split()[1]) * 1024 if found else pages
-        free //= config.train.nproc
-    return bool(wanted > 0.8 * free)
+    budgets.append(chosen)
+    write_budgets(paths, budgets)
+    return budgets
+
+
+def free_memory() -> int:
+    """Bytes of the host for this rank: its share of what is free."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo") as file:  # noqa: PTH123 (no file of ours)
+        found = [line for line in file if line.startswith("MemAvailable")]
+    free = int(found[0].split()[1]) * 1024 if found else pages
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _board(paths: RunPaths, config: Config, training: Training) -> Any:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from yelp_hpc.config import Config
 from yelp_hpc.models.load import lora_targets
-from yelp_hpc.models.packed.dropout import derive_seed
+from yelp_hpc.models.packed.masks import derive_seed
 
 
 def add_lora(model: Any, config: Config) -> Any:

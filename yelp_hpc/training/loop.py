@@ -1,8 +1,10 @@
-"""The training loop: LoRA on the answer tokens, the same adapter for any world size and packing.
+"""The training loop: LoRA on the answer tokens, the same bytes for any number of ranks.
 
-Every rank computes its share of a global batch, the gradients are summed over the ranks once a step
-and divided by the batch's own number of supervised tokens. Requests to stop ride that sum, so the
-ranks agree on the step at which they save. Writes checkpoints and `train/log.jsonl` (rank 0).
+A global batch is cut into micro-batches that do not depend on the ranks; each rank computes some,
+their gradients are gathered once a step and added in a fixed tree, and the loss is divided by the
+batch's own number of supervised tokens. Requests to stop and faults ride that message, so the
+ranks agree on the step at which they save or try again. Writes checkpoints, `train/log.jsonl` and
+`train/budgets.json` (rank 0).
 """
 
 from __future__ import annotations
@@ -10,25 +12,22 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import AnswerTree
-from yelp_hpc.data.packing import DataPlan, deal, plan_microbatches
+from yelp_hpc.data.packing import DataPlan, epoch_order
 from yelp_hpc.errors import SavedForRequeue, StageError
-from yelp_hpc.models.packed.batch import forward_selected, pack
-from yelp_hpc.models.packed.dropout import DropoutContext, derive_seed
-from yelp_hpc.models.packed.tree import answer_scores
+from yelp_hpc.models.packed.dropout import DropoutContext
 from yelp_hpc.ranks.rank import StopRequest
 from yelp_hpc.ranks.world import World
 from yelp_hpc.rundir.files import append_jsonl
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.training.budget import Budget, budget_at, smaller, write_budgets
 from yelp_hpc.training.checkpoint import (
     CheckpointStore,
     Snapshot,
@@ -37,10 +36,11 @@ from yelp_hpc.training.checkpoint import (
     optimizer_tensors,
 )
 from yelp_hpc.training.data import Rows, f1_macro
+from yelp_hpc.training.gradients import Gradients
 from yelp_hpc.training.log import progress_line
 from yelp_hpc.training.throughput import Meter
+from yelp_hpc.training.validation import Validation
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PROGRESS_SECONDS = 5.0
 
 
@@ -80,6 +80,7 @@ class Training:
     """Of the answers, as scores count them."""
     adapter_config: dict[str, Any]
     fingerprint: dict[str, Any]
+    budgets: list[Budget]
     progress: Progress = field(default_factory=Progress)
     board: Any = None
     """TensorBoard's writer, if any."""
@@ -87,6 +88,26 @@ class Training:
     def __post_init__(self) -> None:
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.meter = Meter(self.model, self.world.device, self.config.train.precision)
+        self.gradients = Gradients(
+            self.config.train.precision,
+            self.config.seed,
+            self.world,
+            self.model,
+            self.dropout,
+            self.scaler,
+            self.train,
+            self.stop,
+            self.meter,
+            self.parameters,
+        )
+        self.checks = Validation(
+            self.model,
+            self.validation,
+            self.tree,
+            self.config.train.precision,
+            self.world,
+            self.stop,
+        )
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.said_at = 0.0
@@ -114,12 +135,15 @@ class Training:
         step, settings = self.progress.step, self.config.train
         rows = self.plan.batch(step)
         self.meter.start()
-        # Whatever else the model draws (attention dropout, say) depends on the step alone too.
-        torch.manual_seed(derive_seed(self.config.seed, step, self.world.rank))
-        loss, tokens, stopping, incomplete = self._reduce(*self._accumulate(step, rows))
-        if incomplete:  # some rank gave the step up: nobody applies it, the resumed run repeats it
+        while True:  # again with a smaller budget where the memory was too small
+            budget = budget_at(self.budgets, step)
+            summed = self.gradients.of(step, rows, budget)
+            if summed.too_large is None:
+                break
+            self._lower(budget, step, *summed.too_large)
+        if not summed.complete:  # some rank gave the step up: nobody applies it, it is repeated
             self._save_and_stop()
-        self._check(step, loss)
+        self._check(step, summed.loss)
         grad_norm, skipped = self._update()
         if not skipped and not math.isfinite(grad_norm):
             raise self._diverged(step, f"the gradient's norm is {grad_norm}")
@@ -132,10 +156,10 @@ class Training:
         line = {
             "step": step + 1,
             "epoch": round((step + 1) / self.plan.steps_per_epoch, 4),
-            "loss": loss,
+            "loss": summed.loss,
             "learning_rate": rate,
             "grad_norm": None if skipped else grad_norm,
-            **self.meter.stop(int(tokens), len(rows), self.plan.steps - step - 1),
+            **self.meter.stop(summed.tokens, len(rows), self.plan.steps - step - 1),
             "time": round(time.time(), 3),
             "restarts": self.progress.restarts,
         }
@@ -146,70 +170,37 @@ class Training:
             self._evaluate_and_log(line)
         elif (step + 1) % settings.log_every == 0 or step + 1 == self.plan.steps:
             self._log(line)
-        if stopping:
+        if summed.stopping:
             self._save_and_stop()
         minutes = (time.monotonic() - self.saved_at) / 60
         if (step + 1) % settings.save_every_steps == 0 or minutes > settings.save_every_minutes:
             self._save(background=True)
 
-    def _accumulate(self, step: int, rows: tuple[int, ...]) -> tuple[float, int, bool]:
-        """Gradients of this rank's share; `(loss sum, tokens computed, whether all was done)`.
+    def _lower(self, budget: Budget, step: int, tokens: int, alone: bool) -> None:
+        """Go on with a smaller budget, from this step to the end of the run, and record it.
 
-        The summed loss is divided by the number of supervised tokens of the global batch.
+        Raises:
+            StageError: there is no smaller one.
         """
-        loss_sum = torch.zeros((), device=self.world.device)
-        tokens, supervised = 0, sum(self.train.supervised(rows))
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        for group in self._microbatches(self.train, rows):
-            if self.stop.pending:
-                return 0.0, tokens, False
-            batch = pack(
-                [self.train.sequence(row) for row in group],
-                self.train.prefix_length,
-                last=self.train.supervised(group),
-            ).to(self.world.device)
-            targets = self.train.targets(group).to(self.world.device)
-            with self.dropout.batch(step, group, batch):
-                with self._autocast():
-                    logits = forward_selected(self.model, batch)
-                loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-                loss = loss / supervised
-                self.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-            tokens += len(batch.input_ids)
-            self.meter.add(batch)
-        return float(loss_sum), tokens, True
-
-    def _microbatches(self, data: Rows, rows: tuple[int, ...]) -> list[list[int]]:
-        """This rank's rows, grouped under the token budget."""
-        mine = deal([data.own_length(row) for row in rows], self.world.size)[self.world.rank]
-        groups = plan_microbatches(
-            [data.own_length(rows[i]) for i in mine],
-            self.config.train.max_tokens,
-            data.prefix_length,
-        )
-        return [[rows[mine[i]] for i in group] for group in groups]
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = AUTOCAST.get(self.config.train.precision)
-        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
-
-    def _reduce(self, loss: float, tokens: int, complete: bool) -> tuple[float, float, bool, bool]:
-        """Sum gradients, loss, tokens and requests to stop over the ranks, in one message."""
-        tail = [loss, float(tokens), float(self.stop.pending), float(not complete)]
-        gradients = [
-            (torch.zeros_like(p) if p.grad is None else p.grad).float().flatten()
-            for p in self.parameters.values()
-        ]
-        flat = self.world.sum(torch.cat([*gradients, torch.tensor(tail, device=self.world.device)]))
-        start = 0
-        for parameter in self.parameters.values():
-            end = start + parameter.numel()
-            parameter.grad = flat[start:end].view_as(parameter).to(parameter.dtype, copy=True)
-            start = end
-        loss, tokens_sum, stopping, incomplete = flat[start:].tolist()
-        return loss, tokens_sum, stopping > 0, incomplete > 0
+        lower = smaller(budget, step, tokens, alone)
+        if lower is None:
+            raise StageError(
+                f"step {step + 1}: a sequence of {tokens} tokens alone does not fit the memory of "
+                f"{self.world.device}, although its layers are computed twice: lower data.cutoff, "
+                "or take a larger GPU"
+            )
+        self.budgets.append(lower)
+        if lower.recompute and not budget.recompute:
+            recompute_layers(self.model)
+        if self.world.first:
+            write_budgets(self.paths, self.budgets)
+            how = "layers computed twice" if alone else f"max_tokens {lower.max_tokens}"
+            print(
+                f"train: step {step + 1} did not fit the memory; again, and on from here, with "
+                f"{how} (recorded in {self.paths.budgets})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _update(self) -> tuple[float, bool]:
         """One optimizer step; `(gradient norm before clipping, whether it was skipped)`."""
@@ -239,70 +230,50 @@ class Training:
             self._save_and_stop()
         else:
             self.progress.pending = None
-            line |= result
-            self._log(line)
+            found, comparable = result
+            self._log(line | found)
             self.progress.evaluated = self.progress.step
             best = self.progress.best
-            if best is None or result["validation_loss"] < best["validation_loss"]:
-                self.progress.best = {"step": self.progress.step, **result}
+            if best is None or comparable < best["compared_loss"]:
+                self.progress.best = {
+                    "step": self.progress.step,
+                    **found,
+                    "compared_loss": comparable,
+                }
                 self.store.best_step = self.progress.step
                 self._save(background=True)
         self.meter.forget()
 
-    def _evaluate(self) -> dict[str, float] | None:
-        """Loss, accuracy and macro F1 on the validation rows; None when asked to stop meanwhile."""
-        device = self.world.device
-        count = len(self.validation.answers)
-        sums = torch.zeros(count * count + 2, dtype=torch.float64, device=device)
-        self.model.eval()
-        with torch.no_grad():
-            for group in self._microbatches(self.validation, tuple(range(len(self.validation)))):
-                if self.stop.pending:
-                    sums[-1] = 1
-                    break
-                batch = pack(
-                    [self.validation.sequence(row) for row in group],
-                    self.validation.prefix_length,
-                    last=self.validation.supervised(group),
-                ).to(device)
-                with self._autocast():
-                    logits = forward_selected(self.model, batch).float()
-                targets = self.validation.targets(group).to(device)
-                sums[-2] += F.cross_entropy(logits, targets, reduction="sum").double()
-                predicted = self._predicted(group, logits)
-                truth = torch.tensor([self.validation.labels[row] for row in group], device=device)
-                sums[: count * count] += torch.bincount(
-                    truth * count + predicted, minlength=count * count
-                )
-        self.model.train()
-        *counts, loss, interrupted = self.world.sum(sums).tolist()
-        if interrupted:
-            return None
-        rows = len(self.validation)
-        confusion = [counts[count * i : count * (i + 1)] for i in range(count)]
-        return {
-            "validation_loss": loss / sum(self.validation.supervised(range(rows))),
-            "validation_accuracy": sum(confusion[i][i] for i in range(count)) / rows,
-            "validation_f1_macro": f1_macro(confusion),
-        }
+    def _evaluate(self) -> tuple[dict[str, float], float] | None:
+        """Loss, accuracy and macro F1 on validation rows, and the loss on those of every check.
 
-    def _predicted(self, rows: list[int], logits: Tensor) -> Tensor:
-        """The best label of each validation row, `[len(rows)]`.
-
-        Answers of one token are compared where the supervised `logits` are; longer ones need a
-        pass of their own, with every answer behind each prompt.
+        The rows are a fixed sample; at the end of the run, all. None when asked to stop meanwhile.
         """
-        data = self.validation
-        if not self.tree.tokens:
-            tokens = [answer[0] for answer in data.answers]
-            first = logits[:: data.supervised(rows)[0]]
-            return first[:, torch.tensor(tokens, device=logits.device)].argmax(1)
-        prompts = [data.prompt(row) for row in rows]
-        with self._autocast():
-            scores = answer_scores(
-                self.model, prompts, data.prefix_length, self.tree, self.world.device
-            )
-        return scores.argmax(1)
+        budget = budget_at(self.budgets, self.progress.step).max_tokens
+        count, most = len(self.validation), self.config.train.evaluate_rows
+        order = epoch_order(count, self.config.seed, 0)
+        sample, rest = sorted(order[:most]), sorted(order[most:])
+        sums = self.checks.sums(sample, budget)
+        if sums is None:
+            return None
+        comparable, compared = sums[-2], sum(self.validation.supervised(sample))
+        if rest and self.progress.step == self.plan.steps:
+            others = self.checks.sums(rest, budget)
+            if others is None:
+                return None
+            sums = [a + b for a, b in zip(sums, others, strict=True)]
+            sample = list(order)
+        *counts, loss, _ = sums
+        labels = len(self.validation.answers)
+        positions = sum(self.validation.supervised(sample))
+        confusion = [counts[labels * i : labels * (i + 1)] for i in range(labels)]
+        result = {
+            "validation_loss": loss / positions,
+            "validation_accuracy": sum(confusion[i][i] for i in range(labels)) / len(sample),
+            "validation_f1_macro": f1_macro(confusion),
+            "validation_rows": len(sample),
+        }
+        return result, comparable / compared
 
     # --- faults -----------------------------------------------------------------------------
 
@@ -336,8 +307,8 @@ class Training:
             "data": {"epoch": epoch, "batch": place, "seed": self.plan.seed},
             "random": {
                 "seed": self.config.seed,
-                "rule": "every rank seeds anew at each step from (seed, step, rank); dropout from "
-                "(seed, step, module, row)",
+                "rule": "seeded anew for each micro-batch from (seed, step, its number); dropout "
+                "from (seed, step, row, position, module)",
             },
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -350,7 +321,6 @@ class Training:
                 "skipped": progress.skipped,
             },
             "world_size": self.world.size,
-            "threads": torch.get_num_threads(),
             "fingerprint": self.fingerprint,
         }
         return Snapshot(step, self.adapter(), self.adapter_config, tensors, state)
@@ -417,3 +387,8 @@ class Training:
 def peft_name(parameter: str) -> str:
     """`…lora_A.default.weight` → the key of an adapter file, `…lora_A.weight`."""
     return parameter.replace(".default.", ".")
+
+
+def recompute_layers(model: Any) -> None:
+    """Have the backward pass compute each layer again instead of keeping its activations."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Frozen linear layers with LoRA and the masks of its dropout, as fast as this CPU has them.
+"""Frozen linear layers with LoRA, as fast as this CPU has them.
 
 torch multiplies fp32 matrices with MKL, which on processors of other makers reaches less than half
 of their rate; oneDNN, which torch carries too, does not have that gap. Frozen weights are laid out
@@ -12,28 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# 16 random bits decide one element: p is met to 1/65536.
-_LEVELS = 2**16
-
-
-def keep_mask(rows: int, features: int, p: float, seed: int, out: Tensor | None = None) -> Tensor:
-    """What dropout keeps, `[rows, features]`: 1 where kept, 0 where dropped.
-
-    The same on every machine for the same arguments (numpy keeps the stream of SFC64 fixed), and
-    ten times faster than torch's Bernoulli draws on a CPU. Written into `out`, of any
-    dtype, if given; fp32 otherwise.
-    """
-    count = rows * features
-    draws = np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count]
-    if out is None:
-        out = torch.empty(rows, features)
-    threshold = round(p * _LEVELS) - _LEVELS // 2
-    return torch.ge(torch.from_numpy(draws).view(rows, features), threshold, out=out)
+from yelp_hpc.models.packed.masks import keep_mask, token_keys
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -216,7 +199,8 @@ def _kept(dropout: Any, x: Tensor) -> Tensor:
         kept: Tensor = dropout.kept(x)
         return kept
     # One draw of torch's generator seeds the mask: reproducible, and saved with torch's state.
-    return keep_mask(x.shape[0], x.shape[1], dropout.p, int(torch.randint(2**62, ())))
+    keys = token_keys(torch.randint(2**62, ()), torch.arange(len(x))).to(x.device)
+    return keep_mask(keys, 0, x.shape[1], dropout.p, x.dtype)
 
 
 class _Projection(torch.autograd.Function):

@@ -225,8 +225,9 @@ def rows_backward(dout: Tensor, plan: RowPlan, scale: float, saved: list[Tensor]
             key, value = keys[:, : block.seen], values[:, : block.seen]
             if share is None:
                 share = _probabilities(plan, block, query, key, scale)
-            dshare = torch.bmm(dout_block, value.transpose(1, 2))
-            dscore = torch._softmax_backward_data(dshare, share, -1, share.dtype)
+            dscore = torch.bmm(dout_block, value.transpose(1, 2)).mul_(share)
+            # softmax's own backward rounds otherwise with another number of threads
+            dscore.addcmul_(share, dscore.sum(-1, keepdim=True), value=-1)
             dquery = gradients[block.rows].view(query.shape)
             dquery.baddbmm_(dscore, key, beta=0, alpha=scale)
             if block.seen == group.seen:
