@@ -17,6 +17,7 @@ from yelp_hpc.jobs.slurm import Row, parse_accounting, parse_queue, reason_in_wo
 from yelp_hpc.jobs.status import Facts, JobStatus, render, summarise, total_steps
 from yelp_hpc.rundir.attempts import Attempt, GpuHours, gpu_hours
 
+ROOT = Path(__file__).parents[2]
 SUBMITTED = {"job": "7", "executor": "slurm"}
 
 
@@ -209,7 +210,7 @@ def test_the_table_is_folded_to_the_terminal_and_loses_nothing() -> None:
     assert render(LINES, width=200) == render(LINES)
 
 
-def test_watch_shows_each_state_in_the_place_of_the_last(tmp_path: Path) -> None:
+def test_watch_shows_each_state_in_the_place_of_the_last() -> None:
     """On a real terminal, from the first look to the last."""
     code = """
 from yelp_hpc.jobs import status
@@ -225,7 +226,7 @@ status.show_status(Path("."), watch=True)
 """
     master, slave = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    subprocess.run([sys.executable, "-c", code], stdout=slave, env=env, check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code], stdout=slave, env=env, check=True, cwd=ROOT)
     os.close(slave)
     shown = b""
     with suppress(OSError):
