@@ -64,7 +64,7 @@ release:  ## build, check and tag the version of pyproject.toml; pushes and uplo
 	@[ -z "$$(git status --porcelain)" ] || { echo "release: commit or remove these first:"; git status --short; exit 2; }
 	@$(MAKE) --no-print-directory $(VENV)/installed
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --no-isolation --outdir dist  # with the setuptools of the lock
 	$(BIN)/python -m twine check --strict dist/*
 	@version=$$($(BIN)/python -m yelp_hpc --version | sed 's/.* //'); \
 	grep -q "^## \[$$version\]" CHANGELOG.md || { echo "release: CHANGELOG.md has no section $$version"; exit 2; }; \
