@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from yelp_hpc.config import Config
@@ -19,23 +19,31 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
-from yelp_hpc.jobs.interrupted import record_interrupted, sweep_pickles
-from yelp_hpc.jobs.job import Job
-from yelp_hpc.jobs.local import local_alive, run_chain
+from yelp_hpc.jobs.follow import follow
+from yelp_hpc.jobs.job import Job, job_name
+from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
 from yelp_hpc.jobs.progress import stage_done
-from yelp_hpc.jobs.slurm import require_sbatch
+from yelp_hpc.jobs.site.client import PATIENCE, require, use_programs
+from yelp_hpc.jobs.site.refusals import of_the_shell
 from yelp_hpc.jobs.snapshot import exposed, read_settings
-from yelp_hpc.jobs.submission import Submission, new_submission, record, records
+from yelp_hpc.jobs.submission import (
+    Live,
+    Submission,
+    cancelled,
+    living,
+    new_submission,
+    record,
+    records,
+    sweep_pickles,
+    take_up_programs,
+)
 from yelp_hpc.progress import plain
 from yelp_hpc.progress import say as tell
-from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import open_log, write_bytes
-from yelp_hpc.rundir.locks import locked
+from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.paths import STAGES, RunPaths
-
-WAIT_SECONDS = 3.0
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
@@ -95,10 +103,10 @@ def submit(
         SavedForRequeue: locally: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
+    use_programs(cluster.programs)
     _refuse_unwritable(paths)
     cluster = with_inputs(cluster, config, paths.root)
-    with_slurm = executor == "slurm" and not dry_run  # what --dry-run shows needs no Slurm
-    live = _live(paths, with_slurm)
+    live = [] if dry_run else living(paths, PATIENCE)  # what --dry-run shows needs no Slurm
     if asked:
         check_asked(paths.root, asked, _stages(live))
     planned = plan(stage, config, paths, cluster)
@@ -115,25 +123,33 @@ def submit(
     if dry_run:
         dry = list(_dry(planned, paths, cluster, executor))
         for submission in dry:
-            print(plain(f"# {submission.name}\n{submission.script}\n$ {submission.command}\n"))
+            shell = of_the_shell(cluster, submission.stage, os.environ)
+            notes = "".join(f"# {line}\n" for line in shell if submission.script)
+            text = f"# {submission.name}\n{notes}{submission.script}\n$ {submission.command}\n"
+            print(plain(text))
         return dry
     if executor == "slurm":
-        require_sbatch()
+        require("sbatch")
+        require("srun")
     for warning in exposed(paths):
         say(f"warning: {warning}")
-    with locked(paths.lock("submit")), _undone(paths):  # one submission at a time
-        if executor == "slurm":
-            record_interrupted(paths)
+    with ExitStack() as at_work:
+        with locked(paths.lock("submit")), _undone(paths):  # one submission at a time
             sweep_pickles(paths)
-        live = _live(paths, with_slurm)  # another may have been faster
-        _refuse_running(planned, live)
-        if asked:
-            asked.record(paths.root, _stages(live))
-        if executor == "slurm":
-            submissions = _submit_slurm(planned, paths, cluster, live, say)
-    if executor == "local":
-        frozen, code = _freeze(paths, cluster)
-        return run_chain(planned, paths, cluster, frozen, code, say)
+            live = living(paths, PATIENCE)  # another may have been faster
+            _refuse_running(planned, live)
+            for job in planned:  # a local chain holds each of its jobs to its end
+                try:
+                    at_work.enter_context(locked(paths.lock(job.name), wait=0))
+                except Busy as error:
+                    raise RequestError(f"a local chain runs here already: {error}") from None
+            if asked:
+                asked.record(paths.root, _stages(live))
+            if executor == "slurm":
+                submissions = _submit_slurm(planned, paths, cluster, live, say)
+        if executor == "local":
+            frozen, code = _freeze(paths, cluster)
+            return run_chain(planned, paths, cluster, frozen, code, say)
     if wait:
         follow(paths, submissions, say)
         if any(job.stage == "collect" for job in planned):
@@ -163,9 +179,9 @@ _NO_REPOSITORY = (
 )
 
 
-def _stages(live: Mapping[str, str]) -> dict[str, str]:
+def _stages(live: Sequence[Live]) -> dict[str, str]:
     """Stage → its live job."""
-    return {name.partition("-")[0]: job for name, job in live.items()}
+    return {item.name.partition("-")[0]: item.job for item in live}
 
 
 @contextmanager
@@ -212,27 +228,42 @@ def _submit_slurm(
     planned: Sequence[Job],
     paths: RunPaths,
     cluster: ClusterConfig,
-    live: dict[str, str],
+    live: Sequence[Live],
     say: Callable[[str], None],
 ) -> list[Submission]:
     from yelp_hpc.jobs.executor import parameters, submit_slurm
 
     frozen, code = _freeze(paths, cluster)
-    ids = {name: job for name, job in live.items() if not job.startswith("local-")}
+    ids = {item.name: item.job for item in live if not item.local and not item.cluster}
+    stages = dict.fromkeys(job.stage for job in planned)
+    for line in dict.fromkeys(x for s in stages for x in of_the_shell(cluster, s, os.environ)):
+        say(line)
+    if not cluster.requeue:
+        say(
+            "requeue: false: a stage that meets its time limit saves and ends, and so does one "
+            "whose node is taken away; the chain then waits for the same command again"
+        )
     submissions: list[Submission] = []
     try:
         for job in planned:
             params = parameters(job, cluster, paths.root, code, ids, frozen)
-            ids[job.name] = submit_slurm(job, params, paths, cluster, frozen)
-            submission = new_submission(job, ids[job.name], paths, cluster)
+            ticket = submit_slurm(job, params, paths, cluster, frozen)
+            ids[job.name] = ticket.job
+            submission = new_submission(job, ticket.job, paths, cluster)
             submissions.append(submission)
-            record(paths, submission, "slurm", frozen, code)
+            identity = {
+                "slurm_cluster": ticket.cluster,
+                "job_name": job_name(job, paths.root),
+                "script": str(ticket.script),
+                "submitted": ticket.submitted,
+            }
+            record(paths, submission, "slurm", frozen, code, **identity)
             many = f", an array of {len(job.tasks)}" if len(job.tasks) > 1 else ""
             say(f"{job.name}: job {ids[job.name]}{many}")
     except (RequestError, StageError):
         with suppress(StageError):  # all or nothing: the chain would end where this one is missing
             slurm.cancel([submission.job for submission in submissions])
-            slurm.cancel(record_interrupted(paths))
+            slurm.cancel([item.job for item in living(paths) if item.record is None])
         raise
     return submissions
 
@@ -267,20 +298,9 @@ def _freeze(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
     return frozen, code
 
 
-def _live(paths: RunPaths, with_slurm: bool) -> dict[str, str]:
-    """Job name → id of what was submitted and has not ended."""
-    submitted = records(paths)
-    ids = [record["job"] for record in submitted if record["executor"] == "slurm"]
-    alive = {row.parent for row in slurm.queue(ids)} if ids and with_slurm else set()
-    live = {}
-    for line in submitted:
-        if line["job"] in alive or local_alive(line):
-            live[line["name"]] = line["job"]
-    return live
-
-
-def _refuse_running(planned: Sequence[Job], live: dict[str, str]) -> None:
-    running = [f"{job.name} is job {live[job.name]}" for job in planned if job.name in live]
+def _refuse_running(planned: Sequence[Job], live: Sequence[Live]) -> None:
+    names = {job.name for job in planned}
+    running = [str(item) for item in live if item.name in names]
     if running:
         raise RequestError(
             f"already submitted and not finished: {'; '.join(running)}. See "
@@ -289,13 +309,13 @@ def _refuse_running(planned: Sequence[Job], live: dict[str, str]) -> None:
 
 
 def _refuse_missing(
-    planned: Sequence[Job], config: Config, paths: RunPaths, live: dict[str, str]
+    planned: Sequence[Job], config: Config, paths: RunPaths, live: Sequence[Live]
 ) -> None:
-    names = {job.name for job in planned}
+    names = {*(job.name for job in planned), *(item.name for item in live)}
     for job in planned:
         for _, need in job.after:
             stage, _, model = need.partition("-")
-            if need in names or need in live:
+            if need in names:
                 continue
             if not stage_done(paths, config, stage, model):
                 raise RequestError(
@@ -304,64 +324,25 @@ def _refuse_missing(
                 )
 
 
-def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[str], None]) -> None:
-    """Wait until every job has ended, saying each change of state.
-
-    Raises:
-        StageError: a job failed, was cancelled or never started.
-    """
-    names = {submission.job: submission.name for submission in submissions}
-    shown: dict[str, str] = {}
-    down = False
-    while True:
-        try:
-            rows, down = slurm.queue(list(names)), False
-        except StageError as error:
-            if not down:
-                say(f"{str(error).splitlines()[0]}; still waiting")
-            down = True
-            time.sleep(WAIT_SECONDS)
-            continue
-        for job, name in names.items():
-            states = sorted(row.state.lower() for row in rows if row.parent == job)
-            text = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "ended"
-            if shown.get(job) != text:
-                shown[job] = text
-                say(f"{name} (job {job}): {text}")
-        if not rows:
-            break
-        time.sleep(WAIT_SECONDS)
-    problems = []
-    for submission in submissions:
-        last: dict[str, attempts.Attempt] = {}
-        for attempt in attempts.read(paths, submission.name):
-            if attempt.job.partition("_")[0] == submission.job:
-                last[attempt.job] = attempt
-        bad = [a for a in last.values() if a.verdict != "done"]
-        problems += [f"{submission.name} ({a.job}): {a.verdict or 'lost'}: {a.reason}" for a in bad]
-        if len(last) < len(submission.tasks):
-            missing = len(submission.tasks) - len(last)
-            problems.append(f"{submission.name}: {missing} of its jobs never started")
-    if problems:
-        raise StageError("\n".join(problems[:5]))
-
-
 def cancel(run_dir: str | Path) -> list[str]:
     """Cancel every live job of a run and nothing else; returns their ids.
+
+    A submission that is under way is waited for, so that all of it is cancelled.
 
     Raises:
         StageError: the Slurm controller does not answer.
     """
     paths = RunPaths(Path(run_dir).absolute())
-    record_interrupted(paths)
-    submitted = records(paths)
-    ids = [record["job"] for record in submitted if record["executor"] == "slurm"]
-    alive = sorted({row.parent for row in slurm.queue(ids)}) if ids else []
-    slurm.cancel(alive)
-    local = [record["job"] for record in submitted if local_alive(record)]
-    for job in local:
-        with suppress(ProcessLookupError):
-            os.kill(int(job.removeprefix("local-")), signal.SIGTERM)
-    for job in alive + local:
-        print(plain(f"cancelled {job}"))
-    return alive + local
+    take_up_programs(paths)
+    with locked(paths.lock("submit")):
+        live = living(paths, PATIENCE)
+        slurm.cancel(sorted({item.job for item in live if not item.local and not item.cluster}))
+        for item in live:
+            if item.local and item.record and item.record.get("host") == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(int(item.job.removeprefix("local-")), signal.SIGTERM)
+        cancelled(paths, live)
+    for item in live:
+        far = f" here; it runs on: scancel {item.job} on cluster {item.cluster}"
+        print(plain(f"cancelled {item.job}{far if item.cluster else ''}"))
+    return [item.job for item in live]

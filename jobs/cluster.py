@@ -6,6 +6,7 @@ at once. The object is stored as JSON beside the run's logs, where the superviso
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from yelp_hpc.cache import cache_folder
-from yelp_hpc.jobs.slurm import TOKENS
+from yelp_hpc.jobs.site.client import TOKENS, user_name
 from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.settings import Frozen, read_settings
@@ -26,9 +27,25 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _expanded(value: str) -> str:
+    # as a shell would; what it cannot know is no part of a name
+    known = {"USER": user_name(), **os.environ}
+    for name in sorted(re.findall(r"\$\{?(\w+)\}?", value), key=len, reverse=True):
+        if not known.get(name):
+            raise ValueError(f"${name} is not set here")
+        for written in (f"${{{name}}}", f"${name}"):
+            value = value.replace(written, known[name])
+    if "$" in value:
+        raise ValueError("has a `$` that names no variable")
+    value = os.path.expanduser(value)  # noqa: PTH111 - a bind is more than a path
+    if value.startswith("~"):
+        raise ValueError(f"{value.partition('/')[0]} is no user here")
+    return value
+
+
 def _absolute(value: str) -> str:
     # the job starts in another folder
-    return str(Path(value).expanduser().absolute())
+    return str(Path(_expanded(value)).absolute())
 
 
 def _bindable(value: str) -> str:
@@ -45,6 +62,8 @@ def _no_token(value: str) -> str:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 LocalPath = Annotated[Line, AfterValidator(_absolute)]
+Expanded = Annotated[Line, AfterValidator(_expanded)]
+_PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "sacct", "sacctmgr", "apptainer")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # what the launchers set themselves: a second value in `sbatch:` would silently win over it
@@ -125,7 +144,7 @@ class Container(Frozen):
     """The Apptainer image that stages run in."""
 
     image: LocalPath = Field(description="the .sif file, on a file system that all nodes see")
-    binds: tuple[Line, ...] = Field(
+    binds: tuple[Expanded, ...] = Field(
         default=(), description="SOURCE[:TARGET[:ro]] besides run, cache, model and data"
     )
     env: tuple[
@@ -140,7 +159,7 @@ class Container(Frozen):
     node_disk: Line | None = Field(
         default=None, description="folder on a node's disk that gets a copy of the image, once"
     )
-    extra_args: tuple[Line, ...] = Field(default=(), description="further arguments of exec")
+    extra_args: tuple[Expanded, ...] = Field(default=(), description="further arguments of exec")
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -158,14 +177,30 @@ class ClusterConfig(Frozen):
     collect: Resources = Resources()
     publish: Resources = Resources()
     container: Container | None = Field(default=None, description="null: the host's Python")
-    python: Line | None = Field(default=None, description="host's; null: the submitting one")
-    command: tuple[Line, ...] | None = Field(
+    python: Expanded | None = Field(default=None, description="host's; null: the submitting one")
+    command: tuple[Expanded, ...] | None = Field(
         default=None, description="what runs a stage on the host; null: PYTHON -m yelp_hpc run"
     )
     setup: tuple[Line, ...] = Field(default=(), description="shell lines first: module load …")
     array_parallelism: int = Field(default=16, ge=1, description="array tasks that run at once")
     max_array_size: int = Field(default=1001, ge=2, description="the site's MaxArraySize")
     requeue_cap: int = Field(default=5, ge=1, description="idle restarts before giving up")
+    requeue: bool = Field(
+        default=True,
+        description="false where Slurm refuses --requeue: a stage that meets its limit saves and "
+        "waits for the next `submit`",
+    )
+    programs: dict[str, Expanded] = Field(
+        default={}, description="other names of programs, e.g. {squeue: /usr/bin/squeue.real}"
+    )
+
+    @field_validator("programs")
+    @classmethod
+    def _known(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in _PROGRAMS:
+                raise ValueError(f"{name} is none of {', '.join(_PROGRAMS)}")
+        return value
 
     @model_validator(mode="after")
     def _one_way(self) -> ClusterConfig:

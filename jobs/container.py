@@ -14,7 +14,7 @@ from pathlib import Path
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.jobs.cluster import ClusterConfig, Container
-from yelp_hpc.jobs.slurm import without_tokens
+from yelp_hpc.jobs.site.client import without_tokens
 from yelp_hpc.rundir.manifest import absolute_paths
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
@@ -25,7 +25,6 @@ _HANDED_IN = (
     "MASTER_PORT",
     "SLURM_JOB_ID",
     "SLURM_RESTART_COUNT",
-    "SLURM_JOB_END_TIME",
     "HF_HUB_OFFLINE",
     "HF_ENDPOINT",
 )

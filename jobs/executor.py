@@ -6,22 +6,35 @@ RUN/logs/cluster-DIGEST.json, the settings that every job of a submission reads.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.image.file import image_sha256
+from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig, minutes
 from yelp_hpc.jobs.job import Job, job_name
-from yelp_hpc.jobs.slurm import TOKENS, clean_environment, require_sbatch
+from yelp_hpc.jobs.site.client import (
+    PATIENCE,
+    TOKENS,
+    NoAnswer,
+    client,
+    no_client,
+    program,
+)
+from yelp_hpc.jobs.site.refusals import refusal as refusal
+from yelp_hpc.jobs.site.refusals import user_defaults
 from yelp_hpc.jobs.snapshot import check_line, freeze_settings, private_pickles, require_frozen
 from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
@@ -29,27 +42,10 @@ from yelp_hpc.rundir.files import write_failure
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 if TYPE_CHECKING:
-    from submitit import LocalExecutor, SlurmExecutor
+    from submitit import LocalExecutor
 
 FOREVER = 365 * 24 * 60
 _INHERITED = "${PYTHONPATH:+:$PYTHONPATH}"
-# what sbatch says → the key to change
-_HINTS = {
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "time limit": "time",
-    "feature": "constraint",
-    "constraint": "constraint",
-    "generic resource": "gpus and gpu_type",
-    "gres": "gpus and gpu_type",
-    "node configuration": "nodes, gpus, cpus, memory or constraint",
-    "memory": "memory",
-    "cpu count": "cpus",
-    "node count": "nodes",
-    "job array": "max_array_size",
-    "node name": "exclude",
-}
 
 
 def freeze_cluster(paths: RunPaths, cluster: ClusterConfig) -> Path:
@@ -79,11 +75,14 @@ _HOLD_SIGNALS = (
 # begun, so the job is run again unless it is being cancelled (then its state is not RUNNING).
 _RUN_AGAIN = (
     "trap 'case $? in 10|12|15|138|140|143) "
-    "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; "
-    "id=${id:-$SLURM_JOB_ID}; "
-    '[ "$(squeue --noheader --format=%T --jobs=$id)" = RUNNING ] && scontrol requeue $id;; '
+    "id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}; "
+    "id=${{id:-$SLURM_JOB_ID}}; "
+    '{0} -o show job $id | grep -q " JobState=RUNNING " && {0} requeue $id;; '
     "esac' EXIT"
 )
+# The user's own wishes for srun would change what the step gets; a submission without any
+# environment (SBATCH_EXPORT=NONE of a site) would leave the supervisor no PATH.
+_PLAIN_SRUN = "unset ${!SRUN_@}; export SLURM_EXPORT_ENV=ALL"
 
 
 def parameters(
@@ -101,16 +100,20 @@ def parameters(
         dependencies: job name → job id of what was submitted.
         frozen: the settings that the supervisor reads; given, the script compares them and the
             code with what they are now.
+
+    What the cluster file leaves out comes from the user's SBATCH_ variables, where there is one.
     """
     want = cluster.resources(job.stage)
-    limit = want.time or "60"
+    own = {name: value for name, (value, _) in user_defaults(want, os.environ).items()}
+    limit = want.time or own.get("time") or "60"
     after = [f"{kind}:{dependencies[name]}" for kind, name in job.after if name in dependencies]
     save = want.save_seconds or 120
     extra: dict[str, Any] = {
         "time": limit,
         # to the job step, which is the supervisor; it hands the signal on
         "signal": f"USR2@{save}",
-        "requeue": True,
+        **{name: value or True for name, value in own.items()},
+        **({"requeue": True} if cluster.requeue else {}),
         **{name: value or True for name, value in want.sbatch.items()},
     }
     if after:
@@ -135,14 +138,21 @@ def parameters(
         "mail_type": want.mail_type or ("FAIL" if want.mail_user else None),
         "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
-        "srun_args": ["--open-mode=append", "--kill-on-bad-exit=1", *_HOLD_SIGNALS],
+        "srun_args": [
+            "--open-mode=append",
+            "--kill-on-bad-exit=1",
+            # since 22.05 a step does not inherit it from its job
+            *([f"--cpus-per-task={want.cpus}"] if want.cpus else []),
+            *_HOLD_SIGNALS,
+        ],
         "setup": [
             *cluster.setup,
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
             "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
             "export PYTHONDONTWRITEBYTECODE=1",  # the snapshot stays what its digest says
             *([check_line(cluster.python or _this_python(), code, frozen)] if frozen else []),
-            _RUN_AGAIN,
+            _PLAIN_SRUN,
+            _RUN_AGAIN.format(program("scontrol")),
         ],
         "additional_parameters": extra,
     }
@@ -162,52 +172,103 @@ def sbatch_text(
     return str(_make_sbatch_string(command=call, folder=folder, **params, **array))
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """What Slurm gave for a submission."""
+
+    job: str
+    cluster: str
+    script: Path
+    submitted: float | None
+    """By the controller's clock."""
+
+
 def submit_slurm(
     job: Job, params: Mapping[str, Any], paths: RunPaths, cluster: ClusterConfig, frozen: Path
-) -> str:
-    """Submit a job or an array with one sbatch; returns the job id.
+) -> Ticket:
+    """Submit a job or an array with one sbatch.
 
     Raises:
         RequestError: Slurm refuses the request; its own message and the key to change are shown.
         StageError: the controller cannot be reached.
     """
-    require_sbatch()
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
+    from submitit.core.utils import DelayedSubmission, JobPaths
 
     private_pickles()
-
-    executor: SlurmExecutor = SlurmExecutor(
-        folder=paths.logs / "slurm", python=shlex.quote(cluster.python or _this_python())
-    )
-    fixed = [str(paths.root), str(frozen), job.model]
-    quiet = io.StringIO()
+    folder, tag = paths.logs / "slurm", uuid.uuid4().hex[:12]
+    script = folder / f"{job.name}-{tag}.sh"
+    pickles = [folder / f"{tag}-{task}.pkl" for task in range(len(job.tasks))]
     try:
-        with clean_environment(), contextlib.redirect_stderr(quiet):
-            executor.update_parameters(**params)
-            n, tasks = len(job.tasks), [task_text(task) for task in job.tasks]
-            columns = [[job.stage] * n, *([value] * n for value in fixed), tasks]
-            submitted = executor.map_array(supervise, *columns)
-    except FailedJobError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        for pickle, task in zip(pickles, job.tasks, strict=True):
+            fixed = (str(paths.root), str(frozen), job.model)
+            delayed = DelayedSubmission(supervise, job.stage, *fixed, task_text(task))
+            delayed.set_timeout(int(params["time"]), 0)
+            delayed.dump(pickle)
+        script.write_text(sbatch_text(job, params, paths, cluster))
+    except OSError as error:
+        raise StageError(write_failure(folder, error)) from None
+    try:
+        job_id, where = sbatch(script)
+    except (StageError, RequestError) as error:
+        for path in (*pickles, script):
+            path.unlink(missing_ok=True)
+        if isinstance(error, RequestError):
+            raise
         raise refusal(job, str(error)) from None
-    except OSError as error:  # submitit's own files
-        raise StageError(write_failure(paths.logs / "slurm", error)) from error
-    return str(submitted[0].job_id).partition("_")[0]
+    for place, pickle in enumerate(pickles):
+        name = f"{job_id}_{place}" if len(pickles) > 1 else job_id
+        JobPaths(folder, name).move_temporary_file(pickle, "submitted_pickle")
+    facts: Mapping[str, str] = {}
+    with suppress(StageError, RequestError):
+        facts = slurm.facts_of(job_id)
+    when = facts.get("SubmitTime", "")
+    submitted = float(when) if when.isdigit() else None
+    return Ticket(job_id, where or slurm.cluster_name(), script, submitted)
 
 
-def refusal(job: Job, message: str) -> RequestError | StageError:
-    """The error for what sbatch said."""
-    text = message.strip().removeprefix("sbatch: error: ")
-    if "contact slurm controller" in text.lower() or "communication" in text.lower():
-        return StageError(
-            f"the Slurm controller does not answer, so {job.name} was not submitted:\n  {text}\n"
-            "Nothing was lost: run the same command again when it is back."
-        )
-    key = next((key for words, key in _HINTS.items() if words in text.lower()), None)
-    where = f"{job.stage}.{key} or defaults.{key}" if key else f"{job.stage} or defaults"
-    return RequestError(
-        f"Slurm refuses {job.name}:\n  {text}\nChange {where} in the cluster config."
-    )
+def sbatch(script: Path) -> tuple[str, str]:
+    """Submit until somebody answers; returns the job id and, where Slurm tells it, the cluster.
+
+    A call that timed out may well have queued the job: it is looked for before it is made again.
+    """
+    end, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            said = client(["sbatch", "--parsable", str(script)], timeout=90)
+            found = _job_id(said) or next(((i, "") for i in _queued(script)), None)
+            if found is None:
+                raise no_client("sbatch", said)
+            twins = [i for i in _queued(script) if i != found[0]] if pause > 1 else []
+            slurm.cancel(twins)  # an earlier call was heard after all
+            return found
+        except NoAnswer:
+            if time.monotonic() + pause > end:
+                # once more, before it is said that nothing was submitted
+                if queued := _queued(script):
+                    return queued[0], ""
+                raise
+        time.sleep(pause)
+        if queued := _queued(script):
+            return queued[0], ""
+        pause = min(2 * pause, 8.0)
+
+
+def _queued(script: Path) -> list[str]:
+    with suppress(StageError, RequestError):
+        return sorted({row.parent for row in slurm.of_script(script)}, key=int)
+    return []
+
+
+def _job_id(said: str) -> tuple[str, str] | None:
+    """Id and cluster of `123` or `123;cluster`, whatever a site's banner says around it."""
+    for line in reversed(said.splitlines()):
+        text = line.strip()
+        if match := re.fullmatch(r"(\d+)(?:;(\S+))?", text):
+            return match[1], match[2] or ""
+        if match := re.fullmatch(r"Submitted batch job (\d+)(?: on cluster (\S+))?", text):
+            return match[1], match[2] or ""
+    return None
 
 
 def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:
@@ -237,7 +298,7 @@ def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path)
     return f"local-{handle.job_id}", handle._process
 
 
-@contextlib.contextmanager
+@contextmanager
 def _environment(stage: str, **changes: str) -> Iterator[None]:
     """The environment of a local supervisor: the Hub's token goes to that of publish alone."""
     changes |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}

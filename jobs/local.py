@@ -6,18 +6,23 @@ stage's log to standard error; Ctrl-C has the running stage save and stop.
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
-from yelp_hpc.jobs.submission import Submission, new_submission, record
+from yelp_hpc.jobs.submission import (
+    Submission,
+    boot_id,
+    cancellations,
+    new_submission,
+    process_start,
+    record,
+)
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import open_log
@@ -45,6 +50,7 @@ def run_chain(
         SavedForRequeue: stopped by a signal after saving.
     """
     submissions: list[Submission] = []
+    before_us = cancellations(paths)
     failed: dict[str, str] = {}
     skipped: set[str] = set()
     for job in planned:
@@ -56,6 +62,8 @@ def run_chain(
             skipped.add(job.name)
             continue
         for task in job.tasks:
+            if cancellations(paths) != before_us:  # between two stages there is nobody to signal
+                raise SavedForRequeue(f"cancelled before {job.name}. Run the same command again.")
             submission, attempt = _run_task(job, task, paths, cluster, frozen, code, say)
             submissions.append(submission)
             if attempt is None or attempt.verdict == "failed":
@@ -88,7 +96,8 @@ def _run_task(
     offset = log.stat().st_size if log.exists() else 0
     local_id, process = start_local(job, task, paths, code, frozen)
     submission = new_submission(Job(job.stage, job.model, (task,)), local_id, paths, cluster)
-    record(paths, submission, "local", frozen, code)
+    identity = {"began": process_start(process.pid), "boot_id": boot_id()}
+    record(paths, submission, "local", frozen, code, **identity)
     say(f"{job.name}{f' shard {attempts.task_text(task)}' if task else ''}: started, log {log}")
     while True:
         try:
@@ -111,14 +120,3 @@ def _copy_new(log: Path, offset: int) -> int:
         sys.stderr.flush()
         return offset + len(new)
     return offset
-
-
-def local_alive(record: dict[str, Any]) -> bool:
-    """Whether a local submission's supervisor still runs; only its own machine can tell."""
-    if record.get("executor") != "local" or record.get("host") != socket.gethostname():
-        return False
-    try:
-        text = Path(f"/proc/{record['job'].removeprefix('local-')}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"submitit" in text

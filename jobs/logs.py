@@ -1,10 +1,17 @@
-"""The logs of a run: which one to read first, and its end."""
+"""The logs of a run: which one to read first, and its end.
+
+A stage's own log first; what Slurm and the job script wrote (RUN/logs/slurm/*.out) where a job
+ended before its supervisor could begin.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError
+from yelp_hpc.jobs.submission import records
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
@@ -18,8 +25,14 @@ def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
     """
     paths = RunPaths(Path(run_dir).absolute())
     known = {path for path in paths.logs.glob("*.log") if path.is_file() and not path.is_symlink()}
+    newest = {line["name"]: line["job"] for line in records(paths)}
+    before: dict[Path, float] = {}
+    for name, job in newest.items():
+        if stage in (None, name.partition("-")[0]):
+            before |= {path: path.stat().st_mtime for path in outputs(paths, name, job)}
     if stage:
         known = {path for path in known if path.stem.partition("-")[0] == stage}
+    known |= before.keys()
     if not known:
         what = f"{stage} has" if stage else "the run has"
         raise RequestError(f"{what} no log yet in {paths.logs}")
@@ -28,12 +41,42 @@ def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
     for folder in names:
         for attempt in attempts.read(paths, folder.name):
             last[paths.stage_log(folder.name, attempt.task)] = attempt
-    failed = {path: a.ended or 0.0 for path, a in last.items() if a.verdict == "failed"}
+    failed = {path: a.ended or 0.0 for path, a in last.items() if a.verdict == "failed"} | before
     return sorted(
         known,
         key=lambda path: (failed.get(path, 0.0), path.stat().st_mtime),
         reverse=True,
     )
+
+
+def outputs(paths: RunPaths, name: str, job: str) -> Iterator[Path]:
+    """What the tasks of a job wrote that no supervisor tells of, the newest last."""
+    if job.startswith("local-"):
+        places = (paths.logs / "local").glob(f"{job.removeprefix('local-')}_*_log.out")
+    else:
+        places = (paths.logs / "slurm").glob(f"{job}_*_log.out")
+    told = {attempt.job for attempt in attempts.read(paths, name)}
+    for path in sorted(places, key=lambda path: path.stat().st_mtime):
+        # JOB_0_log.out, of an array JOB_TASK_0_log.out
+        task = path.name.removesuffix("_log.out").rpartition("_")[0]
+        if not {task, f"local-{task}"} & told and path.stat().st_size:
+            yield path
+
+
+_NOISE = re.compile(
+    r"^submitit (INFO|WARNING)|^srun: (error: .*Exited with exit code|Terminating|launch/|Job step)"
+    r"|^slurmstepd: error: (Detected|Exceeded) .*oom_kill|^$"
+)
+
+
+def last_output(paths: RunPaths, name: str, job: str) -> str:
+    """The last thing of weight that a job said before its supervisor began, on one line."""
+    for path in reversed(list(outputs(paths, name, job))):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        heavy = [line.strip() for line in lines if not _NOISE.search(line.strip())]
+        if heavy or lines:
+            return (heavy or lines)[-1][:300]
+    return ""
 
 
 def show_logs(run_dir: str | Path, stage: str | None = None, lines: int = 40) -> None:

@@ -1,29 +1,31 @@
-"""The Slurm client: squeue, sacct, scontrol and scancel as functions.
+"""What Slurm knows of jobs, and what it is asked to do: squeue, sacct, scontrol and scancel.
 
 squeue is read through --Format and not --json: Slurm 22.05's --json ignores -j and prints every job
-of the cluster, and its schema changes from release to release.
+of the cluster, and its schema changes from release to release. A job asks about itself through
+scontrol: squeue may stand behind a cache of a minute. Times come as differences that Slurm made
+itself, never as a wall clock to be compared with this machine's.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.jobs.site.client import PATIENCE, client, no_client, user_name
 
-_FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "TimeUsed", "TimeLimit", "RestartCnt")
-TOKENS = tuple(
-    prefix + name
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
-    for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_")
+_FIELDS = (
+    *("JobArrayID", "State", "Reason", "NodeList", "TimeUsed", "TimeLimit", "RestartCnt"),
+    *("SubmitTime", "UserName", "Name", "Command"),
 )
-_RANKS = frozenset(
-    ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-)
+_ACCOUNTED = "JobID,State,NodeList,Elapsed,Timelimit,User,JobName"
+_RUNS = ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED", "SIGNALING", "STAGE_OUT")
 
 
 @dataclass(frozen=True)
@@ -38,130 +40,222 @@ class Row:
     elapsed: str = ""
     limit: str = ""
     restarts: int = 0
+    submitted: float | None = None
+    """By the controller's clock; a requeue moves it."""
+    user: str = ""
+    what: str = ""
+    """Its name and its script, `NAME|SCRIPT`: a run may be called anything."""
 
     @property
     def parent(self) -> str:
         """The id of the array; of a single job its own."""
         return self.job.partition("_")[0]
 
+    @property
+    def runs(self) -> bool:
+        """Whether it is on a node, or about to leave it."""
+        return self.state in _RUNS
 
-def client(argv: Sequence[str], timeout: float = 60, epoch: bool = False) -> str:
-    """Run a Slurm command and return what it prints.
-
-    Raises:
-        RequestError: the command is not installed here.
-        StageError: it failed; its own message is shown.
-    """
-    try:
-        done = subprocess.run(
-            list(argv),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env={
-                **os.environ,
-                "SLURM_TIME_FORMAT": "%s" if epoch else "standard",
-                "SLURM_BITSTR_LEN": "0",  # else sparse arrays are cut short
-            },
-        )
-    except FileNotFoundError:
-        raise RequestError(
-            f"{argv[0]} is not installed on this machine: log in to a node of the cluster, or use "
-            "--executor local"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise StageError(f"{argv[0]} did not answer within {timeout:.0f} s") from None
-    if done.returncode:
-        raise StageError(f"{argv[0]} failed: {(done.stderr or done.stdout).strip()}")
-    return done.stdout
-
-
-def queue(job_ids: Sequence[str]) -> list[Row]:
-    """The array tasks and jobs of `job_ids` that Slurm still holds, finished ones left out."""
-    if not job_ids:
-        return []
-    form = ",".join(f"{field}:|" for field in _FIELDS)
-    argv = ["squeue", "--noheader", "--array", f"--Format={form}"]
-    try:
-        text = client([*argv, f"--jobs={','.join(job_ids)}"])
-    except StageError as error:
-        if "Invalid job id" not in str(error):  # what squeue says when it has forgotten the only id
-            raise
-        return []
-    return parse_queue(text)
-
-
-def parse_queue(text: str) -> list[Row]:
-    """Rows of `squeue --Format`; see `queue`."""
-    rows = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) > len(_FIELDS) - 1:
-            job, state, reason, node, used, limit, restarts = cells[: len(_FIELDS)]
-            count = int(restarts) if restarts.isdigit() else 0
-            rows.append(Row(job, state, reason, node, used, limit, count))
-    return [row for row in rows if row.state not in FINISHED]
+    @property
+    def live(self) -> bool:
+        """Whether it has not ended."""
+        return self.state not in FINISHED
 
 
 FINISHED = frozenset(
     {
-        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE"),
+        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "PREEMPTED", "REVOKED"),
         *("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"),
     }
 )
 
 
+def queue(job_ids: Sequence[str], patience: float = 0.0) -> list[Row]:
+    """The array tasks and jobs of `job_ids` that Slurm still holds, finished ones left out."""
+    return [row for row in everything(job_ids, patience) if row.live]
+
+
+def everything(job_ids: Sequence[str], patience: float = 0.0) -> list[Row]:
+    """As `queue`, with those that ended not long ago."""
+    return _squeue(["--states=all", f"--jobs={','.join(job_ids)}"], patience) if job_ids else []
+
+
+def of_script(script: Path, patience: float = 0.0) -> list[Row]:
+    """What Slurm holds, or held a moment ago, of a script, or of the scripts in a folder.
+
+    It finds a job whose sbatch was killed or timed out before it could tell the id.
+    """
+    rows = _squeue(["--states=all", f"--user={user_name()}"], patience)
+    at = [f"|{place}" for place in {str(script), os.path.realpath(script)}]
+    ends = ("/" if script.is_dir() else "", "")
+    return [row for row in rows if any(f"{a}{ends[0]}" in f"|{row.what}" for a in at)]
+
+
+def _squeue(which: Sequence[str], patience: float) -> list[Row]:
+    form = ",".join(f"{field}:|" for field in _FIELDS)
+    try:
+        text = client(
+            ["squeue", "--array", f"--Format={form}", *which], epoch=True, patience=patience
+        )
+    except StageError as error:
+        if "Invalid job id" not in str(error):  # what squeue says when it has forgotten the only id
+            raise
+        return []
+    # with a header, so that an empty queue differs from a script that prints something else
+    if text.strip() and not any(line.count("|") >= 7 for line in text.splitlines()):
+        raise no_client("squeue", text)
+    return _rows(text)
+
+
+def parse_queue(text: str) -> list[Row]:
+    """Rows of `squeue --Format` that have not ended; see `queue`."""
+    return [row for row in _rows(text) if row.live]
+
+
+def _rows(text: str) -> list[Row]:
+    """Every row; what a site's banner or the header says is left out."""
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) < 7 or not re.fullmatch(r"\d+(_\S+)?(\+\d+)?", cells[0]):
+            continue
+        job, state, reason, node, used, limit, restarts = cells[:7]
+        submitted, user, *what = [*cells[7:], "", ""] if len(cells) < 9 else cells[7:]
+        rows.append(
+            Row(
+                *(job, state, reason, node, used, limit),
+                restarts=int(restarts) if restarts.isdigit() else 0,
+                submitted=float(submitted) if submitted.isdigit() else None,
+                user=user,
+                what="|".join(what).rstrip("|"),
+            )
+        )
+    return rows
+
+
+def is_of(row: Row, record: Mapping[str, Any]) -> bool:
+    """Whether a row is the job of a submission's record: an id alone is nobody's.
+
+    Ids start anew when a site sets its Slurm up again. What one of the two does not tell is no
+    difference.
+    """
+    name, script = record.get("job_name"), record.get("script")
+    if row.user and record.get("user") and row.user != record["user"]:
+        return False
+    if row.what and name and row.what not in (name, f"{name}|{script}"):  # sacct: no script
+        return False
+    known = record.get("submitted")
+    if row.submitted is None or not isinstance(known, int | float):
+        return True
+    later = row.submitted - known
+    return later > -2 and (later < 2 or row.restarts > 0)  # a requeue submits it again
+
+
 def accounting(job_ids: Sequence[str]) -> list[Row]:
-    """What sacct remembers of jobs, the last run of each; nothing where there is no accounting."""
+    """What sacct remembers of jobs, the last run of each.
+
+    Raises:
+        RequestError: there is no sacct here.
+        StageError: it does not answer, or keeps no accounts.
+    """
     if not job_ids:
         return []
-    argv = ["sacct", "--noheader", "--parsable2", "--allocations", "--array"]
-    fields = "--format=JobID,State,NodeList,Elapsed,Timelimit"
-    try:
-        return parse_accounting(client([*argv, fields, f"--jobs={','.join(job_ids)}"], timeout=20))
-    except (RequestError, StageError):
-        return []
+    # tasks of an array have a line each once they ran; Slurm 22.05 knows no --array
+    argv = ["sacct", "--noheader", "--parsable2", "--allocations", f"--format={_ACCOUNTED}"]
+    return parse_accounting(client([*argv, f"--jobs={','.join(job_ids)}"], timeout=20))
 
 
 def parse_accounting(text: str) -> list[Row]:
     """Rows of `sacct --parsable2`; `CANCELLED by 0` becomes `CANCELLED`."""
     rows = {}
     for line in text.splitlines():
-        job, state, node, elapsed, limit = (line.split("|") + [""] * 5)[:5]
-        if job and "[" not in job:
+        cells = [*line.split("|"), *[""] * 7]
+        job, state, node, elapsed, limit, user = cells[:6]
+        if re.fullmatch(r"\d+(_\d+)?", job) and line.count("|") >= 4:  # no banner, nothing pending
             node = "" if node.startswith("None") else node
-            rows[job] = Row(job, state.split(" ")[0], "", node, elapsed, limit)
+            what = "|".join(cells[6:]).rstrip("|")
+            rows[job] = Row(job, state.split(" ")[0], "", node, elapsed, limit, 0, None, user, what)
     return list(rows.values())
 
 
-def state_of(job: str) -> str:
-    """The state of one job or array task now, `GONE` when Slurm does not know it.
+def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
+    """What `scontrol show job` says of one job or array task; {} when it does not know it.
 
-    A job that is being cancelled, preempted or requeued is COMPLETING or PENDING, never RUNNING.
+    Raises:
+        RequestError: there is no scontrol here.
+        StageError: it does not answer.
     """
     try:
-        form = "--Format=State:|"
-        lines = client(["squeue", "--noheader", "--states=all", form, f"--jobs={job}"]).split("|")
+        text = client(["scontrol", "-o", "show", "job", job], epoch=True, patience=patience)
     except StageError as error:
-        return "GONE" if "Invalid job id" in str(error) else "UNREACHABLE"
-    return lines[0].strip() or "GONE"
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    line = next((line for line in text.splitlines() if "JobId=" in line), "")
+    if not line:
+        raise no_client("scontrol", text)
+    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", line))
 
 
-def end_time(job: str) -> float | None:
-    """When the time limit ends a running job, seconds since 1970, if Slurm tells."""
+def state_of(job: str) -> str:
+    """The state of one job or array task now.
+
+    `GONE` when Slurm does not know it, `UNREACHABLE` when it cannot be asked. A job that is being cancelled, preempted or requeued is COMPLETING or PENDING, never RUNNING.
+    """
     try:
-        text = client(["squeue", "--noheader", "--Format=EndTime:|", f"--jobs={job}"], epoch=True)
-        return float(text.split("|")[0])
-    except (StageError, ValueError):
-        return None
+        return facts_of(job, patience=10).get("JobState", "GONE")
+    except (StageError, RequestError):
+        return "UNREACHABLE"
+
+
+class TimeLimit:
+    """The end that Slurm sets to this job, as this machine's own clock counts.
+
+    The limit moves: an administrator changes it, a suspended job's stands still.
+    """
+
+    def __init__(self, job: str, environ: Mapping[str, str]) -> None:
+        self._job = job
+        self._end = math.inf
+        start, end = environ.get("SLURM_JOB_START_TIME"), environ.get("SLURM_JOB_END_TIME")
+        if start and end and start.isdigit() and end.isdigit():  # since 23.02: needs no client
+            self._end = time.monotonic() + int(end) - int(start)
+        self.ask()
+
+    @property
+    def left(self) -> float:
+        """Seconds, `math.inf` where no limit is known."""
+        return self._end - time.monotonic()
+
+    def ask(self) -> float:
+        """Ask Slurm again and return `left`; no answer leaves what was known."""
+        try:
+            facts = facts_of(self._job)
+            limit, used = facts.get("TimeLimit", ""), facts.get("RunTime", "")
+            if limit.upper() in ("UNLIMITED", "INFINITE"):
+                self._end = math.inf
+            elif limit and used and facts.get("JobState") != "PENDING":
+                self._end = time.monotonic() + seconds(limit) - seconds(used)
+        except (StageError, RequestError, ValueError):
+            pass
+        return self.left
+
+
+def seconds(text: str) -> int:
+    """Seconds of Slurm's `D-HH:MM:SS`, `HH:MM:SS` or `MM:SS`. Raises ValueError for other text."""
+    days, _, clock = text.rpartition("-")
+    count = 0
+    for part in clock.split(":"):
+        count = count * 60 + int(part)
+    return int(days or 0) * 86_400 + count
 
 
 def requeue(job: str) -> None:
     """Ask for the job, or the one array task, to be run again.
 
     Raises:
-        StageError: Slurm refused.
+        RequestError: there is no scontrol here.
+        StageError: it was refused (`NoAnswer`: nobody answered).
     """
     client(["scontrol", "requeue", job])
 
@@ -169,53 +263,40 @@ def requeue(job: str) -> None:
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs; ones that have ended are no error."""
     if job_ids:
-        client(["scancel", *job_ids])
+        client(["scancel", *job_ids], patience=PATIENCE)
 
 
-def first_host(node_list: str) -> str:
-    """The first host name of Slurm's `g[1-2],h7` notation."""
-    return client(["scontrol", "show", "hostnames", node_list]).split()[0]
-
-
-@contextmanager
-def clean_environment() -> Iterator[None]:
-    """Hide the variables of an outer job and the Hub's tokens while something is submitted.
-
-    submitit.helpers.clean_env also drops SLURM_CONF, without which a client finds no cluster on
-    some sites, and the user's own SBATCH_ defaults.
-    """
-    hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if (
-            (name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI")))
-            and name != "SLURM_CONF"
-        )
-        or name in TOKENS
-        or name in _RANKS
-    }
+def cluster_name() -> str:
+    """The cluster that this machine's clients ask, "" when it cannot be told."""
+    if named := os.environ.get("SLURM_CLUSTERS") or os.environ.get("SBATCH_CLUSTERS"):
+        return named
     try:
-        yield
-    finally:
-        os.environ.update(hidden)
+        text = client(["scontrol", "show", "config"])
+    except (StageError, RequestError):
+        return ""
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", text, re.MULTILINE)
+    return match[1] if match else ""
 
 
-def require_sbatch() -> None:
-    """Raises RequestError where nothing can be submitted from."""
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise RequestError(
-            "sbatch is not installed on this machine: log in to a node of the cluster, or use "
-            "--executor local"
-        )
+# reasons that no waiting mends; those of an association or a qos name what is over the limit
+_NEVER = re.compile(
+    r"DependencyNeverSatisfied|Partition(Time|Node)Limit|BadConstraints|Invalid(Account|QOS)"
+    r"|AccountNotAllowed|QOSNotAllowed|DeadLine|JobHeld(User|Admin)|launch failed requeued held"
+    r"|(Assoc|QOS)Max\w*(PerJob|PerNode|WallDurationPerJob\w*)(Limit)?$|QOSMin\w+"
+    r"|NodesUnavailable|ReqNodeNotInPartition",
+    re.IGNORECASE,
+)
+_OVER = re.compile(r"(?P<whose>Assoc|QOS)(?P<how>Max|Min|Grp|Used)(?P<what>\w+)")
 
 
-def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` without the Hub's tokens."""
-    return {name: value for name, value in env.items() if name not in TOKENS}
+def never_starts(reason: str) -> bool:
+    """Whether a job that waits for this reason waits until somebody acts."""
+    return bool(_NEVER.fullmatch(reason.strip("()").partition(",")[0]))
 
 
 def reason_in_words(reason: str) -> str:
     """Why a job waits, for someone who has not read Slurm's manual."""
+<<<<<<< HEAD
     plain = reason.strip("()")
     return _REASONS.get(plain.partition(",")[0], plain)
 
@@ -238,3 +319,36 @@ _REASONS = {
     "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
     "launch failed requeued held": "failed to start and is held: scontrol release",
 }
+=======
+    words = {
+        "None": "about to be scheduled",
+        "Priority": "others are ahead of it in the queue",
+        "Resources": "waiting for nodes to become free",
+        "Dependency": "waits for an earlier stage",
+        "DependencyNeverSatisfied": "an earlier stage failed, so it will never start",
+        "BeginTime": "was requeued, starts again in a moment",
+        "JobHeldUser": "held by its owner: scontrol release",
+        "JobHeldAdmin": "held by an administrator, or after failing to start",
+        "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
+        "PartitionTimeLimit": "asks for more time than its partition allows",
+        "PartitionNodeLimit": "asks for more nodes than its partition has",
+        "PartitionDown": "its partition takes no jobs at the moment",
+        "PartitionInactive": "its partition takes no jobs at the moment",
+        "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
+        "BadConstraints": "no node can ever give what it asks for",
+        "Licenses": "waiting for a licence",
+        "Reservation": "waiting for its reservation to begin",
+        "AssocGrpGRES": "your group's GPUs are all in use",
+        "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
+        "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
+        "launch failed requeued held": "failed to start and is held: scontrol release",
+    }
+    plain = reason.strip("()").partition(",")[0]
+    if plain in words:
+        return words[plain]
+    if over := _OVER.fullmatch(plain):
+        whose = "your association" if over["whose"] == "Assoc" else "the qos"
+        never = "; it will never start" if never_starts(plain) else ""
+        return f"over a limit of {whose} ({plain}){never}"
+    return reason.strip("()")
+>>>>>>> 5c441c2 (Slurm as it is out there: an environment of our own, identity, locks, patience, why it died)

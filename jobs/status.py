@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from yelp_hpc.config import Config
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.jobs import slurm
-from yelp_hpc.jobs.local import local_alive
+from yelp_hpc.jobs.logs import last_output
 from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
 from yelp_hpc.jobs.slurm import Row
-from yelp_hpc.jobs.submission import records
+from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_programs, young
 from yelp_hpc.progress import clock, plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
@@ -46,7 +46,7 @@ class Facts:
     submission: dict[str, Any] | None = None
     """The newest one."""
     alive: bool = False
-    """A local supervisor runs."""
+    """A supervisor runs that is not this cluster's: a local one, or another cluster's."""
     rows: tuple[Row, ...] = ()
     accounting: tuple[Row, ...] = ()
     attempts: tuple[Attempt, ...] = ()
@@ -56,6 +56,10 @@ class Facts:
     training: dict[str, Any] | None = None
     """Last line of train/log.jsonl."""
     steps: int | None = None
+    said: str = ""
+    """The last words of a job whose supervisor never began."""
+    young: bool = False
+    """Submitted so lately that Slurm may not show it yet."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,15 @@ class JobStatus:
 def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
     """Everything that `summarise` needs, and why Slurm did not answer, if it did not."""
     paths = RunPaths(Path(run_dir).absolute())
+    take_up_programs(paths)
     newest = {record["name"]: record for record in records(paths)}
-    ids = [record["job"] for record in newest.values() if record.get("executor") == "slurm"]
-    problem, queued, accounted = "", [], []
+    mine, elsewhere = by_cluster(list(newest.values()))
+    seen, problems = [], [f"{line['name']} is with cluster {c}" for line, c in elsewhere]
     try:
-        queued = slurm.queue(ids)
+        rows = slurm.everything([line["job"] for line in mine])
+        seen = [row for row in rows if any(_belongs(row, line) for line in mine)]
     except YelpHpcError as error:
-        problem = str(error)
+        problems.append(str(error))
     done_by_marker = {}
     names = ["prepare", "train", *(f"infer-{m}" for m in config.infer.models), "collect"]
     if config.publish.repo_id:
@@ -96,14 +102,22 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
     for name in names:
         stage, _, model = name.partition("-")
         done_by_marker[name] = stage_done(paths, config, stage, model)
+    queued = [row for row in seen if row.live]
+    accounted = [row for row in seen if not row.live]
     living = {row.parent for row in queued}
-    gone = [
-        record["job"]
-        for name, record in newest.items()
-        if record["job"] in ids and record["job"] not in living and not done_by_marker.get(name)
-    ]
-    if gone and not problem:
-        accounted = slurm.accounting(gone)
+    gone = [line for line in mine if line["job"] not in living]
+    gone = [line for line in gone if not done_by_marker.get(line["name"])]
+    if gone and not problems:
+        try:
+            told = slurm.accounting([line["job"] for line in gone])
+            known = {row.job for row in accounted}
+            accounted += [
+                row
+                for row in told
+                if row.job not in known and any(_belongs(row, line) for line in gone)
+            ]
+        except YelpHpcError as error:
+            problems.append(f"no accounts: {error}")
     log = read_jsonl(paths.train_log)
     facts = []
     for name in names:
@@ -116,7 +130,9 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
                 stage=stage,
                 done=done_by_marker[name],
                 submission=record,
-                alive=bool(record and local_alive(record)),
+                alive=bool(record and _alive(paths, record, elsewhere)),
+                young=bool(record in gone and young(paths, record)),
+                said=last_output(paths, name, job) if record in gone or _local(record) else "",
                 rows=tuple(row for row in queued if row.parent == job),
                 accounting=tuple(row for row in accounted if row.parent == job),
                 attempts=tuple(attempts.read(paths, name)),
@@ -131,7 +147,24 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
                 steps=total_steps(log[-1], config) if stage == "train" and log else None,
             )
         )
-    return facts, problem
+    return facts, "; ".join(problems)
+
+
+def _belongs(row: Row, line: Mapping[str, Any]) -> bool:
+    return row.parent == line["job"] and slurm.is_of(row, line)
+
+
+def _alive(
+    paths: RunPaths, line: Mapping[str, Any], elsewhere: Sequence[tuple[Mapping[str, Any], str]]
+) -> bool:
+    if line["executor"] == "local":
+        return local_runs(paths, line)
+    far = any(line is other for other, _ in elsewhere)
+    return far and attempts.beating(paths, line["name"], line["job"])
+
+
+def _local(line: Mapping[str, Any] | None) -> bool:
+    return line is not None and line["executor"] == "local"
 
 
 def total_steps(line: dict[str, Any], config: Config) -> int | None:
@@ -156,7 +189,7 @@ def _summarise(fact: Facts) -> JobStatus:
         a.task: a for a in fact.attempts if not (a.task and fact.shards_done.issuperset(a.task))
     }
     state, detail = _state(fact, last)
-    running = [row for row in fact.rows if row.state in ("RUNNING", "COMPLETING")]
+    running = [row for row in fact.rows if row.runs]
     shown = running[0] if running else (fact.rows or fact.accounting or (Row("", ""),))[0]
     used, lost = attempts.gpu_hours(fact.attempts)
     latest = mine[-1] if mine else None
@@ -231,8 +264,11 @@ def _speed(rows: dict[str, Any]) -> list[str]:
 def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
     if fact.done:
         return "done", ""
-    if any(row.state in ("RUNNING", "COMPLETING") for row in fact.rows) or fact.alive:
-        return "running", ""
+    if any(row.runs for row in fact.rows) or fact.alive:
+        suspended = bool(fact.rows) and all(
+            row.state == "SUSPENDED" for row in fact.rows if row.runs
+        )
+        return "running", "suspended by Slurm" if suspended else ""
     if fact.rows:
         words = slurm.reason_in_words(fact.rows[0].reason)
         return "waiting", words
@@ -240,24 +276,41 @@ def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
     if failed:
         return "failed", failed[-1].reason.partition("\n")[0]
     states = {row.state for row in fact.accounting}
-    if "CANCELLED" in states:
+    if "CANCELLED" in states or (fact.submission or {}).get("cancelled"):
         return "cancelled", "cancelled; submit it again to go on"
-    if states - {"COMPLETED", "PENDING", "RUNNING", "REQUEUED"}:
+    said = f": {fact.said}" if fact.said else ""
+    if states - {"COMPLETED", "PENDING", "RUNNING", "REQUEUED"} and not _saved(last):
         bad = sorted(states - {"COMPLETED"})[0]
-        return "failed", f"Slurm says {bad}: {_WORDS.get(bad, 'see `logs`')}"
+        return "failed", f"Slurm says {bad}{said or f': {_WORDS.get(bad, _SEE_LOGS)}'}"
     if any(attempt.verdict in ("stopped", "lost", "") for attempt in last.values()):
+        stopped = [a.reason for a in last.values() if a.verdict == "stopped"]
+        if stopped and "submit again" in stopped[-1]:
+            return "stopped", stopped[-1].partition("\n")[0]
         return "stopped", "interrupted; submit it again to go on"
+    if fact.young:
+        return "waiting", "submitted; squeue does not show it yet"
     if fact.shards_done:
         return "partial", "submit infer to do the rest"
     if fact.submission is None:
         return "absent", "not submitted"
+    if fact.said:
+        return "failed", f"it never began{said}"
     return "unknown", "submitted, but Slurm has no trace of it"
 
 
+def _saved(last: dict[Task, Attempt]) -> bool:
+    """Whether the newest word of the supervisor is that all was saved: Slurm calls that FAILED."""
+    return bool(last) and all(attempt.verdict == "stopped" for attempt in last.values())
+
+
+_SEE_LOGS = "see `logs`"
 _WORDS = {
     "TIMEOUT": "the time limit came before it had saved: raise save_seconds",
     "OUT_OF_MEMORY": "raise memory",
     "NODE_FAIL": "the node died and the job was not requeued",
+    "PREEMPTED": "another job took its place and it was not requeued; submit it again",
+    "DEADLINE": "its deadline came before it could end",
+    "BOOT_FAIL": "the node did not start",
     "FAILED": "it failed before its supervisor could say why: see `logs`",
 }
 

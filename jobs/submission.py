@@ -1,21 +1,30 @@
-"""What was submitted: one record a job, kept in RUN/submissions.jsonl."""
+"""What was submitted, one record a job in RUN/submissions.jsonl, and which of it lives.
+
+A job id alone is nobody's: cluster, user, job name, script and time of submission have to agree
+with what Slurm shows, a process's start and its machine's boot with what the kernel shows.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import socket
 import time
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv
 from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.site.client import use_programs, user_name
+from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import task_text
-from yelp_hpc.rundir.files import append_jsonl, read_jsonl
+from yelp_hpc.rundir.files import append_jsonl, read_json, read_jsonl, remove, write_bytes
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 _JOB = re.compile(r"(local-)?[0-9]{1,18}")
@@ -43,10 +52,19 @@ def new_submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfi
     return Submission(job.name, job.stage, job_id, job.tasks, shlex.join(argv))
 
 
+YOUNG_SECONDS = 60.0
+"""For so long Slurm's clients may not show a job yet: a site may answer them from a cache."""
+
+
 def record(
-    paths: RunPaths, submission: Submission, executor: str, frozen: Path, code: Path
+    paths: RunPaths,
+    submission: Submission,
+    executor: str,
+    frozen: Path,
+    code: Path,
+    **identity: Any,
 ) -> None:
-    """Append one line to the run's `submissions.jsonl`."""
+    """Append a record; `identity` is what tells this job from another with the same id."""
     line: dict[str, Any] = {
         "time": time.time(),
         "name": submission.name,
@@ -58,16 +76,175 @@ def record(
         "cluster": frozen.name,
         "code": code.name,
         "host": socket.gethostname(),
-        "user": os.environ.get("USER") or str(os.getuid()),
+        "user": user_name(),
+        **identity,
     }
     append_jsonl(paths.submissions, line)
 
 
 def records(paths: RunPaths) -> list[dict[str, Any]]:
-    """Every record of a job that was submitted, oldest first; a damaged one is left out."""
-    return [
-        line
-        for line in read_jsonl(paths.submissions)
-        if all(isinstance(line.get(key), str) for key in ("name", "job", "executor"))
-        and _JOB.fullmatch(line["job"])
-    ]
+    """Every record of a job that was submitted, oldest first; a damaged one is left out.
+
+    One that was cancelled says so in `cancelled`.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, line in enumerate(read_jsonl(paths.submissions)):
+        if all(isinstance(line.get(key), str) for key in ("name", "job", "executor")):
+            if not _JOB.fullmatch(line["job"]):
+                continue
+            key = (line["name"], line["job"], line.get("time", number))
+            found[key] = line
+    return list(found.values())
+
+
+def cancelled(paths: RunPaths, what: Sequence[Live]) -> None:
+    """Record that these are not to be counted any more, and that a `cancel` was made."""
+    for live in what:
+        if live.record is not None:
+            append_jsonl(paths.submissions, {**live.record, "cancelled": time.time()})
+    write_bytes(paths.logs / "cancelled", uuid.uuid4().hex.encode())
+
+
+def cancellations(paths: RunPaths) -> str:
+    """Changes with each `cancel` of the run."""
+    try:
+        return (paths.logs / "cancelled").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def sweep_pickles(paths: RunPaths) -> None:
+    """Remove the calls of killed submissions; for who holds the lock of submissions."""
+    for path in (paths.logs / "slurm").glob("*.pkl"):
+        if re.fullmatch(r"[0-9a-f]{12}-\d+\.pkl", path.name):
+            remove(path)
+
+
+def take_up_programs(paths: RunPaths) -> None:
+    """Call the clients by the names that the newest submission was made with."""
+    for line in reversed(records(paths)):
+        try:
+            frozen = read_json(paths.logs / str(line.get("cluster")))
+            use_programs(frozen["cluster"].get("programs", {}))
+        except (YelpHpcError, KeyError, TypeError, AttributeError):
+            continue
+        return
+
+
+@dataclass(frozen=True)
+class Live:
+    """A submission that has not ended, as far as this machine can tell."""
+
+    name: str
+    job: str
+    cluster: str = ""
+    """The one that holds it, where that is another than this machine's."""
+    record: Mapping[str, Any] | None = None
+    """None: sbatch was killed before it could be recorded."""
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a process of a machine, and no job of Slurm."""
+        return self.job.startswith("local-")
+
+    def __str__(self) -> str:
+        where = f" of cluster {self.cluster}, which is not this machine's" if self.cluster else ""
+        return f"{self.name} is job {self.job}{where}"
+
+
+def living(paths: RunPaths, patience: float = 0.0) -> list[Live]:
+    """What was submitted and has not ended, the newest of each name last.
+
+    Raises:
+        StageError: Slurm does not answer.
+    """
+    lines = [line for line in records(paths) if not line.get("cancelled")]
+    on_slurm = [line for line in lines if line["executor"] == "slurm"]
+    found = [Live(line["name"], line["job"], "", line) for line in lines if local_runs(paths, line)]
+    if not on_slurm and not (paths.logs / "slurm").is_dir():
+        return found
+    mine, elsewhere = by_cluster(on_slurm)
+    try:
+        rows = slurm.everything([line["job"] for line in mine], patience)
+        rows += slurm.of_script(paths.logs / "slurm", patience)
+    except RequestError:  # no client here: the run's own files tell
+        beats = [ln for ln in on_slurm if attempts.beating(paths, ln["name"], ln["job"])]
+        return found + [
+            Live(ln["name"], ln["job"], ln.get("slurm_cluster", ""), ln) for ln in beats
+        ]
+    for line, cluster in elsewhere:
+        if not attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
+            found.append(Live(line["name"], line["job"], cluster, line))
+    for line in mine:
+        shown = [row for row in rows if row.parent == line["job"] and slurm.is_of(row, line)]
+        if any(row.live for row in shown) or (not shown and young(paths, line)):
+            found.append(Live(line["name"], line["job"], "", line))
+    known = {line["job"] for line in mine}
+    lost = {row.parent: row for row in rows if row.live and row.parent not in known}
+    for job, row in lost.items():
+        name = Path(row.what.rpartition("|")[2]).stem.rpartition("-")[0]
+        found.append(Live(name, job))
+    return found
+
+
+def by_cluster(
+    lines: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
+    """Slurm's submissions: what this machine's cluster can tell of, and the rest with its own."""
+    mine = [line for line in lines if line["executor"] == "slurm"]
+    here = slurm.cluster_name() if any(line.get("slurm_cluster") for line in mine) else ""
+    there = [line.get("slurm_cluster") or here or "" for line in mine]
+    return (
+        [line for line, name in zip(mine, there, strict=True) if not here or name == here],
+        [(line, name) for line, name in zip(mine, there, strict=True) if here and name != here],
+    )
+
+
+def young(paths: RunPaths, line: Mapping[str, Any]) -> bool:
+    """Whether a submission may be too new to be shown, and has not ended by its own account."""
+    if attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
+        return False
+    if line.get("host") == socket.gethostname():
+        return abs(time.time() - float(line.get("time", 0.0))) < YOUNG_SECONDS
+    return attempts.age(paths.submissions) < YOUNG_SECONDS
+
+
+def boot_id() -> str:
+    """What tells this start of the machine from every other."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> str:
+    """When a process began, in ticks since the boot; "" when there is none, or a dead one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def local_alive(line: Mapping[str, Any]) -> bool:
+    """Whether a local submission's supervisor still runs; only its own machine can tell."""
+    if line.get("executor") != "local" or line.get("host") != socket.gethostname():
+        return False
+    pid = line["job"].removeprefix("local-")
+    began = process_start(int(pid)) if pid.isdigit() else ""
+    same = line.get("boot_id") in (None, boot_id()) and line.get("began") in (None, began)
+    if not began or not same:
+        return False
+    try:
+        return b"submitit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def local_runs(paths: RunPaths, line: Mapping[str, Any]) -> bool:
+    """Whether a local submission runs, here or on another machine that shares the directory."""
+    if line["executor"] != "local":
+        return False
+    if line.get("host") == socket.gethostname():
+        return local_alive(line)
+    return attempts.beating(paths, line["name"], line["job"])

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from yelp_hpc.errors import SavedForRequeue, StageError, YelpHpcError
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -28,12 +28,14 @@ from yelp_hpc.jobs.container import command, stage_argv, stage_environment
 from yelp_hpc.jobs.image import ready_image
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
+from yelp_hpc.jobs.site.client import NoAnswer, use_programs
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings
+from yelp_hpc.jobs.submission import records
 from yelp_hpc.jobs.train import rendezvous
 from yelp_hpc.jobs.verdict import Verdict, judge
 from yelp_hpc.publishing.token import find_token, login_file
 from yelp_hpc.ranks.child import die_with_parent
-from yelp_hpc.ranks.rank import deadline
+from yelp_hpc.ranks.launch import first_host
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import open_log
@@ -68,6 +70,10 @@ class Stop:
             self.signal = number
         self._pass_on()
 
+    def time_is_up(self) -> None:
+        """Have the stage save, as Slurm's own signal before the limit does."""
+        self._receive(signal.SIGUSR2, None)
+
     def watch(self, child: subprocess.Popen[bytes] | None) -> None:
         """Pass what was and will be received on to this process; None: to nobody."""
         self._child, self._passed = child, False
@@ -96,6 +102,7 @@ def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task
     private_pickles()
     frozen = read_settings(Path(cluster_file))
     cluster = ClusterConfig.model_validate(frozen["cluster"])
+    use_programs(cluster.programs)
     job = Job(stage, model, (attempts.task_of(task),))
     _remove_torn_pickles()
     while True:
@@ -119,6 +126,7 @@ def _attempt(
     now = fingerprint(paths, job.stage, job.model, job.tasks[0])
     attempt = _begin(paths, cluster, job, now)
     leader = os.environ.get("SLURM_PROCID", "0") == "0"
+    limit = slurm.TimeLimit(attempt.job, os.environ) if on_slurm() else None
     if leader:
         attempts.write(paths, attempt)
     try:
@@ -128,7 +136,7 @@ def _attempt(
             if cluster.container:
                 ready = ready_image(cluster.container, image)
                 cluster = cluster.model_copy(update={"container": ready})
-            verdict = _run(stop, paths, cluster, job, attempt, leader)
+            verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
     if leader:
@@ -139,7 +147,7 @@ def _attempt(
             attempt.lost = max(0.0, attempt.ended - kept)
         attempts.write(paths, attempt)
         if verdict.action == "requeued" and verdict.ask:
-            verdict = _requeue(paths, attempt, verdict)
+            verdict = _requeue(paths, cluster, attempt, verdict, limit)
     return verdict
 
 
@@ -154,28 +162,29 @@ def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) 
         killed.lost = max(0.0, killed.ended - kept)
         attempts.write(paths, killed)
     before = digest(now)
+    restart = max((attempt.restart + 1 for attempt in earlier), default=0)
     stalled = earlier[-1].stalled + 1 if earlier and earlier[-1].before == before else 1
     gpus = (cluster.resources(job.stage).gpus or 0) * int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     return Attempt(
-        *(job.name, job_id, len(earlier), job.tasks[0], node, os.getpid(), gpus),
+        *(job.name, job_id, restart, job.tasks[0], node, os.getpid(), gpus),
         stalled=stalled,
         before=before,
     )
 
 
 def _run(
-    stop: Stop, paths: RunPaths, cluster: ClusterConfig, job: Job, attempt: Attempt, leader: bool
-) -> Verdict:
+    stop: Stop, paths: RunPaths, cluster: ClusterConfig, job: Job, attempt: Attempt, leader: bool,
+    limit: slurm.TimeLimit | None,
+) -> Verdict:  # fmt: skip
     """Run the stage's process, or one for each shard, until done, stopped or failed."""
     env = {**os.environ}
     if on_slurm():
         if job.stage == "train" and env.get("SLURM_JOB_NUM_NODES", "1") != "1":
-            env |= rendezvous(env, slurm.first_host(env["SLURM_JOB_NODELIST"]))
-        # the stage saves by itself before the limit, should no signal come; Slurm before 23.02
-        # does not tell it
-        if "YELP_HPC_DEADLINE" not in env and (end := slurm.end_time(this_job())):
-            env["YELP_HPC_DEADLINE"] = str(end)
+            env |= rendezvous(env, first_host(env["SLURM_JOB_NODELIST"]))
+        # by the controller's clock, and fixed while the limit moves: the supervisor tells the stage
+        env.pop("SLURM_JOB_END_TIME", None)
+    save = cluster.resources(job.stage).save_seconds or 120
     node = env.get("YELP_HPC_NODE_RANK", "0")
     log = paths.stage_log(job.name, job.tasks[0])
     if node != "0":
@@ -196,7 +205,7 @@ def _run(
         arguments = stage_argv(job.stage, paths.root, job.model, shard)
         argv = command(cluster, paths.root, arguments, env)
         child_env = stage_environment(cluster, job.stage, env, token)
-        code, ended = _process(stop, paths, argv, child_env, log, attempt, leader, job)
+        code, ended = _process(stop, paths, argv, child_env, log, attempt, leader, job, limit, save)
         if ended and code != 0:
             stuck = attempt.stalled >= cap and not _moved(paths, job, attempt)
             if ended.action == "requeued" and stuck:
@@ -223,7 +232,7 @@ def _moved(paths: RunPaths, job: Job, attempt: Attempt) -> bool:
 
 def _process(
     stop: Stop, paths: RunPaths, argv: list[str], env: dict[str, str], log: Path,
-    attempt: Attempt, leader: bool, job: Job,
+    attempt: Attempt, leader: bool, job: Job, limit: slurm.TimeLimit | None, save: float,
 ) -> tuple[int, Verdict | None]:  # fmt: skip
     """Run one process to its end. Returns its exit code and, if it was ended here, why."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +259,6 @@ def _process(
             raise StageError(f"cannot start {argv[0]}: {error.strerror}") from None
     stop.watch(child)
     beat, ended = time.monotonic(), None
-    limit = deadline(env, time.time()) if on_slurm() else None
     while True:
         with suppress(subprocess.TimeoutExpired):
             code = child.wait(POLL)
@@ -264,7 +272,12 @@ def _process(
                 why = f"job {other.job} took over on {other.node}; this copy was stopped"
                 ended = Verdict("stopped", why)
                 child.kill()
-        if limit and time.time() > limit - LAST_CALL and leader and not ended:
+        if limit is None or ended:
+            continue
+        # the limit may have moved: it is asked again before anything is done about it
+        if stop.signal is None and limit.left < save and limit.ask() < save:
+            stop.time_is_up()
+        if limit.left < LAST_CALL and leader and limit.ask() < LAST_CALL:
             why = "had not saved when the time limit came (raise save_seconds); the last save holds"
             ended = Verdict("requeued", why, ask=True)
             child.kill()
@@ -273,23 +286,58 @@ def _process(
 
 
 def newer_attempt(paths: RunPaths, job: Job, attempt: Attempt) -> Attempt | None:
-    """An attempt at the same work that started later, for stages that must run only once."""
+    """An attempt at the same work that came later, for stages that must run only once.
+
+    Later by its number, or by the order of submissions: clocks of nodes differ by minutes.
+    """
     if job.stage == "infer":  # a shard done twice is harmless
         return None
-    later = [a for a in attempts.read(paths, job.name) if a.started > attempt.started]
+    order = {line["job"]: place for place, line in enumerate(records(paths))}
+    mine = (order.get(attempt.job, len(order)), attempt.restart)
+    later = [
+        other
+        for other in attempts.read(paths, job.name)
+        if (
+            other.restart > attempt.restart
+            if other.job == attempt.job
+            else (order.get(other.job, len(order)), 0) > (mine[0], 0)
+        )
+    ]
     return later[-1] if later else None
 
 
-def _requeue(paths: RunPaths, attempt: Attempt, verdict: Verdict) -> Verdict:
-    try:
-        slurm.requeue(this_job())
-    except StageError as error:
-        if slurm.state_of(this_job()) == "RUNNING":
-            attempt.verdict, attempt.reason = "failed", f"saved, but the requeue failed: {error}"
-            attempts.write(paths, attempt)
-            return Verdict("failed", attempt.reason)
-        # preempted meanwhile: Slurm's own requeue was faster
-    return verdict
+def _requeue(
+    paths: RunPaths,
+    cluster: ClusterConfig,
+    attempt: Attempt,
+    verdict: Verdict,
+    limit: slurm.TimeLimit | None,
+) -> Verdict:
+    """Ask for the requeue until somebody answers or the time limit comes."""
+    why, action, pause = "requeue is off in the cluster file", "stopped", 1.0
+    while cluster.requeue:
+        try:
+            slurm.requeue(attempt.job)
+            return verdict
+        except RequestError:
+            why = "this node has no scontrol to ask for a requeue"
+            break
+        except NoAnswer as error:
+            if limit is not None and limit.left < pause:
+                why = f"nobody answered the requeue until the time limit: {error}"
+                break
+            print(f"{error}; asked again in {pause:.0f} s", flush=True)
+            time.sleep(pause)
+            pause = min(2 * pause, 20.0)
+        except StageError as error:
+            if slurm.state_of(attempt.job) not in ("RUNNING", "UNREACHABLE"):
+                return verdict  # preempted meanwhile: Slurm's own requeue was faster
+            action, why = "failed", f"the requeue was refused: {error}"
+            break
+    attempt.verdict = action
+    attempt.reason = f"{verdict.reason}; {why}: submit again to go on"
+    attempts.write(paths, attempt)
+    return Verdict(action, attempt.reason)
 
 
 def _begin_stage() -> None:

@@ -44,8 +44,8 @@ from yelp_hpc.jobs.doctor.run import (
 )
 from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.preflight import MODULES, missing_modules, on_host_python
+from yelp_hpc.jobs.site.client import client
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
-from yelp_hpc.jobs.slurm import client
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json

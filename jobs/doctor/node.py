@@ -72,6 +72,8 @@ def visit(
     Raises:
         RequestError: there is no sbatch here.
     """
+    from yelp_hpc.jobs.executor import sbatch
+
     parent = disk(request.run)
     try:
         folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=parent))
@@ -89,8 +91,7 @@ def visit(
         try:
             script = folder / "job.sh"
             script.write_text(job_script(request.cluster, folder))
-            with slurm.clean_environment():
-                job = slurm.client(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+            job, _ = sbatch(script)
         except StageError as error:
             return NodeVisit(problem=f"sbatch refuses the job: {error}")
         say(f"job {job} looks at a node")
@@ -169,10 +170,10 @@ def _rows(job: str) -> list[slurm.Row] | None:
 
 def _requeue(job: str) -> bool | None:
     try:
-        text = slurm.client(["scontrol", "-o", "show", "job", job])
+        told = slurm.facts_of(job).get("Requeue")
     except (StageError, RequestError):
         return None
-    return " Requeue=1" in text if " Requeue=" in text else None
+    return told == "1" if told else None
 
 
 def _log(files: _Exchange) -> str:

@@ -228,8 +228,8 @@ def _has_gpus(node: Node, want: Resources) -> bool:
 def _verdict(
     slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
-    from yelp_hpc.jobs.executor import refusal
     from yelp_hpc.jobs.job import Job
+    from yelp_hpc.jobs.site.refusals import refusal
 
     said = slurm.refusals.get(stage)
     stages = [name for name, text in slurm.refusals.items() if text == said]

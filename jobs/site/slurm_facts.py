@@ -14,7 +14,7 @@ from pydantic import Field
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import minutes
-from yelp_hpc.jobs.slurm import client
+from yelp_hpc.jobs.site.client import client
 from yelp_hpc.settings import Frozen
 
 _NO_LIMIT = {"", "UNLIMITED", "INFINITE", "NONE", "N/A", "(NULL)"}

@@ -7,6 +7,7 @@ it ran, and nothing is appended to by two nodes at once.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -94,7 +95,36 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
             if attempt.ended is None:
                 attempt.__dict__["seen"] = path.stat().st_mtime
             found.append(attempt)
-    return sorted(found, key=lambda attempt: (attempt.started, attempt.restart))
+    # the starts of one job by their number: the clocks of its nodes may differ by minutes
+    first: dict[str, float] = {}
+    for attempt in found:
+        first[attempt.job] = min(attempt.started, first.get(attempt.job, attempt.started))
+    return sorted(found, key=lambda attempt: (first[attempt.job], attempt.job, attempt.restart))
+
+
+def age(path: Path) -> float:
+    """Seconds since a file changed, by the clock of the file server; infinite where it is not."""
+    now = path.with_name(".now")
+    try:
+        now.touch()
+        return now.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return math.inf
+    finally:
+        with suppress(OSError):
+            now.unlink()
+
+
+def beating(paths: RunPaths, name: str, job: str) -> bool:
+    """Whether an attempt of a job, or of a task of its array, has shown life within a minute."""
+    mine = (a for a in read(paths, name) if a.job.partition("_")[0] == job)
+    return any(a.ended is None and age(a.path(paths)) < 60 for a in mine)
+
+
+def over(paths: RunPaths, name: str, job: str, tasks: int) -> bool:
+    """Whether every task of a job has come to an end of its own."""
+    last = {a.job: a.verdict for a in read(paths, name) if a.job.partition("_")[0] == job}
+    return len(last) >= tasks and all(verdict in ("done", "failed") for verdict in last.values())
 
 
 def of_run(paths: RunPaths) -> list[Attempt]:

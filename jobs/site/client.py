@@ -1,0 +1,180 @@
+"""Runs a client of Slurm: in an environment of our own, with patience, whatever bytes come back.
+
+The user's shell and a site's modules may hold SQUEUE_, SBATCH_ and SLURM_ variables that filter
+what a query shows and win over the #SBATCH lines of a script: none of them is handed on, but what
+locates the cluster. `refusals.user_defaults` says which of them a submission takes up by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+from yelp_hpc.errors import RequestError, StageError
+
+TOKENS = tuple(
+    prefix + name
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+    for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_")
+)
+_RANKS = frozenset(
+    ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+)
+_LOCATES = frozenset(
+    (
+        *("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"),
+        *("SLURM_SACK_KEY", "SLURM_SACK_JWKS"),
+    )
+)
+_USERS = (
+    *("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SACCTMGR_"),
+    *("SCONTROL_", "SCANCEL_", "SINFO_", "SUBMITIT_", "PMI"),
+)
+# what a client says when the controller, munge or the network are at fault and not the request
+_NO_ANSWER = re.compile(
+    r"contact slurm controller|socket timed out|zero bytes|backup controller|standby mode|munge"
+    r"|authentication (credential|error)|resource temporarily unavailable|communication"
+    r"|connection (refused|reset|timed out)|temporarily unable|message receive failure"
+    r"|missing socket|unable to establish (controller|connection)|transport endpoint"
+    r"|no route to host|broken pipe|try again later|slurmdbd",
+    re.IGNORECASE,
+)
+_WRAPPED = re.compile(r"usage|unrecognized|unrecognised|invalid option|unknown option", re.I)
+PATIENCE = 30.0
+"""Seconds for which a command of the user's is tried again while the controller does not answer."""
+
+_programs: dict[str, str] = {}
+
+
+class NoAnswer(StageError):
+    """The controller, or what leads to it, did not answer: nothing is known of the request."""
+
+
+def use_programs(programs: Mapping[str, str]) -> None:
+    """Take up what the site calls its clients (`programs` of the cluster file)."""
+    _programs.clear()
+    _programs.update(programs)
+
+
+def program(name: str) -> str:
+    """What the site calls the client `name`."""
+    return _programs.get(name, name)
+
+
+def client(
+    argv: Sequence[str], timeout: float = 60, epoch: bool = False, patience: float = 0.0
+) -> str:
+    """Run a Slurm command and return what it prints.
+
+    Args:
+        epoch: times as seconds since 1970, by the controller's clock.
+        patience: seconds for which it is asked again, ever more rarely, while nobody answers.
+
+    Raises:
+        RequestError: the command is not installed here.
+        NoAnswer: nobody answered.
+        StageError: it failed; its own message is shown.
+    """
+    end, pause = time.monotonic() + patience, 1.0
+    while True:
+        try:
+            return _once(argv, timeout, epoch)
+        except NoAnswer:
+            if time.monotonic() + pause > end:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)
+
+
+def _once(argv: Sequence[str], timeout: float, epoch: bool) -> str:
+    name, *arguments = argv
+    env = own_environment(os.environ)
+    env["SLURM_TIME_FORMAT"] = "%s" if epoch else "standard"
+    env["SLURM_BITSTR_LEN"] = "0"  # else sparse arrays are cut short
+    try:
+        done = subprocess.run(
+            [program(name), *arguments],
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            env=env,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise _absent(name) from None
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"{name} did not answer within {timeout:.0f} s") from None
+    except OSError as error:
+        raise StageError(f"{program(name)} cannot be started: {error.strerror}") from None
+    # an administrator's note may be in Latin-1
+    text, errors = (part.decode(errors="replace") for part in (done.stdout, done.stderr))
+    if done.returncode == 0:
+        return text
+    said = (errors or text).strip()
+    if unanswered(said):
+        raise NoAnswer(f"{name} failed: {said}")
+    raise StageError(f"{name} failed: {said}{_hint(name) if _WRAPPED.search(said) else ''}")
+
+
+def _absent(name: str) -> RequestError:
+    return RequestError(
+        f"{program(name)} is not installed on this machine: log in to a node of the cluster, or "
+        "use --executor local"
+    )
+
+
+def require(name: str) -> None:
+    """Raises RequestError if the client `name` is not installed here."""
+    if shutil.which(program(name)) is None:
+        raise _absent(name)
+
+
+def unanswered(said: str) -> bool:
+    """Whether what a client said means that nobody answered it."""
+    return bool(_NO_ANSWER.search(said))
+
+
+def _hint(name: str) -> str:
+    return (
+        f"\nIf the site has put a script of its own in the place of {name}, name the real one: "
+        f"`programs: {{{name}: PATH}}` of the cluster file."
+    )
+
+
+def no_client(name: str, text: str) -> StageError:
+    """The error for a client that answered, but not what it was asked."""
+    shown = " ".join(text.split())[:200]
+    return StageError(f"{name} printed something else than was asked for: {shown}{_hint(name)}")
+
+
+def own_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """What a client gets: nothing that filters or chooses, no outer job, none of the Hub's tokens.
+
+    An sbatch of ours exports it to the job.
+    """
+    kept = {
+        name: value
+        for name, value in env.items()
+        if name in _LOCATES or not (name.startswith(_USERS) or name in TOKENS or name in _RANKS)
+    }
+    if "SBATCH_CLUSTERS" in env:
+        kept.setdefault("SLURM_CLUSTERS", env["SBATCH_CLUSTERS"])
+    return kept
+
+
+def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without the Hub's tokens."""
+    return {name: value for name, value in env.items() if name not in TOKENS}
+
+
+def user_name() -> str:
+    """The user as Slurm knows it: by its number, whatever USER says."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

@@ -1,0 +1,143 @@
+"""What sbatch refuses and which key to change; which of the user's SBATCH_ defaults are taken up.
+
+Pure: text and environments in, errors and options out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.site.client import NoAnswer, unanswered
+
+# what sbatch says → the keys to change, as the cluster file has them; {} is the stage
+_SECTION = "{0}.%s or defaults.%s"
+_HINTS = {
+    r"unrecognized option '--([a-z-]+)": "{0}.sbatch or defaults.sbatch",
+    r"account/partition combination|invalid account": _SECTION % ("account", "account"),
+    r"(Assoc|QOS)\w*SubmitJob|too many (jobs|tasks)": (
+        "max_array_size (fewer array tasks) or {0}.qos, or wait until earlier jobs have ended"
+    ),
+    r"(Assoc|QOS)\w*Wall|(Assoc|QOS)\w*Min(ute)?s": _SECTION % ("time", "time"),
+    r"(Assoc|QOS)\w*(GRES|gres)": _SECTION % ("gpus", "gpus"),
+    r"(Assoc|QOS)\w*Node": _SECTION % ("nodes", "nodes"),
+    r"(Assoc|QOS)\w*(Cpu|CPU)": _SECTION % ("cpus", "cpus"),
+    r"(Assoc|QOS)\w*Mem": _SECTION % ("memory", "memory"),
+    r"job array": "max_array_size",
+    r"requeue": "requeue (false leaves --requeue out)",
+    r"accounting.?/?qos policy": (
+        "{0}.time, gpus, nodes or qos, or the same of defaults, or max_array_size"
+    ),
+    r"qos": _SECTION % ("qos", "qos"),
+    r"time limit": _SECTION % ("time", "time"),
+    r"partition": _SECTION % ("partition", "partition"),
+    r"feature|constraint": _SECTION % ("constraint", "constraint"),
+    r"generic resource|gres": "{0}.gpus and gpu_type, or the same of defaults",
+    r"node configuration": "{0}.nodes, gpus, cpus, memory or constraint, or the same of defaults",
+    r"memory": _SECTION % ("memory", "memory"),
+    r"cpu count": _SECTION % ("cpus", "cpus"),
+    r"node count": _SECTION % ("nodes", "nodes"),
+    r"wckey|reservation|licen[sc]e": "{0}.sbatch or defaults.sbatch",
+    r"node name": _SECTION % ("exclude", "exclude"),
+    r"account": _SECTION % ("account", "account"),
+}
+
+
+def refusal(job: Job, message: str) -> RequestError | StageError:
+    """The error for what sbatch said."""
+    text = re.sub(r"^sbatch( failed)?: (error: )?", "", message.strip(), flags=re.MULTILINE)
+    shown = "\n  ".join(line for line in text.splitlines() if line.strip())
+    if unanswered(message):
+        return NoAnswer(
+            f"the Slurm controller does not answer, so {job.name} was not submitted:\n  {shown}\n"
+            "Nothing was lost: run the same command again when it is back."
+        )
+    # a site's plugin may say much before the error itself, which comes last
+    final = re.findall(r"batch job submission failed: (.*)", text, re.IGNORECASE)
+    limits = re.findall(r"\b(?:Assoc|QOS)(?:Max|Min|Grp)\w+", text)
+    for said in (*limits, *final, *reversed(text.splitlines())):
+        for words, keys in _HINTS.items():
+            if re.search(words, said, re.IGNORECASE):
+                where = keys.format(job.stage)
+                return RequestError(
+                    f"Slurm refuses {job.name}:\n  {shown}\nChange {where} in the cluster config."
+                )
+    where = f"{job.stage} or defaults"
+    return RequestError(
+        f"Slurm refuses {job.name}:\n  {shown}\nChange {where} in the cluster config."
+    )
+
+
+# SBATCH_NAME → the option; those of one group are told by the cluster file together or not at all
+_DEFAULTS: Mapping[str, Mapping[str, str]] = {
+    "account": {"ACCOUNT": "account"},
+    "partition": {"PARTITION": "partition"},
+    "qos": {"QOS": "qos"},
+    "time": {"TIMELIMIT": "time"},
+    "constraint": {"CONSTRAINT": "constraint"},
+    "memory": {"MEM_PER_NODE": "mem", "MEM_PER_CPU": "mem-per-cpu", "MEM_PER_GPU": "mem-per-gpu"},
+    "gpus": {
+        "GRES": "gres",
+        "GPUS": "gpus",
+        "GPUS_PER_NODE": "gpus-per-node",
+        "GPUS_PER_TASK": "gpus-per-task",
+        "GPU_FREQ": "gpu-freq",
+        "GPU_BIND": "gpu-bind",
+    },
+    "cpus": {"CPUS_PER_GPU": "cpus-per-gpu"},
+    "reservation": {"RESERVATION": "reservation"},
+    "wckey": {"WCKEY": "wckey"},
+    "exclusive": {"EXCLUSIVE": "exclusive"},
+    "hint": {"HINT": "hint"},
+    "network": {"NETWORK": "network"},
+    "switches": {"REQ_SWITCH": "switches"},
+    "core-spec": {"CORE_SPEC": "core-spec", "THREAD_SPEC": "thread-spec"},
+    "threads-per-core": {"THREADS_PER_CORE": "threads-per-core"},
+    "acctg-freq": {"ACCTG_FREQ": "acctg-freq"},
+    "profile": {"PROFILE": "profile"},
+}
+
+
+def user_defaults(want: Resources, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What the cluster file leaves out and the user's shell has a default for.
+
+    Returns:
+        Option of sbatch → (value, "" for a flag; the variable that it comes from).
+    """
+    found = {}
+    for key, names in _DEFAULTS.items():
+        if getattr(want, key, None) is not None or set(names.values()) & set(want.sbatch):
+            continue
+        for name, option in names.items():
+            value = environ.get(f"SBATCH_{name}")
+            if value is not None and value.isprintable() and _usable(option, value):
+                found[option] = (value, f"SBATCH_{name}")
+    return found
+
+
+def _usable(option: str, value: str) -> bool:
+    """A time that cannot be read would leave nobody knowing when to save."""
+    if option != "time":
+        return True
+    try:
+        minutes(value)
+    except ValueError:
+        return False
+    return True
+
+
+def of_the_shell(cluster: ClusterConfig, stage: str, environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each SBATCH_ variable: taken up for `stage`, or not."""
+    taken = {
+        name: (option, value)
+        for option, (value, name) in user_defaults(cluster.resources(stage), environ).items()
+    }
+    for name in sorted(name for name in environ if name.startswith("SBATCH_")):
+        if name in taken:
+            option, value = taken[name]
+            yield f"--{option}{f'={value}' if value else ''}: from {name} of your environment"
+        elif name != "SBATCH_CLUSTERS":
+            yield f"{name} of your environment is not used"
