@@ -200,7 +200,8 @@ def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
 def state_of(job: str) -> str:
     """The state of one job or array task now.
 
-    `GONE` when Slurm does not know it, `UNREACHABLE` when it cannot be asked. A job that is being cancelled, preempted or requeued is COMPLETING or PENDING, never RUNNING.
+    `GONE` when Slurm does not know it, `UNREACHABLE` when it cannot be asked. A job that is being
+    cancelled, preempted or requeued is COMPLETING or PENDING, never RUNNING.
     """
     try:
         return facts_of(job, patience=10).get("JobState", "GONE")
