@@ -147,12 +147,12 @@ def parameters(
         ],
         "setup": [
             *cluster.setup,
+            _RUN_AGAIN.format(program("scontrol")),
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
             "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
             "export PYTHONDONTWRITEBYTECODE=1",  # the snapshot stays what its digest says
             *([check_line(cluster.python or _this_python(), code, frozen)] if frozen else []),
             _PLAIN_SRUN,
-            _RUN_AGAIN.format(program("scontrol")),
         ],
         "additional_parameters": extra,
     }

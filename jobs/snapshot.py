@@ -125,7 +125,7 @@ def check_line(python: str, code: Path, settings: Path) -> str:
     """The line of a job's script that ends it when `code` or `settings` is not what it is now."""
     digests = (code_digest(code) or "DIGEST", settings_digest(settings) or "DIGEST")
     values = [str(code), digests[0], str(settings), digests[1]]
-    return f"{shlex.quote(python)} -I -c {shlex.quote(_CHECK)} {shlex.join(values)} || exit 1"
+    return f"{shlex.quote(python)} -I -c {shlex.quote(_CHECK)} {shlex.join(values)} || exit"
 
 
 def code_digest(folder: Path) -> str | None:
