@@ -334,6 +334,8 @@ def cancel(run_dir: str | Path) -> list[str]:
     """
     paths = RunPaths(Path(run_dir).absolute())
     take_up_programs(paths)
+    if not paths.lock("submit").exists() and not living(paths, PATIENCE):
+        return []  # nothing was ever submitted here, so that nothing is written either
     with locked(paths.lock("submit")):
         live = living(paths, PATIENCE)
         slurm.cancel(sorted({item.job for item in live if not item.local and not item.cluster}))
