@@ -19,7 +19,6 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
-from yelp_hpc.jobs.follow import follow
 from yelp_hpc.jobs.job import Job, job_name
 from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
@@ -38,6 +37,7 @@ from yelp_hpc.jobs.submission import (
     sweep_pickles,
     take_up_programs,
 )
+from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import plain
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import open_log, write_bytes

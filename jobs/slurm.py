@@ -297,9 +297,14 @@ def never_starts(reason: str) -> bool:
 
 def reason_in_words(reason: str) -> str:
     """Why a job waits, for someone who has not read Slurm's manual."""
-<<<<<<< HEAD
-    plain = reason.strip("()")
-    return _REASONS.get(plain.partition(",")[0], plain)
+    plain = reason.strip("()").partition(",")[0]
+    if plain in _REASONS:
+        return _REASONS[plain]
+    if over := _OVER.fullmatch(plain):
+        whose = "your association" if over["whose"] == "Assoc" else "the qos"
+        never = "; it will never start" if never_starts(plain) else ""
+        return f"over a limit of {whose} ({plain}){never}"
+    return reason.strip("()")
 
 
 _REASONS = {
@@ -314,42 +319,14 @@ _REASONS = {
     "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
     "PartitionTimeLimit": "asks for more time than its partition allows",
     "PartitionNodeLimit": "asks for more nodes than its partition has",
+    "PartitionDown": "its partition takes no jobs at the moment",
+    "PartitionInactive": "its partition takes no jobs at the moment",
+    "BadConstraints": "no node can ever give what it asks for",
+    "Licenses": "waiting for a licence",
+    "Reservation": "waiting for its reservation to begin",
     "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
     "AssocGrpGRES": "your group's GPUs are all in use",
     "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
     "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
     "launch failed requeued held": "failed to start and is held: scontrol release",
 }
-=======
-    words = {
-        "None": "about to be scheduled",
-        "Priority": "others are ahead of it in the queue",
-        "Resources": "waiting for nodes to become free",
-        "Dependency": "waits for an earlier stage",
-        "DependencyNeverSatisfied": "an earlier stage failed, so it will never start",
-        "BeginTime": "was requeued, starts again in a moment",
-        "JobHeldUser": "held by its owner: scontrol release",
-        "JobHeldAdmin": "held by an administrator, or after failing to start",
-        "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
-        "PartitionTimeLimit": "asks for more time than its partition allows",
-        "PartitionNodeLimit": "asks for more nodes than its partition has",
-        "PartitionDown": "its partition takes no jobs at the moment",
-        "PartitionInactive": "its partition takes no jobs at the moment",
-        "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
-        "BadConstraints": "no node can ever give what it asks for",
-        "Licenses": "waiting for a licence",
-        "Reservation": "waiting for its reservation to begin",
-        "AssocGrpGRES": "your group's GPUs are all in use",
-        "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
-        "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
-        "launch failed requeued held": "failed to start and is held: scontrol release",
-    }
-    plain = reason.strip("()").partition(",")[0]
-    if plain in words:
-        return words[plain]
-    if over := _OVER.fullmatch(plain):
-        whose = "your association" if over["whose"] == "Assoc" else "the qos"
-        never = "; it will never start" if never_starts(plain) else ""
-        return f"over a limit of {whose} ({plain}){never}"
-    return reason.strip("()")
->>>>>>> 5c441c2 (Slurm as it is out there: an environment of our own, identity, locks, patience, why it died)

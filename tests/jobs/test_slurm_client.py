@@ -1,19 +1,23 @@
-"""What is asked of Slurm, word by word, and what is made of its answers and refusals."""
+"""What is asked of Slurm, what is made of its answers, and in which environment it is asked."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
 import pytest
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
+from yelp_hpc.jobs.cluster import Resources
+from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.site import client as site
+from yelp_hpc.jobs.site.client import NoAnswer, client, own_environment, without_tokens
+from yelp_hpc.jobs.site.refusals import refusal, user_defaults
 from yelp_hpc.jobs.slurm import Row
 
-Asked = list[tuple[list[str], dict[str, object]]]
+Asked = list[list[str]]
+HEAD = "JOBID|STATE|REASON|NODELIST|TIME|TIME_LIMIT|RESTART_COUNT|SUBMIT_TIME|USER|NAME|COMMAND|\n"
 
 
 @pytest.fixture
@@ -23,30 +27,35 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Exception], As
     def make(answer: str | Exception) -> Asked:
         asked: Asked = []
 
-        def client(argv: list[str], **options: object) -> str:
-            asked.append((list(argv), options))
+        def told(argv: list[str], **options: object) -> str:
+            asked.append(list(argv))
             if isinstance(answer, Exception):
                 raise answer
             return answer
 
-        monkeypatch.setattr(slurm, "client", client)
+        monkeypatch.setattr(slurm, "client", told)
         return asked
 
     return make
 
 
 FORGOTTEN = StageError("squeue failed: slurm_load_jobs error: Invalid job id specified")
-DOWN = StageError("squeue failed: Unable to contact slurm controller")
+DOWN = NoAnswer("squeue failed: Unable to contact slurm controller")
 
 
-def test_the_queue_is_asked_for_all_tasks_of_all_jobs(
+def test_the_queue_is_asked_for_all_tasks_and_a_banner_is_no_row(
     answering: Callable[[str | Exception], Asked],
 ) -> None:
-    asked = answering("7_1|RUNNING|None|g1|1:02|10:00|2|\n")
-    assert slurm.queue(["7", "8"]) == [Row("7_1", "RUNNING", "None", "g1", "1:02", "10:00", 2)]
-    form = "JobArrayID:|,State:|,Reason:|,NodeList:|,TimeUsed:|,TimeLimit:|,RestartCnt:|"
-    assert asked == [(["squeue", "--noheader", "--array", f"--Format={form}", "--jobs=7,8"], {})]
+    line = "7_1|RUNNING|None|g1|1:02|10:00|2|1700|me|yelp-train:a|b|/run/logs/slurm/train-1.sh|\n"
+    asked = answering(f"Welcome | to the cluster\n{HEAD}{line}8|COMPLETED|None|g1|1:02|10:00|0|\n")
+    (row,) = slurm.queue(["7", "8"])
+    assert (row.job, row.restarts, row.submitted, row.user) == ("7_1", 2, 1700.0, "me")
+    assert row.what == "yelp-train:a|b|/run/logs/slurm/train-1.sh"
+    assert {"--array", "--states=all", "--jobs=7,8"} <= set(asked[0])
     assert slurm.queue([]) == [] and len(asked) == 1
+    answering("Welcome\nUsage: rc-squeue [-m]\n")
+    with pytest.raises(StageError, match="name the real one"):
+        slurm.queue(["7"])
 
 
 def test_a_queue_that_has_forgotten_the_only_job_is_empty_and_a_dead_one_an_error(
@@ -59,97 +68,147 @@ def test_a_queue_that_has_forgotten_the_only_job_is_empty_and_a_dead_one_an_erro
     with pytest.raises(StageError, match="Unable to contact"):
         slurm.queue(["7"])
     assert slurm.state_of("7") == "UNREACHABLE"
-    assert slurm.end_time("7") is None
 
 
-def test_the_accounting_is_asked_and_may_be_absent(
-    answering: Callable[[str | Exception], Asked],
-) -> None:
-    asked = answering("7|COMPLETED|c1|0:09|1:00\n")
-    assert slurm.accounting(["7", "9"]) == [Row("7", "COMPLETED", "", "c1", "0:09", "1:00")]
-    argv = ["sacct", "--noheader", "--parsable2", "--allocations", "--array"]
-    fields = "--format=JobID,State,NodeList,Elapsed,Timelimit"
-    assert asked == [([*argv, fields, "--jobs=7,9"], {"timeout": 20})]
-    assert slurm.accounting([]) == [] and len(asked) == 1
-    for refusal in (DOWN, RequestError("sacct is not installed")):
-        answering(refusal)
-        assert slurm.accounting(["7"]) == []
-
-
-def test_state_end_host_requeue_and_cancel_ask_for_one_thing(
-    answering: Callable[[str | Exception], Asked],
-) -> None:
-    asked = answering("RUNNING |PENDING|")
-    assert slurm.state_of("7_3") == "RUNNING"
-    squeue = ["squeue", "--noheader"]
-    assert asked.pop() == ([*squeue, "--states=all", "--Format=State:|", "--jobs=7_3"], {})
-    asked = answering("")
-    assert slurm.state_of("7") == "GONE"
-    asked = answering("1700000000 |1800000000|")
-    assert slurm.end_time("7") == 1_700_000_000.0
-    assert asked.pop() == ([*squeue, "--Format=EndTime:|", "--jobs=7"], {"epoch": True})
-    answering("N/A|")
-    assert slurm.end_time("7") is None
-    asked = answering("g1\ng2\n")
-    assert slurm.first_host("g[1-2]") == "g1"
-    slurm.requeue("7_1")
-    slurm.cancel(["7", "8"])
-    slurm.cancel([])
-    assert [argv for argv, _ in asked] == [
-        ["scontrol", "show", "hostnames", "g[1-2]"],
-        ["scontrol", "requeue", "7_1"],
-        ["scancel", "7", "8"],
+def test_a_job_id_alone_is_nobody() -> None:
+    record = {"user": "me", "job_name": "yelp-train:a", "script": "/a/s.sh", "submitted": 1000.0}
+    mine = Row("7", "RUNNING", submitted=1000.0, user="me", what="yelp-train:a|/a/s.sh")
+    assert slurm.is_of(mine, record)
+    changes: list[dict[str, object]] = [
+        {"user": "other"},
+        {"what": "yelp-train:a|/b/s.sh"},
+        {"what": "sleep|/a/s.sh"},
+        {"submitted": 900.0},
+        {"submitted": 1100.0},
     ]
+    for change in changes:
+        assert not slurm.is_of(Row(**{**vars(mine), **change}), record)
+    requeued = Row(**{**vars(mine), "submitted": 1100.0, "restarts": 1})
+    assert slurm.is_of(requeued, record)
+    assert slurm.is_of(Row("7", "FAILED", user="me", what="yelp-train:a"), record)  # sacct
+
+
+def test_the_accounting_is_asked_as_every_version_can_answer(
+    answering: Callable[[str | Exception], Asked],
+) -> None:
+    asked = answering("banner\n7|COMPLETED|c1|0:09|1:00|me|a name\n")
+    (row,) = slurm.accounting(["7", "9"])
+    assert (row.state, row.node, row.user, row.what) == ("COMPLETED", "c1", "me", "a name")
+    assert "--array" not in asked[0]  # Slurm 22.05 knows none
+    answering(DOWN)
+    with pytest.raises(StageError):
+        slurm.accounting(["7"])
+
+
+def test_the_end_of_a_job_is_what_slurm_counts_and_not_a_clock(
+    answering: Callable[[str | Exception], Asked],
+) -> None:
+    told = "JobId=7 JobState=RUNNING RunTime=00:01:00 TimeLimit=1-00:02:00 EndTime=5"
+    answering(told)
+    limit = slurm.TimeLimit("7", {})
+    assert 86_400 < limit.left <= 86_460
+    answering(told.replace("1-00:02:00", "00:01:30"))
+    assert 20 < limit.ask() <= 30
+    answering(DOWN)
+    assert 20 < limit.ask() <= 30
+    there = {"SLURM_JOB_START_TIME": "100", "SLURM_JOB_END_TIME": "160"}
+    assert 50 < slurm.TimeLimit("7", there).left <= 60
+    assert slurm.seconds("02:03") == 123
 
 
 def test_a_client_gets_plain_times_and_whole_arrays_and_its_own_words_are_shown() -> None:
     script = 'echo "$SLURM_TIME_FORMAT $SLURM_BITSTR_LEN"; cat'
-    assert slurm.client(["sh", "-c", script, "x"], epoch=False).startswith("standard 0")
-    assert slurm.client(["sh", "-c", script, "x"], epoch=True).startswith("%s 0")
+    assert client(["sh", "-c", script, "x"], epoch=False).startswith("standard 0")
+    assert client(["sh", "-c", script, "x"], epoch=True).startswith("%s 0")
     with pytest.raises(StageError, match=r"^sh failed: out of luck$"):
-        slurm.client(["sh", "-c", "echo out of luck >&2; exit 3"])
+        client(["sh", "-c", "echo out of luck >&2; exit 3"])
     with pytest.raises(StageError, match=r"^sh failed: only here$"):
-        slurm.client(["sh", "-c", "echo only here; exit 1"])
-    with pytest.raises(StageError, match=r"^sleep did not answer within 0 s$"):
-        slurm.client(["sleep", "60"], timeout=0.1)
+        client(["sh", "-c", "echo only here; exit 1"])
+    with pytest.raises(NoAnswer, match=r"^sleep did not answer within 0 s$"):
+        client(["sleep", "60"], timeout=0.1)
     with pytest.raises(
         RequestError, match=r"^no-such-tool is not installed on this machine: log in"
     ):
-        slurm.client(["no-such-tool"])
+        client(["no-such-tool"])
+    assert "K\ufffdln" in client(["printf", r"K\366ln"])  # an administrator's Latin-1
 
 
-def test_a_submission_sees_nothing_of_an_outer_job_but_the_way_to_its_cluster(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Socket timed out on send/recv operation",
+        "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "Slurm backup controller in standby mode",
+        "Munge encode failed: Failed to access socket",
+        "fork: Resource temporarily unavailable",
+    ],
+)
+def test_no_answer_is_asked_again(said: str, tmp_path: Path) -> None:
+    once = (
+        f"[ -e {tmp_path}/x ] && echo yes && exit 0; touch {tmp_path}/x; echo '{said}' >&2; exit 1"
+    )
+    with pytest.raises(NoAnswer):
+        client(["sh", "-c", f"echo '{said}' >&2; exit 1"])
+    assert client(["sh", "-c", once], patience=5) == "yes\n"
+
+
+def test_other_names_of_programs() -> None:
+    site.use_programs({"squeue": "echo"})
+    try:
+        assert client(["squeue", "x"]) == "x\n"
+    finally:
+        site.use_programs({})
+
+
+def test_a_client_sees_nothing_of_the_users_shell_but_the_way_to_its_cluster() -> None:
     hidden = ["SLURM_JOB_ID", "SLURMD_NODENAME", "SRUN_DEBUG", "SUBMITIT_EXECUTOR", "PMI_RANK",
-              "PMIX_ID", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RANK", "WORLD_SIZE",
-              "LOCAL_RANK"]  # fmt: skip
-    kept = ["SLURM_CONF", "SBATCH_ACCOUNT", "MY_SLURM_NOTE", "PATH"]
-    for name in [*hidden, *kept[:-1]]:
-        monkeypatch.setenv(name, f"value of {name}")
-    before = dict(os.environ)
-    with slurm.clean_environment():
-        assert not set(hidden) & set(os.environ)
-        assert set(kept) <= set(os.environ)
-        assert set(before) - set(os.environ) == set(hidden)
-    assert dict(os.environ) == before
+              "PMIX_ID", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+              "SBATCH_PARTITION", "SBATCH_EXPORT", "SQUEUE_STATES", "SACCT_FORMAT",
+              "SCONTROL_ALL", "SLURM_EXPORT_ENV"]  # fmt: skip
+    kept = ["SLURM_CONF", "SLURM_CLUSTERS", "MY_SLURM_NOTE", "PATH"]
+    env = dict.fromkeys([*hidden, *kept], "value")
+    assert set(own_environment(env)) == set(kept)
+    assert own_environment({"SBATCH_CLUSTERS": "far"}) == {"SLURM_CLUSTERS": "far"}
 
 
-def test_nothing_is_submitted_where_sbatch_or_srun_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def look(there: set[str], name: str) -> str | None:
-        return name if name in there else None
+def test_the_users_defaults_fill_in_what_the_cluster_file_leaves_out() -> None:
+    env = {"SBATCH_PARTITION": "x", "SBATCH_QOS": "long", "SBATCH_MEM_PER_CPU": "1G",
+           "SBATCH_GRES": "gpu:1", "SBATCH_TIMELIMIT": "soon", "SBATCH_EXPORT": "NONE",
+           "SBATCH_NO_REQUEUE": "1", "SBATCH_EXCLUSIVE": ""}  # fmt: skip
+    want = Resources(partition="gpu", memory="8G", gpus=0, sbatch={"reservation": "r"})
+    taken = {option: value for option, (value, _) in user_defaults(want, env).items()}
+    assert taken == {"qos": "long", "exclusive": ""}
+    assert user_defaults(Resources(), {"SBATCH_TIMELIMIT": "1:00:00"})["time"][0] == "1:00:00"
 
-    nothing: set[str] = set()
-    for there in ({"sbatch"}, {"srun"}, nothing):
-        monkeypatch.setattr(shutil, "which", partial(look, there))
-        with pytest.raises(RequestError, match=r"^sbatch is not installed on this machine: log in"):
-            slurm.require_sbatch()
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    slurm.require_sbatch()
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ("Invalid account or account/partition combination specified", "infer.account"),
+        (
+            "QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job "
+            "violates accounting/QOS policy (job submit limit, user size and/or time limits)",
+            "max_array_size",
+        ),
+        (
+            "AssocMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed: Job "
+            "violates accounting/QOS policy (job submit limit, ...)",
+            "infer.time",
+        ),
+        ("Batch job submission failed: Invalid job array specification", "Change max_array_size"),
+        ("lua: read our page on partitions\nsbatch: error: Batch job submission failed: Requested "
+         "time limit is invalid (missing or exceeds some limit)", "infer.time"),
+        ("lua: --requeue is not permitted\nsbatch: error: Batch job submission failed: Unspecified "
+         "error", "Change requeue"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_a_key_that_exists(said: str, key: str) -> None:
+    error = refusal(Job("infer"), f"sbatch: error: {said}")
+    assert isinstance(error, RequestError)
+    assert key in str(error)
+    assert "infer.max_array_size" not in str(error)
 
 
 def test_tokens_are_left_out() -> None:
     env = {"HF_TOKEN": "x", "HUGGING_FACE_HUB_TOKEN": "y", "HF_HOME": "/z"}
-    assert slurm.without_tokens(env) == {"HF_HOME": "/z"}
+    assert without_tokens(env) == {"HF_HOME": "/z"}

@@ -1,0 +1,1 @@
+"""What Slurm says of the site, and the settings that `init` makes of it."""

@@ -1,0 +1,142 @@
+"""What is known about each job of a run, before any judgement.
+
+Reads the run directory and asks Slurm once; what cannot be told only takes columns away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.config import Config
+from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.jobs import slurm
+from yelp_hpc.jobs.logs import last_output
+from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
+from yelp_hpc.jobs.slurm import Row
+from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_programs, young
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.attempts import Attempt
+from yelp_hpc.rundir.files import read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about one job of the chain, before any judgement."""
+
+    name: str
+    stage: str
+    done: bool
+    submission: dict[str, Any] | None = None
+    """The newest one."""
+    alive: bool = False
+    """A supervisor runs that is not this cluster's: a local one, or another cluster's."""
+    rows: tuple[Row, ...] = ()
+    accounting: tuple[Row, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    shards: int = 0
+    shards_done: frozenset[int] = frozenset()
+    shards_progress: dict[int, dict[str, Any]] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    """Last line of train/log.jsonl."""
+    steps: int | None = None
+    said: str = ""
+    """The last words of a job whose supervisor never began."""
+    young: bool = False
+    """Submitted so lately that Slurm may not show it yet."""
+
+
+def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
+    """Everything that `summarise` needs, and why Slurm did not answer, if it did not."""
+    paths = RunPaths(Path(run_dir).absolute())
+    take_up_programs(paths)
+    newest = {record["name"]: record for record in records(paths)}
+    mine, elsewhere = by_cluster(list(newest.values()))
+    seen, problems = [], [f"{line['name']} is with cluster {c}" for line, c in elsewhere]
+    try:
+        rows = slurm.everything([line["job"] for line in mine])
+        seen = [row for row in rows if any(_belongs(row, line) for line in mine)]
+    except YelpHpcError as error:
+        problems.append(str(error))
+    done_by_marker = {}
+    names = ["prepare", "train", *(f"infer-{m}" for m in config.infer.models), "collect"]
+    if config.publish.repo_id:
+        names.append("publish")
+    for name in names:
+        stage, _, model = name.partition("-")
+        done_by_marker[name] = stage_done(paths, config, stage, model)
+    queued = [row for row in seen if row.live]
+    accounted = [row for row in seen if not row.live]
+    living = {row.parent for row in queued}
+    gone = [line for line in mine if line["job"] not in living]
+    gone = [line for line in gone if not done_by_marker.get(line["name"])]
+    if gone and not problems:
+        try:
+            told = slurm.accounting([line["job"] for line in gone])
+            known = {row.job for row in accounted}
+            accounted += [
+                row
+                for row in told
+                if row.job not in known and any(_belongs(row, line) for line in gone)
+            ]
+        except YelpHpcError as error:
+            problems.append(f"no accounts: {error}")
+    log = read_jsonl(paths.train_log)
+    facts = []
+    for name in names:
+        stage, _, model = name.partition("-")
+        record = newest.get(name)
+        job = record["job"] if record else ""
+        facts.append(
+            Facts(
+                name=name,
+                stage=stage,
+                done=done_by_marker[name],
+                submission=record,
+                alive=bool(record and _alive(paths, record, elsewhere)),
+                young=bool(record in gone and young(paths, record)),
+                said=last_output(paths, name, job) if record in gone or _local(record) else "",
+                rows=tuple(row for row in queued if row.parent == job),
+                accounting=tuple(row for row in accounted if row.parent == job),
+                attempts=tuple(attempts.read(paths, name)),
+                shards=config.infer.shards if stage == "infer" else 0,
+                shards_done=frozenset(
+                    shards_done(paths, model, config.infer.shards) if stage == "infer" else ()
+                ),
+                shards_progress=shards_progress(paths, model, config.infer.shards)
+                if stage == "infer" and not done_by_marker[name]
+                else {},
+                training=log[-1] if stage == "train" and log else None,
+                steps=total_steps(log[-1], config) if stage == "train" and log else None,
+            )
+        )
+    return facts, "; ".join(problems)
+
+
+def _belongs(row: Row, line: Mapping[str, Any]) -> bool:
+    return row.parent == line["job"] and slurm.is_of(row, line)
+
+
+def _alive(
+    paths: RunPaths, line: Mapping[str, Any], elsewhere: Sequence[tuple[Mapping[str, Any], str]]
+) -> bool:
+    if line["executor"] == "local":
+        return local_runs(paths, line)
+    far = any(line is other for other, _ in elsewhere)
+    return far and attempts.beating(paths, line["name"], line["job"])
+
+
+def _local(line: Mapping[str, Any] | None) -> bool:
+    return line is not None and line["executor"] == "local"
+
+
+def total_steps(line: dict[str, Any], config: Config) -> int | None:
+    """Steps of the whole training, from a line that tells the step and the epoch."""
+    step, epoch = line.get("step"), line.get("epoch")
+    if not step or not epoch:
+        return config.train.max_steps
+    steps: int = round(step / epoch * config.train.epochs)
+    return min(steps, config.train.max_steps or steps)
