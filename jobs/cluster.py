@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from yelp_hpc import synonyms
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.jobs.site.client import TOKENS, user_name
 from yelp_hpc.own_files import shipped
@@ -121,6 +123,13 @@ class Resources(Frozen):
     )
     sbatch: dict[str, Line] = Field(default={}, description="other sbatch options: value or ''")
 
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory(cls, value: Any) -> Any:
+        # 64GB, 64GiB and 64g are all Slurm's 64G
+        found = re.fullmatch(r"(\d+)([KMGT])(?:i?B)?", str(value), re.IGNORECASE)
+        return f"{found[1]}{found[2].upper()}" if found else value
+
     @field_validator("time", mode="before")
     @classmethod
     def _time(cls, value: Any) -> Any:
@@ -169,6 +178,8 @@ class Container(Frozen):
 
 class ClusterConfig(Frozen):
     """Where and how the jobs of a run are run."""
+
+    synonyms: ClassVar[Mapping[str, str]] = synonyms.CLUSTER
 
     defaults: Resources = Resources()
     prepare: Resources = Resources()

@@ -69,7 +69,6 @@ def run_chain(
             if attempt is None or attempt.verdict == "failed":
                 reason = attempt.reason if attempt else "its supervisor died"
                 failed[job.name] = reason
-                say(f"{job.name} failed: {reason.partition(chr(10))[0]}")
             elif attempt.verdict == "stopped":
                 raise SavedForRequeue(f"{job.name}: {attempt.reason}. Run the same command again.")
     if failed:

@@ -7,13 +7,14 @@ Reads a YAML file and `--set a.b=c` overrides. The types below are the documenta
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from yelp_hpc import synonyms
 from yelp_hpc.own_files import shipped
 from yelp_hpc.settings import Frozen, read_settings
 
@@ -315,6 +316,8 @@ class PublishConfig(Frozen):
 
 class Config(Frozen):
     """Everything that a run's result depends on."""
+
+    synonyms: ClassVar[Mapping[str, str]] = synonyms.CONFIG
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         "yelp", description="a short name: letters, digits, . _ -"

@@ -6,10 +6,11 @@ The machinery under `yelp_hpc.config` and `jobs/cluster.py`: no key of either is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +24,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
+    synonyms: ClassVar[Mapping[str, str]] = {}
+    """What people write → the key that they mean: dotted, or of the section that it stands in."""
 
 
 Settings = TypeVar("Settings", bound=Frozen)
@@ -188,6 +191,9 @@ def _explain(
             yield f"{place}{dotted} is missing"
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_type" and isinstance(item["input"], int | float | date):
+                # YAML reads 0123 as 83: what stood there is gone
+                message = "put it in quotes: YAML reads it as a number or a date"
             value = item["input"]
             shown = "" if isinstance(value, dict) else f" (got {value!r})"
             yield f"{place}{dotted or 'the file'}: {message[:1].lower()}{message[1:]}{shown}"
@@ -209,7 +215,13 @@ def _nearest(model: type[BaseModel], parts: list[str]) -> str:
     for part in parts[:-1]:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         section = field.annotation if field else None
+        section = next((k for k in get_args(section) if hasattr(k, "model_fields")), section)
     local = list(section.model_fields) if hasattr(section, "model_fields") else []
+    meant = getattr(model, "synonyms", {}).get(parts[-1].lower().replace("-", "_"), "")
+    if meant in local:
+        return f"; did you mean {'.'.join([*parts[:-1], meant])}?"
+    if meant in dotted_keys(model):
+        return f"; did you mean {meant}?"
     near = nearest(parts[-1], local, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join([*parts[:-1], near])}?"

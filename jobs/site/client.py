@@ -105,7 +105,7 @@ def _once(argv: Sequence[str], timeout: float, epoch: bool) -> str:
             env=env,
             stdin=subprocess.DEVNULL,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # the latter: a folder on PATH that is closed
         raise _absent(name) from None
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{name} did not answer within {timeout:.0f} s") from None

@@ -110,5 +110,5 @@ def test_publish_may_change_later(tmp_path: Path) -> None:
 
 def test_a_torn_run_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"config": ')
-    with pytest.raises(RequestError, match=r"run\.json cannot be used"):
+    with pytest.raises(RequestError, match=r"run\.json cannot be read as JSON"):
         load_run(tmp_path)

@@ -43,6 +43,17 @@ class Commands(click.Group):
         """In the order in which they are used, not by name."""
         return list(self.commands)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a word that is no command gets the one that is meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from yelp_hpc.cli.meant import command_meant
+
+            raise click.UsageError(command_meant(args[0]) or error.message, ctx) from None
+
 
 def _spell_help_as_called() -> None:
     """Have every `--help` name the program as it was called."""
@@ -330,10 +341,16 @@ def publish(run_dir: str, dry_run: bool) -> None:
     See the card and the list of files first:
       python -m yelp_hpc publish --run runs/yelp --dry-run
     """
+    from yelp_hpc.errors import RequestError
     from yelp_hpc.rundir.manifest import load_run
     from yelp_hpc.stages import publish as stage
 
     run, config = load_run(run_dir)
+    if config.publish.repo_id is None and not dry_run:
+        raise RequestError(
+            "publish.repo_id is not set, so there is nowhere to publish to:\n  python -m yelp_hpc "
+            f"submit publish --config FILE --run {run_dir} --set publish.repo_id=OWNER/NAME"
+        )
     stage.run(run, config, dry_run=dry_run)
 
 
@@ -368,6 +385,12 @@ def main() -> None:
     except click.exceptions.Abort:
         click.echo(interrupted(sys.argv[1:]), err=True)
         sys.exit(130)
+    except click.NoSuchOption as error:
+        from yelp_hpc.cli.meant import option_meant
+
+        meant = option_meant(error.option_name)
+        (click.UsageError(meant, error.ctx) if meant else error).show()
+        sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
