@@ -239,3 +239,35 @@ def test_what_makes_a_test_set_unreadable_is_said(tmp_path: Path) -> None:
     assert said() == f"{path} holds row 5 more than once; {mend}"
     rewrite(path, lambda table: table.drop_columns(["label"]))
     assert "label" in said() and said().endswith(f"); {mend}")
+
+
+def test_the_whole_message_of_a_run_in_which_everything_went_wrong(run: RunPaths) -> None:
+    """What is said of 16 shards, most of them bad, word by word."""
+    shards, folder = 16, run.predictions("tuned")
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    write_shards(run, "tuned", LABELS, LABELS, shards)
+    for shard in (0, 1, 2, 5):
+        run.shard("tuned", shard, shards).unlink()
+    run.shard("tuned", 7, shards).write_bytes(b"PAR1")
+    rewrite(run.shard("tuned", 8, shards), lambda t: pa.concat_tables([t, t.slice(0, 1)]))
+    for left in range(12):
+        (folder / f"shard-{left:04d}-of-0099.parquet").write_bytes(b"")
+    with pytest.raises(StageError) as error:
+        refuse_unless_complete([cover(run, shards)])
+    lines = str(error.value).splitlines()
+    torn, names = lines.pop(2), [f"shard-{left:04d}-of-0099.parquet" for left in range(10)]
+    seventh = run.shard("tuned", 7, shards)
+    assert torn.startswith(f"  - {seventh}: torn or altered (")
+    first = [row for row in range(100) if row * 16 // 100 in (0, 1, 2, 5, 7)]
+    assert lines == [
+        "predictions are not complete, so nothing was computed:",
+        f"  - {folder}: shards 0-2, 5 of 16 missing (shards count from 0)",
+        f"  - {folder}: {', '.join(names)} and 2 more left over from another division "
+        "(this run has 16 shards)",
+        "  - tuned: answered more than once: row 50 (shard-0008-of-0016.parquet)",
+        f"  - tuned: {len(first)} of 100 test rows have no answer: 0-9 and {len(first) - 10} more",
+        "To mend it, run:",
+        f"  rm {folder}/shard-*-of-0099.parquet",
+        f"  python -m yelp_hpc run infer --run {run.root} --model tuned",
+    ]

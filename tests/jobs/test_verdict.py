@@ -41,3 +41,31 @@ def test_the_cap_counts_starts_without_progress_only() -> None:
     assert stuck.action == "failed"
     assert "no progress" in stuck.reason
     assert "the log" in stuck.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "received", "state", "reason"),
+    [
+        (75, None, "RUNNING", "saved, wants more time"),
+        (75, USR2, "RUNNING", "saved after SIGUSR2"),
+        (-USR2, USR2, "RUNNING", "interrupted by SIGUSR2 before it could save"),
+        (75, TERM, "PENDING", "saved after SIGTERM; Slurm is ending the job (pending)"),
+        (75, USR2, "UNREACHABLE", "saved after SIGUSR2"),
+        (1, None, "RUNNING", "exit code 1\nlog"),
+        (0, None, "RUNNING", "exit code 0\nlog"),
+        (-9, None, "RUNNING",
+         "killed by SIGKILL (out of memory? see `memory:` of the cluster config)\nlog"),
+        (-TERM, None, "RUNNING", "killed by SIGTERM\nlog"),
+        (-200, None, "RUNNING", "exit code -200\nlog"),
+    ],
+)  # fmt: skip
+def test_what_is_said(code: int, received: int | None, state: str, reason: str) -> None:
+    assert judge(code, received, state, 1, True, 5, "log").reason == reason
+
+
+def test_what_is_said_of_a_stage_that_gets_nowhere() -> None:
+    stuck = judge(75, TERM, "PENDING", 5, False, 5, "log")
+    said = "saved after SIGTERM, but 5 starts in a row made no progress\nlog"
+    assert (stuck.action, stuck.reason, stuck.ask) == ("failed", said, False)
+    assert judge(75, TERM, "LOCAL", 1, True, 5, "").action == "stopped"
+    assert judge(75, USR2, "UNREACHABLE", 1, True, 5, "").ask
