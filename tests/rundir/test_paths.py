@@ -7,39 +7,43 @@ from pathlib import Path
 from yelp_hpc.rundir.paths import RunPaths, shard_of, step_of
 
 PATHS = RunPaths(Path("r"))
-NAMES = {
-    PATHS.run_json: "run.json",
-    PATHS.submissions: "submissions.jsonl",
-    PATHS.logs: "logs",
-    PATHS.attempts: "logs/attempts",
-    PATHS.code: "code",
-    PATHS.stage_log("train"): "logs/train.log",
-    PATHS.stage_log("infer-base", (7, 8)): "logs/infer-base-0007.log",
-    PATHS.prepare: "prepare",
-    PATHS.split("test"): "prepare/test.parquet",
-    PATHS.alpaca("train"): "prepare/alpaca_train.json",
-    PATHS.dataset_info: "prepare/dataset_info.json",
-    PATHS.tokens: "prepare/tokens.json",
-    PATHS.train: "train",
-    PATHS.checkpoints: "train/checkpoints",
-    PATHS.checkpoint(12): "train/checkpoints/step-000012",
-    PATHS.adapter: "train/adapter",
-    PATHS.train_log: "train/log.jsonl",
-    PATHS.loss_png: "train/loss.png",
-    PATHS.predictions("tuned"): "infer/tuned",
-    PATHS.shard("base", 3, 16): "infer/base/shard-0003-of-0016.parquet",
-    PATHS.partial("base", 3, 16): "infer/base/partial/shard-0003-of-0016",
-    PATHS.shard_progress("base", 3, 16): "infer/base/progress/shard-0003-of-0016.json",
-    PATHS.metrics: "metrics.json",
-    PATHS.report: "report.html",
-    PATHS.published: "published.json",
-}
+
+
+def names() -> dict[Path, str]:
+    return {
+        PATHS.run_json: "run.json",
+        PATHS.submissions: "submissions.jsonl",
+        PATHS.logs: "logs",
+        PATHS.attempts: "logs/attempts",
+        PATHS.code: "code",
+        PATHS.stage_log("train"): "logs/train.log",
+        PATHS.stage_log("infer-base", (7, 8)): "logs/infer-base-0007.log",
+        PATHS.prepare: "prepare",
+        PATHS.split("test"): "prepare/test.parquet",
+        PATHS.alpaca("train"): "prepare/alpaca_train.json",
+        PATHS.dataset_info: "prepare/dataset_info.json",
+        PATHS.tokens: "prepare/tokens.json",
+        PATHS.train: "train",
+        PATHS.checkpoints: "train/checkpoints",
+        PATHS.checkpoint(12): "train/checkpoints/step-000012",
+        PATHS.adapter: "train/adapter",
+        PATHS.train_log: "train/log.jsonl",
+        PATHS.loss_png: "train/loss.png",
+        PATHS.predictions("tuned"): "infer/tuned",
+        PATHS.shard("base", 3, 16): "infer/base/shard-0003-of-0016.parquet",
+        PATHS.partial("base", 3, 16): "infer/base/partial/shard-0003-of-0016",
+        PATHS.shard_progress("base", 3, 16): "infer/base/progress/shard-0003-of-0016.json",
+        PATHS.metrics: "metrics.json",
+        PATHS.report: "report.html",
+        PATHS.published: "published.json",
+    }
 
 
 def test_every_name_is_the_documented_one() -> None:
-    assert {str(path): name for path, name in NAMES.items()} == {
-        f"r/{name}": name for name in NAMES.values()
+    assert {str(path): name for path, name in names().items()} == {
+        f"r/{name}": name for name in names().values()
     }
+    assert len(names()) == 25
 
 
 def test_shards_and_checkpoints_are_known_by_their_names() -> None:
