@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.forecast.forecast import Lengths, Probe, checkpoint_interval, forecast, time_limit
+from yelp_hpc.forecast.forecast import checkpoint_interval, forecast, time_limit
 from yelp_hpc.forecast.inputs import estimated_lengths
+from yelp_hpc.forecast.machine import Probe
 from yelp_hpc.forecast.memory import (
     activation_bytes,
     choose_budget,
@@ -23,6 +24,7 @@ from yelp_hpc.forecast.memory import (
     training_memory,
 )
 from yelp_hpc.forecast.model_shape import ModelShape, model_shape
+from yelp_hpc.forecast.work import Lengths
 from yelp_hpc.gpus import find_card
 
 FIGURES = Path(__file__).with_name("figures.json")

@@ -16,20 +16,13 @@ from tests.tiny import make_model, prepare_run, reviews, tiny_config
 from yelp_hpc.config import load_config
 from yelp_hpc.data.packing import DataPlan, cut_batch, deal, plan_microbatches
 from yelp_hpc.errors import RequestError
-from yelp_hpc.forecast.forecast import (
-    Lengths,
-    Probe,
-    checkpoint_interval,
-    computed,
-    forecast,
-    forward_flops,
-    time_limit,
-    training_work,
-)
+from yelp_hpc.forecast.forecast import checkpoint_interval, forecast, time_limit
 from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
+from yelp_hpc.forecast.machine import Probe
 from yelp_hpc.forecast.memory import choose_budget, training_memory
 from yelp_hpc.forecast.model_shape import KNOWN, model_shape
 from yelp_hpc.forecast.page import Happened, comparison_page, page
+from yelp_hpc.forecast.work import Lengths, computed, forward_flops, training_work
 from yelp_hpc.gpus import find_card
 from yelp_hpc.rundir.paths import RunPaths
 

@@ -114,8 +114,9 @@ def _forecast(
     efficiency: float | None,
     mtbf: float | None,
 ) -> Forecast:
-    from yelp_hpc.forecast.forecast import EFFICIENCY, MTBF_HOURS, forecast
+    from yelp_hpc.forecast.forecast import MTBF_HOURS, forecast
     from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
+    from yelp_hpc.forecast.machine import EFFICIENCY
     from yelp_hpc.gpus import find_card
 
     nodes, gpus = 1, 1

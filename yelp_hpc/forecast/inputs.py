@@ -16,8 +16,8 @@ from yelp_hpc.data.answer_tree import answer_tree, answers_of, scored_answers
 from yelp_hpc.data.sampling import split_rows
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
-from yelp_hpc.forecast.forecast import Lengths
 from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape
+from yelp_hpc.forecast.work import Lengths
 from yelp_hpc.rundir.files import parse_json, read_json
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
 

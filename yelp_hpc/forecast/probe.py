@@ -21,8 +21,9 @@ from typing import Any
 
 from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import StageError
-from yelp_hpc.forecast.forecast import Lengths, Probe, training_work
 from yelp_hpc.forecast.inputs import prepared_lengths, read_shape
+from yelp_hpc.forecast.machine import Probe
+from yelp_hpc.forecast.work import Lengths, training_work
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import read_json, read_jsonl
