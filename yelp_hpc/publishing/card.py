@@ -6,7 +6,6 @@ from the clock or the machine.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.cache import DEMO_MODEL
-from yelp_hpc.config import DTYPES, YELP, Config
+from yelp_hpc.config import YELP, Config
 from yelp_hpc.evaluation.metrics import AVERAGES
+from yelp_hpc.publishing.snippet import article, snippet
 from yelp_hpc.rundir.attempts import GpuHours
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?")
@@ -145,13 +145,12 @@ def _answers_with(config: Config) -> str:
     task = config.task
     if task == YELP:
         return "a customer's review and answers with its rating, `0` (one star) to `4` (five stars)"
-    article = "an" if task.noun[:1].lower() in "aeiou" else "a"
     shown = [
         f"`{label}`" + (f" ({name})" if name != label else "")
         for label, name in zip(task.labels, task.shown, strict=True)
     ]
     listed = ", ".join(shown if len(shown) <= 12 else [*shown[:10], "…", shown[-1]])
-    return f"{article} {task.noun} and answers with one of {len(shown)} labels: {listed}"
+    return f"{article(task.noun)} {task.noun} and answers with one of {len(shown)} labels: {listed}"
 
 
 def _results(metrics: Mapping[str, Any], config: Config) -> str:
@@ -244,65 +243,8 @@ def _use(config: Config, repo: str, native: bool) -> str:
 
 
 def load_snippet(config: Config, repo: str, native: bool = False) -> str:
-    """Python that loads the published model and rates a review, as the evaluation did."""
-    publish, precision = config.publish, DTYPES[config.infer.precision]
-    base = base_model_id(config) or "PATH/TO/BASE_MODEL"
-    revision = f', revision="{publish.branch}"' if publish.branch else ""
-    base_revision = f', revision="{config.model.revision}"' if config.model.revision else ""
-    imports, lines = ["import torch"], []
-    if publish.merged:
-        source, pinned = "repo", revision
-    else:
-        imports.append("from peft import PeftModel")
-        source, pinned = f'"{base}"', base_revision
-    if native:
-        imports += [
-            "from huggingface_hub import snapshot_download",
-            "from yelp_hpc.models.load import load_model, load_tokenizer",
-        ]
-        lines += [
-            f"folder = snapshot_download({source}{pinned})",
-            "tokenizer = load_tokenizer(folder)",
-            f"model = load_model(folder, torch.{precision})",
-        ]
-    else:
-        imports.append("from transformers import AutoModelForCausalLM, AutoTokenizer")
-        lines += [
-            f"tokenizer = AutoTokenizer.from_pretrained(repo{revision})",
-            f"model = AutoModelForCausalLM.from_pretrained({source}{pinned}, "
-            f"dtype=torch.{precision})",
-        ]
-    if not publish.merged:
-        lines.append(f"model = PeftModel.from_pretrained(model, repo{revision})")
-    head, tail = config.prompt.template.split("{review}")
-    tail = tail.removesuffix("{label}")
-    return "\n".join(
-        [
-            *imports,
-            "",
-            f'repo = "{repo}"',
-            *lines,
-            "model = model.eval()",
-            f"before = {_literal(head)}",
-            f"after = {_literal(tail)}",
-            "",
-            "",
-            "@torch.no_grad()",
-            "def rating(review: str) -> int:",
-            '    """0 (one star) to 4 (five stars)."""',
-            '    texts = [before + review + after + label for label in "01234"]',
-            '    ids = [tokenizer(text)["input_ids"] for text in texts]',
-            "    logits = model(input_ids=torch.tensor([ids[0][:-1]])).logits[0, -1]",
-            "    return int(logits[[one[-1] for one in ids]].argmax())",
-            "",
-            "",
-            'print(rating("Friendly staff, and the best dumplings in town."))',
-        ]
-    )
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """Python that loads the published model and answers, as the evaluation did."""
+    return snippet(config, repo, base_model_id(config) or "PATH/TO/BASE_MODEL", native)
 
 
 def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | None) -> str:

@@ -1,0 +1,134 @@
+"""What many labels of several tokens cost: one pass over the tree, against a pass a label.
+
+    python -m benchmarks.label_tree [--rows 50] [--one-by-one 50] [--rounds 3]
+
+The demo's model and reviews. 5 one-token labels are the Yelp task's; 5, 20, 77 and 150 labels are
+random words of 2 to 5 tokens. All ways see the same prompts, in turn; the least time of the rounds
+counts. `bound` is (prompt + inner tree tokens) / prompt tokens: what the computed tokens ask for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+
+import torch
+
+from yelp_hpc.config import YELP, PromptConfig
+from yelp_hpc.data.answer_tree import answer_tree
+from yelp_hpc.data.demo import model_folder, rated_snippets
+from yelp_hpc.data.packing import plan_microbatches
+from yelp_hpc.data.prompt import Prompt, common_prefix
+from yelp_hpc.inference.scoring import label_scores
+from yelp_hpc.models.load import load_model, load_tokenizer
+from yelp_hpc.models.packed.batch import prepare_model
+
+BUDGET = 4096
+WORDS = """card payment transfer top up failed pending fee charged cash account balance limit pin
+refund exchange rate identity passcode country virtual contactless order lost stolen""".split()  # noqa: SIM905
+
+
+def labels_of(count: int, answers: Callable[[str], int]) -> tuple[str, ...]:
+    """Names like those of intents, `card_payment_fee`, of 2 to 5 tokens."""
+    draw, found = random.Random(count), dict[str, None]()
+    while len(found) < count:
+        name = " ".join(draw.sample(WORDS, draw.randint(2, 4)))
+        if 2 <= answers(name) <= 5:
+            found[name] = None
+    return tuple(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=50)
+    parser.add_argument("--one-by-one", type=int, default=50, help="rows of the pass a label")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    folder = model_folder()
+    tokenizer, model = load_tokenizer(folder), prepare_model(load_model(folder, "fp32").eval())
+    model.requires_grad_(False)
+    # reviews of Yelp's lengths: several snippets each
+    snippets = [text for text, _ in rated_snippets()]
+    draw = random.Random(0)
+    texts = [" ".join(draw.sample(snippets, 7)) for _ in range(arguments.rows)]
+
+    def encode(many: list[str]) -> list[list[int]]:
+        return [list(ids) for ids in tokenizer(many)["input_ids"]]
+
+    def tokens_of(name: str) -> int:
+        return len(encode([f"Output: {name}"])[0]) - len(encode(["Output:"])[0])
+
+    tasks = {"Yelp's 5": YELP.labels}
+    tasks |= {str(count): labels_of(count, tokens_of) for count in (5, 20, 77, 150)}
+    prompts: dict[str, list[list[int]]] = {}
+    answers: dict[str, list[list[int]]] = {}
+    for name, labels in tasks.items():
+        # a label that begins another would need its end scored: leave the longer one out
+        kept = tuple(x for x in labels if not any(x != y and x.startswith(y) for y in labels))
+        prompt = Prompt(PromptConfig().template, kept, encode, 1024)
+        prompts[name], _ = prompt.fit(texts)
+        answers[name] = prompt.answers
+
+    def scored(name: str) -> torch.Tensor:
+        tree, own = answer_tree(answers[name]), prompts[name]
+        prefix = common_prefix(own)
+        lengths = [len(ids) - prefix + len(tree.tokens) for ids in own]
+        found = torch.zeros(len(own), len(answers[name]))
+        for batch in plan_microbatches(lengths, BUDGET, prefix):
+            found[batch] = label_scores(model, [own[i] for i in batch], prefix, tree)
+        return found
+
+    @torch.inference_mode()
+    def one_by_one(name: str, rows: int) -> torch.Tensor:
+        """lm-eval's way: each answer behind each prompt, in batches of one text's answers."""
+        found = torch.zeros(rows, len(answers[name]))
+        for row, ids in enumerate(prompts[name][:rows]):
+            for start in range(0, len(answers[name]), 16):
+                part = answers[name][start : start + 16]
+                width = max(map(len, part))
+                padded = [ids + answer + [0] * (width - len(answer)) for answer in part]
+                logits = model(
+                    input_ids=torch.tensor(padded), logits_to_keep=width + 1, use_cache=False
+                ).logits.log_softmax(-1)
+                for i, answer in enumerate(part):
+                    total = sum(logits[i, at, token].item() for at, token in enumerate(answer))
+                    found[row, start + i] = total
+        return found
+
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(arguments.rounds):
+        for name in tasks:
+            started = time.perf_counter()
+            scored(name)
+            seconds[name].append(time.perf_counter() - started)
+    base = min(seconds["Yelp's 5"])
+    mean = sum(map(len, prompts["Yelp's 5"])) / arguments.rows
+    print(f"{arguments.rows} prompts of {mean:.0f} tokens on the mean, {arguments.rounds} rounds")
+    print("labels     tokens  inner   s      cost   bound  cost/bound")
+    for name in tasks:
+        tree = answer_tree(answers[name])
+        own = sum(map(len, prompts[name]))
+        bound = 1 + len(tree.tokens) * arguments.rows / own
+        cost = min(seconds[name]) / base
+        longest = max(map(len, answers[name]))
+        print(
+            f"{name:10} 1-{longest:<5} {len(tree.tokens):5} {min(seconds[name]):7.2f} "
+            f"{cost:6.2f} {bound:6.2f} {cost / bound:8.2f}"
+        )
+    rows = min(arguments.one_by_one, arguments.rows)
+    if rows:
+        started = time.perf_counter()
+        expected = one_by_one("77", rows)
+        taken = time.perf_counter() - started
+        tree_seconds = min(seconds["77"]) * rows / arguments.rows
+        off = float((scored("77")[:rows] - expected).abs().max())
+        print(
+            f"a pass a label, {len(answers['77'])} labels, {rows} rows: {taken:.1f} s, "
+            f"{taken / tree_seconds:.1f} times the tree's; largest difference {off:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
