@@ -13,12 +13,19 @@ from yelp_hpc.cli.options import JSON, SET
 @click.option("--cluster", default="cluster.yaml", show_default=True, metavar="FILE")
 @click.option("--config", "config_file", default="config.yaml", show_default=True, metavar="FILE")
 @click.option("--force", is_flag=True, help="replace files that are there")
-def init(cluster: str, config_file: str, force: bool) -> None:
+@click.option("--data", metavar="FILE", help="write the config alone, its task from this data")
+def init(cluster: str, config_file: str, force: bool, data: str | None) -> None:
     """Write a cluster file, by asking Slurm, and a starter config.
 
     \b
     python -m yelp_hpc init && python -m yelp_hpc doctor --cluster cluster.yaml
+    python -m yelp_hpc init --data reviews.csv --config mine.yaml
     """
+    if data is not None:
+        from yelp_hpc.data.draft import init_data
+
+        init_data(data, Path(config_file), force)
+        return
     from yelp_hpc.jobs.site.init import init as write_files
 
     write_files(Path(cluster), Path(config_file), force)

@@ -1,0 +1,224 @@
+"""`init --data FILE`: a config for the user's own data, its task section read from the file.
+
+`survey` reads a data file once; `draft` is pure. What is guessed is said in a comment beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from yelp_hpc.data.files import data_files, format_of, records
+from yelp_hpc.data.labels import value_text
+from yelp_hpc.errors import RequestError
+from yelp_hpc.progress import say
+from yelp_hpc.rundir.files import write_bytes
+
+MOST_LABELS = 1000
+_TEXT_NAMES = re.compile(r"text|review|sentence|content|body|message|comment|question", re.I)
+_LABEL_NAMES = re.compile(
+    r"label|class|categor|topic|intent|sentiment|target|stars?|rating|score|group", re.I
+)
+_ORDER_NAMES = re.compile(r"stars?|rating|score|grade|level", re.I)
+
+
+@dataclass
+class Column:
+    """What is kept of a column while its file streams by."""
+
+    values: Counter[str] = field(default_factory=Counter)
+    """Each value and its rows; given up, and empty, above `MOST_LABELS` of them."""
+    open: bool = True
+    lengths: list[int] = field(default_factory=list)
+    """Characters of the texts, of at most 100,000 rows."""
+    texts: int = 0
+
+    def take(self, value: object) -> None:
+        """Count one row's value."""
+        text = value_text(value)
+        if isinstance(value, str):
+            self.texts += 1
+            if len(self.lengths) < 100_000:
+                self.lengths.append(len(value))
+        if self.open and text:
+            self.values[text] += 1
+            if len(self.values) > MOST_LABELS:
+                self.values.clear()
+                self.open = False
+
+    @property
+    def mean(self) -> float:
+        """Characters of a text on the mean."""
+        return sum(self.lengths) / len(self.lengths) if self.lengths else 0.0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A data file's rows and columns."""
+
+    place: str
+    rows: int
+    header: bool
+    columns: dict[str, Column]
+
+
+def survey(place: str) -> Survey:
+    """Read every record of a data file, a folder or a glob.
+
+    Raises:
+        RequestError: it cannot be read, or has no rows.
+    """
+    paths = data_files(place)
+    header = format_of(paths[0]) not in (".csv", ".tsv") or _has_header(paths[0])
+    columns: dict[str, Column] = {}
+    rows = 0
+    for path in paths:
+        for _, record in records(path, header):
+            rows += 1
+            for name, value in record.items():
+                if name is not None:
+                    columns.setdefault(str(name), Column()).take(value)
+    if not rows:
+        raise RequestError(f"{place} has no rows")
+    return Survey(place, rows, header, columns)
+
+
+def _has_header(path: Path) -> bool:
+    """Whether a csv's first line looks like names: none is a number, none a sentence."""
+    first = next(records(path, header=False), ("", {}))[1]
+    names = [str(value) for value in first.values()]
+    return not any(re.fullmatch(r"[-\d.]+", name) or len(name) > 60 for name in names)
+
+
+def text_column(found: Survey) -> str:
+    """The column of the texts: named like one, or the one of the longest. Raises RequestError."""
+    texts = {name: c for name, c in found.columns.items() if c.texts and c.mean > 0}
+    if not texts:
+        raise RequestError(f"{found.place} has no column of texts (it has: {_names(found)})")
+    return max(texts, key=lambda name: texts[name].mean * (2 if _TEXT_NAMES.search(name) else 1))
+
+
+def label_column(found: Survey, text: str) -> str:
+    """The column of the labels: few values, each often; named like one. Raises RequestError."""
+    usable = {
+        name: column
+        for name, column in found.columns.items()
+        if name != text and len(column.values) >= 2 and found.rows >= 2 * len(column.values)
+    }
+    if not usable:
+        raise RequestError(
+            f"{found.place} has no column beside {text} with 2 to {MOST_LABELS} values that "
+            f"repeat (it has: {_names(found)})"
+        )
+    return min(
+        usable,
+        key=lambda n: (not _LABEL_NAMES.search(n), not usable[n].texts, len(usable[n].values)),
+    )
+
+
+def _names(found: Survey) -> str:
+    return ", ".join(found.columns)
+
+
+def draft(found: Survey, config: str) -> str:
+    """The config's text."""
+    text = text_column(found)
+    label = label_column(found, text)
+    counts, lengths = found.columns[label].values, sorted(found.columns[text].lengths)
+    whole = all(re.fullmatch(r"\d+", value) for value in counts)
+    values = sorted(counts, key=(lambda v: (int(v), v)) if whole else None)
+    ordinal = whole and bool(_ORDER_NAMES.search(label))
+    stars = ordinal and values == ["1", "2", "3", "4", "5"]
+    labels = ["0", "1", "2", "3", "4"] if stars else values
+    most, least = max(values, key=lambda v: counts[v]), min(values, key=lambda v: counts[v])
+    high = lengths[min(len(lengths) - 1, len(lengths) * 95 // 100)]
+    cutoff = next((n for n in (128, 256, 512, 1024) if high / 3.5 + 80 < n), 2048)
+    noun = text.lower() if re.fullmatch(r"[A-Za-z]+", text) else "text"
+    choices = f": {', '.join(labels)}" if len(labels) <= 12 and not stars else ""
+    what = "its rating from 0 (worst) to 4 (best)" if stars else f"its {_word(label)}{choices}"
+    template = (
+        f"Instruction: Please read the following {noun} and output {what}.\n"
+        f"{noun.capitalize()}: {{review}}\nOutput: {{label}}"
+    )
+    lines = [
+        f"# {found.place}: {found.rows:,} rows, {len(values)} labels.",
+        "#",
+        f"#   python -m yelp_hpc submit all --config {config} --executor local --run runs/mine",
+        f"name: {_run_name(found.place)}",
+        "",
+        "model:",
+        "  path: demo:smollm2-135m         # a small model for a first try",
+        "",
+        "data:",
+        "  source: file",
+        f"  train: {_text(found.place)}",
+        *(["  header: false                   # the first line is a row"] * (not found.header)),
+        f"  text_column: {_text(text)}",
+        f"  label_column: {_text(label)}",
+        f"  test_rows: {max(1, min(1000, found.rows // 10))}",
+        f"  cutoff: {cutoff}                     # tokens; 95 % of the texts have at most {high:,} "
+        "characters",
+        "",
+        "task:",
+        f"  # {counts[most]:,} rows of {most}, {counts[least]:,} of {least}: always answering "
+        f"{most} is right in {counts[most] / sum(counts.values()):.1%}",
+        "  labels:",
+        *(
+            f"    - {_text(one)}  # {counts[v]:,} rows"
+            for one, v in zip(labels, values, strict=True)
+        ),
+    ]
+    if stars:
+        lines.append("  values: [1, 2, 3, 4, 5]         # what stands in the data")
+        lines.append("  names: [1 star, 2 stars, 3 stars, 4 stars, 5 stars]")
+    lines += [
+        f"  ordinal: {'true' if ordinal else 'false'}"
+        + ("" if ordinal else "                  # true: the labels are in an order"),
+        f"  noun: {_text(noun)}",
+        "",
+        "prompt:",
+        f"  template: {json.dumps(template, ensure_ascii=False)}",
+        "",
+        "train:",
+        "  learning_rate: 1e-3",
+        "  global_batch: 8",
+        "  max_tokens: 2048",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _word(column: str) -> str:
+    return "label" if column.isdecimal() else column.lower().replace("_", " ")
+
+
+def _run_name(place: str) -> str:
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(place).name.split(".")[0]).strip("-._")
+    return (stem or "mine")[:64]
+
+
+def _text(text: str) -> str:
+    """A YAML value that is read as this text."""
+    from yelp_hpc.settings import parse_value
+
+    return (
+        text if re.fullmatch(r"[\w./-]+", text) and parse_value(text) == text else json.dumps(text)
+    )
+
+
+def init_data(place: str, config: Path, force: bool = False) -> None:
+    """Write a config for a data file.
+
+    Raises:
+        RequestError: the config is there already, or the data cannot be used.
+    """
+    if config.exists() and not force:
+        raise RequestError(f"nothing was written; --force replaces: {config} exists")
+    found = survey(place)
+    write_bytes(config, draft(found, str(config)).encode())
+    text = text_column(found)
+    label = label_column(found, text)
+    say(f"{config}: {found.rows:,} rows, texts in {text}, labels in {label}")
+    say(f"next: python -m yelp_hpc submit all --config {config} --executor local --run runs/mine")
