@@ -22,21 +22,22 @@ from yelp_hpc.rundir.paths import RunPaths
 RECORDS = [{"n": 1, "text": "one " * 9}, {"n": 2, "text": "two " * 9}]
 SLURM = {
     "sbatch": """
+script=${!#}
 n=$(($(cat $S/next) + 1)); echo $n >$S/next
-name=$(sed -n 's/^#SBATCH --job-name=//p' "$1" | tr -d '"'"'"'"')
-out=$(sed -n 's/^#SBATCH --output=//p' "$1" | tr -d '"'"'"'"')
-echo "$n|$name|$out" >$S/jobs/$n
-echo Submitted batch job $n""",
+name=$(sed -n 's/^#SBATCH --job-name=//p' $script | tr -d \\'\\")
+echo "$n|$name|$script" >$S/jobs/$n
+echo $n""",
     "squeue": """
+echo "JOBID|STATE|REASON|NODELIST|TIME|TIME_LIMIT|RESTARTS|SUBMIT|USER|NAME|COMMAND|"
+wanted=,$(echo "$*" | sed -n 's/.*--jobs=//p'),
 for job in $S/jobs/*; do [ -e $job ] || continue
-  IFS='|' read n name out <$job
-  case "$*" in
-    *STDOUT*) case "$*" in *"--name=$name "*) echo "$n|$out|";; esac;;
-    *) case ",$(echo "$*" | sed -n 's/.*--jobs=//p')," in
-         *",$n,"*) echo "$n|PENDING|None||0:00|1:00|0|";; esac;;
-  esac
+  IFS='|' read n name script <$job
+  case "$*" in *--jobs=*) case $wanted in *,$n,*) ;; *) continue;; esac;; esac
+  echo "$n|PENDING|None||0:00|1:00|0|1700000000|$(id -un)|$name|$script|"
 done""",
     "scancel": 'for n in "$@"; do rm -f $S/jobs/$n; done',
+    "scontrol": "exit 1",
+    "sacct": "exit 1",
     "srun": "exit 1",
 }
 
@@ -407,6 +408,8 @@ class Slurm:
         """Let the queue hold what `submitted` queued."""
         shutil.rmtree(self.state, ignore_errors=True)
         shutil.copytree(self.queued, self.state)
+        for job in (self.state / "jobs").iterdir():  # queued from where the run was made
+            job.write_text(job.read_text().replace("/template/", "/run/"))
 
     def reset(self) -> None:
         """Empty the queue."""
@@ -460,10 +463,11 @@ class Slurm:
         shutil.copytree(self.state, self.queued)
 
     def lost(self, folder: Path, done: bool) -> int:
-        """Queued jobs that the run directory does not know of."""
-        from yelp_hpc.jobs.submission import records
+        """Queued jobs that `status`, `cancel` and the next submission would not know of."""
+        from yelp_hpc.jobs.submission import living
 
-        return len(self.jobs().keys() - {line["job"] for line in records(RunPaths(folder))})
+        os.environ["PATH"] = f"{self.programs}:{os.environ['PATH']}"
+        return len(self.jobs().keys() - {item.job for item in living(RunPaths(folder))})
 
     def content(self, folder: Path) -> Files:
         """What is queued, each name once, and the kinds of files."""

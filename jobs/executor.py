@@ -200,6 +200,8 @@ def submit_slurm(
     pickles = [folder / f"{tag}-{task}.pkl" for task in range(len(job.tasks))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for dead in folder.glob(f"{'[0-9a-f]' * len(tag)}-*.pkl"):  # of a killed submission
+            dead.unlink()
         for pickle, task in zip(pickles, job.tasks, strict=True):
             fixed = (str(paths.root), str(frozen), job.model)
             delayed = DelayedSubmission(supervise, job.stage, *fixed, task_text(task))
@@ -216,9 +218,14 @@ def submit_slurm(
         if isinstance(error, RequestError):
             raise
         raise refusal(job, str(error)) from None
-    for place, pickle in enumerate(pickles):
-        name = f"{job_id}_{place}" if len(pickles) > 1 else job_id
-        JobPaths(folder, name).move_temporary_file(pickle, "submitted_pickle")
+    try:
+        for place, pickle in enumerate(pickles):
+            name = f"{job_id}_{place}" if len(pickles) > 1 else job_id
+            JobPaths(folder, name).move_temporary_file(pickle, "submitted_pickle")
+    except OSError as error:  # its jobs would wait for their calls in vain
+        with suppress(StageError, RequestError):
+            slurm.cancel([job_id])
+        raise StageError(write_failure(folder, error)) from None
     facts: Mapping[str, str] = {}
     with suppress(StageError, RequestError):
         facts = slurm.facts_of(job_id)
