@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "faults.py"
-SMALL = "append_jsonl,append_torn,write_json,marker,record_run,update_run,freeze,collected_anew"
+SMALL = "append_jsonl,append_torn,write_json,marker,update_run,collected_anew"
 
 
 def injected(*arguments: str) -> int:
@@ -42,5 +42,6 @@ def test_a_submission_struck_anywhere_loses_no_job() -> None:
 
 @pytest.mark.slow
 def test_stages_struck_at_places_drawn_by_a_seed() -> None:
+    assert injected("--only", "freeze,record_run,settings,attempt") > 200
     stages = "prepare,train,infer,collect,publish,supervise"
     assert injected("--only", stages, "--injections", "60", "--seed", "7") == 60
