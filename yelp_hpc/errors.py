@@ -51,3 +51,9 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     lower = {option.lower(): option for option in known}
     near = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=cutoff)
     return lower[near[0]] if near else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

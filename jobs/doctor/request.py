@@ -12,9 +12,11 @@ from typing import Any
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import Config
-from yelp_hpc.errors import nearest
+from yelp_hpc.errors import RequestError, nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.probes import cached_model, data_columns, is_folder, model_problem, seen
+from yelp_hpc.models.checkpoint import check_kind
+from yelp_hpc.models.door import ask
 from yelp_hpc.settings import Frozen
 
 
@@ -78,6 +80,9 @@ class Inputs(Frozen):
     """Folder of the model: the configured one, or that in the cache."""
     problem: str = ""
     near: str = ""
+    unfit: str = ""
+    """Why the model, whole as it is, cannot be used."""
+    notes: tuple[str, ...] = ()
     remote: bool = False
     """It is a Hub model that is not in the cache."""
     data: tuple[DataFile, ...] = ()
@@ -104,15 +109,29 @@ def inputs(config: Config) -> Inputs:
     found: dict[str, Any] = {"data": tuple(data)}
     local = Path(config.model.path).expanduser()
     if is_folder(local):
-        return Inputs(model=local.absolute(), problem=model_problem(local), **found)
+        return Inputs(model=local.absolute(), **_judged(config, local), **found)
     cached = cached_model(config.model.path)
     if cached:
-        return Inputs(model=cached, problem=model_problem(cached), **found)
+        return Inputs(model=cached, **_judged(config, cached), **found)
     if config.model.path.startswith("demo:"):
         return Inputs(**found)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not is_folder(local.parent):
         return Inputs(remote=True, **found)
     return Inputs(problem="there is no such folder", near=_sibling(local), **found)
+
+
+def _judged(config: Config, folder: Path) -> dict[str, Any]:
+    """What is wrong with the model's folder, and what is worth knowing."""
+    try:
+        check_kind(folder)
+    except RequestError as error:
+        return {"unfit": str(error)}
+    if problem := model_problem(folder):
+        return {"problem": problem}
+    if config.model.path.startswith("demo:"):
+        return {}
+    answer = ask(config, folder)
+    return {"unfit": answer.problem, "notes": answer.notes}
 
 
 def _sibling(path: Path) -> str:

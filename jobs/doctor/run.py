@@ -111,11 +111,15 @@ def check_inputs(found: Inputs, request: Request) -> Iterator[Finding]:
             yield config_line("model", "failure", text, remedy)
         else:
             yield command("model", "failure", text, request.fetch)
+    elif found.unfit:
+        yield config_line(
+            "model", "failure", found.unfit, "model.path: OWNER/NAME of another model"
+        )
     elif found.remote:
         text = f"{config.model.path} is not in the cache: the first stage downloads it"
         yield command("model", "warning", text, request.fetch)
     elif found.model:
-        yield ok("model", str(found.model))
+        yield ok("model", "; ".join((str(found.model), *found.notes)))
     else:
         yield ok("model", f"{config.model.path}, made from its package on first use")
     wanted = {config.data.text_column: "text_column", config.data.label_column: "label_column"}

@@ -27,6 +27,8 @@ from yelp_hpc.rundir.manifest import lock_hashes, record_run
 from yelp_hpc.settings import parse_value
 
 TOP = Path(__file__).resolve().parents[2]
+WEIGHTS = b"\x02" + bytes(7) + b"{}"
+"""Safetensors of nothing."""
 TOOLS = ("bash", "sh", "env", "cat", "sleep", "setsid", "git", "mkdir", "rm", "chmod", "uname")
 
 SCRIPTS = {
@@ -185,8 +187,9 @@ class Site:
         self.image.write_bytes(b"\0" * 32 + b"SIF_MAGIC\0" + b"\0" * 200)
         self.model = self.root / "models" / "tiny"
         self.model.mkdir(parents=True)
-        (self.model / "config.json").write_text("{}")
-        (self.model / "model.safetensors").write_bytes(b"weights")
+        (self.model / "config.json").write_text('{"model_type": "llama"}')
+        (self.model / "model.safetensors").write_bytes(WEIGHTS)
+        (self.model / "tokenizer.json").write_text("{}")
         self.data = self.root / "models" / "reviews.csv"
         self.data.write_text("text,label\nfine,4\n")
         self.token = self.root / "token"

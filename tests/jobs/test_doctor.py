@@ -17,7 +17,8 @@ import pytest
 
 from tests.hub.server import serving
 from tests.hub.state import Hub
-from tests.jobs.fake_site import DISK, Site, complaints, partition
+from tests.jobs.fake_site import DISK, WEIGHTS, Site, complaints, partition
+from tests.tiny import make_model
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -283,11 +284,11 @@ HOST = [
          "failure", "no such folder; did you mean .*tiny", "model.path"),
     Case("model without weights", lambda site: (site.model / "model.safetensors").unlink(),
          "model", "failure", "no weights", "fetch",
-         lambda site: (site.model / "model.safetensors").write_bytes(b"w") and None),
+         lambda site: (site.model / "model.safetensors").write_bytes(WEIGHTS) and None),
     Case("model half copied", lambda site: (site.model / "m.index.json").write_text(
         '{"weight_map": {"a": "part-2.safetensors"}}') and None, "model", "failure",
         "missing or empty: part-2", "fetch",
-        lambda site: (site.model / "part-2.safetensors").write_bytes(b"w") and None),
+        lambda site: (site.model / "part-2.safetensors").write_bytes(WEIGHTS) and None),
     Case("model is on the Hub only", put(model__path="me/model"), "model", "warning",
          "not in the cache", "fetch", lambda site: site.set("model.path", str(site.model))),
     Case("data misspelt", lambda site: site.set("data.train", str(site.data)[:-5] + ".csv"),
@@ -368,6 +369,7 @@ def test_a_sound_site_has_no_complaint(site: Site) -> None:
 
 
 def test_the_command_prints_lines_that_fit_and_ends_with_1(site: Site) -> None:
+    make_model(site.model)  # a child of the command looks into it
     cluster, config = site.files()
 
     def doctor(*more: str) -> subprocess.CompletedProcess[str]:

@@ -118,6 +118,7 @@ def _forecast(
     from yelp_hpc.forecast.inputs import estimated_lengths, prepared_lengths, read_shape
     from yelp_hpc.forecast.machine import EFFICIENCY
     from yelp_hpc.gpus import find_card
+    from yelp_hpc.models.door import check_model
 
     nodes, gpus = 1, 1
     if cluster is not None:
@@ -128,6 +129,8 @@ def _forecast(
         gpu = gpu or wanted.gpu_type
     card = find_card(gpu) if gpu and not probe else None
     shape = read_shape(config)
+    for note in check_model(config):
+        click.echo(note, err=True)
     measured, lengths = None, None
     if probe:
         import pyarrow  # noqa: F401 - what the probe's stages need is missed before they start

@@ -44,7 +44,7 @@ class PreparedSets:
         self.truncated = 0
         self._digest = hashlib.sha256()
         self._common: list[int] | None = None
-        self._shortest = 0
+        self._shortest = self.longest = 0
         head, tail = config.prompt.template.split("{review}")
         self._instruction, _, self._before = head.rpartition("\n")
         self._after = tail.removesuffix("{label}").rstrip()
@@ -75,6 +75,7 @@ class PreparedSets:
         elif ids[: len(self._common)] != self._common:
             self._common = ids[: common_prefix([self._common, ids])]
         self._shortest = min(self._shortest, len(ids))
+        self.longest = max(self.longest, len(ids))
 
     def record(self, text: str, label: int) -> dict[str, str]:
         """An alpaca record."""

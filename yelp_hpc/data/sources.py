@@ -21,9 +21,10 @@ from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import YELP, Config, DataConfig, TaskConfig
 from yelp_hpc.data import demo
 from yelp_hpc.data.files import Record, class_names, data_files, records
+from yelp_hpc.data.hub import hub_error
 from yelp_hpc.data.labels import advice, classes_of, value_text
 from yelp_hpc.data.sampling import text_key
-from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.errors import RequestError, all_problems
 
 Row = tuple[str, int]
 _BATCH = 4096
@@ -186,11 +187,15 @@ def _read_hub(data: DataConfig, split: str) -> _Spool:
         table = load_dataset(
             data.path, data.configuration, split=split, revision=data.revision, cache_dir=cache
         )
-    except Exception as error:
-        raise StageError(
-            f"data set {data.path} ({split}) could not be loaded from the Hub: {error}\n"
-            "Where the node has no network, run `python -m yelp_hpc fetch` on the login node first."
+    except ValueError as error:
+        # The library names what there is: an unknown split or configuration, or none of several.
+        text = " ".join(str(error).split())
+        raise RequestError(
+            f"data set {data.path} ({split}) cannot be read so: {text[:500]}; set "
+            "data.configuration, data.train_split and data.test_split"
         ) from error
+    except Exception as error:
+        raise hub_error("data set", data.path, data.revision, error) from error
     rows = ((f"row {i}", record) for i, record in enumerate(table))
     spool = _spool(f"data set {data.path}", rows, data, "set data.text_column and so on")
     spool.names = getattr(table.features.get(data.label_column), "names", None)

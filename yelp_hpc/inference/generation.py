@@ -11,13 +11,17 @@ meaning. Takes a prepared model and token ids; reads and writes no file.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from yelp_hpc.models.packed.batch import PackedBatch, pack, prefill
+from yelp_hpc.errors import RequestError
+from yelp_hpc.models.packed.batch import PackedBatch, Way, pack, prefill, way_of
+from yelp_hpc.models.packed.proof import PREFIX, rows
+from yelp_hpc.models.packed.unpacked import generate_rows
 
 # Padding costs no arithmetic in the prompt's pass, only memory of keys and values: at most as much
 # again as the tokens need.
@@ -61,8 +65,11 @@ class GreedyDecoder:
         max_new_tokens: int,
         decided: Callable[[list[int]], bool],
         device: torch.device | str = "cpu",
+        way: Way | None = None,
     ) -> None:
+        """`way`: None for that of the model."""
         self.model: Any = model
+        self.way = way or way_of(model)
         self.prefix_length = prefix_length
         self.eos_ids = frozenset(eos_ids)
         self.max_new_tokens = max_new_tokens
@@ -79,6 +86,16 @@ class GreedyDecoder:
         answers: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         rows = list(range(len(prompts)))  # the prompt that each row of the batch decodes
+        if self.way != "packed":
+            return generate_rows(
+                self.model,
+                prompts,
+                self.eos_ids,
+                self.max_new_tokens,
+                self.decided,
+                self.device,
+                self.way == "alone",
+            )
         packed = pack(prompts, self.prefix_length).to(self.device)
         logits, states = prefill(self.model, packed)
         tokens = logits.argmax(dim=-1)
@@ -122,6 +139,33 @@ class GreedyDecoder:
             else:
                 answers[row].append(token)
                 ended[row] = self.decided(answers[row])
+
+
+def generation_way(model: nn.Module, new_tokens: int = 6) -> Way:
+    """How a prepared model's greedy answers are those that it gives alone: its own way, or rows.
+
+    Raises:
+        RequestError: it writes nothing even alone.
+    """
+    texts, device = rows(), next(model.parameters()).device
+
+    def answers(way: Way) -> list[list[int]]:
+        decoder = GreedyDecoder(model, PREFIX, (), new_tokens, lambda _: False, device, way)
+        return decoder.generate(texts)
+
+    try:
+        plain = answers("alone")
+    except Exception as error:  # a model's own code may raise anything
+        raise RequestError(
+            f"{type(model).__name__} cannot generate ({type(error).__name__}: {error}): "
+            "set infer.mode to score"
+        ) from None
+    ways: tuple[Way, ...] = (way_of(model), "rows")
+    for way in dict.fromkeys(ways):
+        with suppress(Exception):
+            if answers(way) == plain:
+                return way
+    return "alone"
 
 
 def padded_cache(

@@ -21,7 +21,7 @@ from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.scoring import best_labels, label_scores
 from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
-from yelp_hpc.models.packed.batch import prepare_model
+from yelp_hpc.models.packed.batch import Way, prepare_model
 from yelp_hpc.progress import say
 from yelp_hpc.ranks.device import usable_gpus
 
@@ -39,8 +39,17 @@ class Predictor:
     """Predictions, scores and texts of one batch of prompts."""
 
 
-def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any]) -> Predictor:
-    """Load the model, with `adapter` unless None, onto the GPU if there is one."""
+def load_predictor(
+    config: Config,
+    adapter: Path | None,
+    tokens: dict[str, Any],
+    take_the_way: Callable[[Any, Path], Way | None] | None = None,
+) -> Predictor:
+    """Load the model, with `adapter` unless None, onto the GPU if there is one.
+
+    `take_the_way`: prepares it and says how it generates (None: as it scores); without it the model
+    is packed.
+    """
     device = torch.device("cuda" if usable_gpus() else "cpu")
     folder = model_folder(config.model)
     say(f"loading {folder} in {config.infer.precision} on {device}")
@@ -51,9 +60,13 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
     loaded = loaded.to(device).eval().requires_grad_(False)
     prefix, lead = tokens["prefix"], tokens.get("lead", [])
     start, budget = len(prefix), config.infer.max_tokens
+    generate = None
+    if take_the_way is None:
+        prepare_model(loaded)
+    else:
+        generate = take_the_way(loaded, folder)
     if config.infer.mode == "score":
-        answers = scored_answers(tokens)
-        return score_predictor(prepare_model(loaded), start, answers, budget, device)
+        return score_predictor(loaded, start, scored_answers(tokens), budget, device)
     ends = loaded.generation_config.eos_token_id
     eos_ids = {tokens["eos_id"], *(ends if isinstance(ends, list) else [ends])} - {None}
     tokenizer = load_tokenizer(folder)
@@ -62,12 +75,13 @@ def load_predictor(config: Config, adapter: Path | None, tokens: dict[str, Any])
         return str(tokenizer.decode([*lead, *answer], skip_special_tokens=True))
 
     decoder = GreedyDecoder(
-        prepare_model(loaded),
+        loaded,
         start,
         eos_ids,
         config.infer.max_new_tokens,
         decided=lambda answer: is_decided(text(answer), config.task),
         device=device,
+        way=generate,
     )
     return generate_predictor(decoder, text, budget, config.task)
 

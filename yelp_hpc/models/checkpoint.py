@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from yelp_hpc.rundir.files import parse_json
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+# Read a text from both its ends; with is_decoder in their config they read it from the start alone.
+ENCODERS = frozenset({
+    "albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text",
+    "deberta", "deberta-v2", "distilbert", "electra", "ernie", "esm", "flaubert", "funnel",
+    "longformer", "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet", "xmod",
+})  # fmt: skip
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 
@@ -50,6 +60,77 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise RequestError(f"{folder / 'config.json'} names no model_type: not a model's config")
     return config
+
+
+def has_tokenizer(folder: Path, native: bool) -> bool:
+    """Whether a file is there that a tokenizer can be read from; `native`: ChatGLM3's."""
+    wanted = ("tokenizer.model",) if native else TOKENIZERS
+    return any((folder / name).is_file() for name in wanted)
+
+
+def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> dict[str, Any]:
+    """The config of a folder that can hold a causal LM, as far as its files tell.
+
+    Args:
+        whole: read the `.bin` files for their checksums, too.
+        tokenizer: there must be one.
+
+    Raises:
+        RequestError: naming everything that is wrong: it is an adapter, GGUF, quantised, an encoder
+            or an encoder-decoder, or its weights or its tokenizer are missing or damaged.
+    """
+    check_kind(folder)
+    config = read_config(folder)
+    problems = list(config_problems(config))
+    native = config["model_type"] == "chatglm"
+    if tokenizer and not has_tokenizer(folder, native):
+        wanted = ("tokenizer.model",) if native else TOKENIZERS
+        problems.append(f"it has no tokenizer: {' or '.join(wanted)} is missing")
+    if len(problems) == 1:
+        raise RequestError(f"{folder} cannot be used: {problems[0]}")
+    if problems:
+        raise RequestError(all_problems(f"{folder} cannot be used:", problems))
+    if native:
+        check_family(folder, config)
+    weight_files(folder, whole)
+    return config
+
+
+def check_kind(folder: Path) -> None:
+    """Check that a folder holds a model, not something made from one.
+
+    Raises:
+        RequestError: it is an adapter, or GGUF.
+    """
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise RequestError(
+            f"{folder} is an adapter, not a model: set model.path to the model that it was trained "
+            f"on ({base})"
+        )
+    if any(folder.glob("*.gguf")):
+        raise RequestError(
+            f"{folder} holds GGUF, a format to run models and not to train them: use the model's "
+            "own folder, with config.json and safetensors"
+        )
+
+
+def config_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Why a model of this config.json cannot be trained and scored, whatever its weights."""
+    kind = config["model_type"]
+    if config.get("is_encoder_decoder"):
+        yield f"{kind} is an encoder-decoder: use a decoder, as Llama, Qwen or ChatGLM3 are"
+    elif kind in ENCODERS and not config.get("is_decoder"):
+        yield f"{kind} is an encoder, no decoder: use a decoder, as Llama, Qwen or ChatGLM3 are"
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        yield (
+            f"its weights are quantised ({method or 'quantization_config'}), which is not "
+            "supported: use the model that it was made from, with model.precision bf16 or fp16"
+        )
 
 
 def other_chatglm(config: dict[str, Any], published_as: str = "") -> str | None:
@@ -101,8 +182,10 @@ def check_family(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, whole: bool = True) -> list[Path]:
     """The files that hold the weights, safetensors preferred, each there and whole at its ends.
+
+    `whole`: `.bin` is whole in between, too.
 
     Raises:
         RequestError: names every file that is missing, truncated or torn.
@@ -125,20 +208,22 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         wanted = ", ".join((*SINGLE_WEIGHTS, *WEIGHT_INDEXES))
         raise RequestError(f"{folder} holds no weights: none of {wanted} is there")
-    problems = [f"{path.name}: {what}" for path in files if (what := _damage(path))]
+    problems = [f"{path.name}: {what}" for path in files if (what := _damage(path, whole))]
     if problems:
         headline = f"weights in {folder} are damaged; fetch the model again"
         raise RequestError(all_problems(headline, problems))
     return files
 
 
-def _damage(path: Path) -> str | None:
+def _damage(path: Path, whole: bool) -> str | None:
     if not path.is_file():
         return "missing"
     try:
         if path.suffix == ".safetensors":
             return _safetensors_damage(path)
         if zipfile.is_zipfile(path):
+            if not whole:
+                return None
             with zipfile.ZipFile(path) as archive:
                 # torch maps the file into memory and leaves the checksums unread.
                 torn = archive.testzip()

@@ -10,14 +10,9 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from yelp_hpc.data.hub import hub_error
 from yelp_hpc.errors import RequestError, StageError
 
 
@@ -48,18 +43,8 @@ def fetch_model(
                 ignore_patterns=["*.py", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"],
             )
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise RequestError(f"the Hub has no model {path_or_id}{at}: {first_line(error)}") from None
-    except LocalEntryNotFoundError as error:
-        raise StageError(
-            f"{path_or_id} is not in the cache and cannot be downloaded: {first_line(error)}; "
-            "fetch it where the Hub can be reached"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise StageError(
-            f"downloading {path_or_id} failed: {first_line(error)}; run it again, it resumes"
-        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise hub_error("model", path_or_id, revision, error) from error
     damaged = [path for path in sorted(folder.rglob("*")) if not _intact(path)]
     if damaged:
         for path in damaged:
@@ -85,9 +70,3 @@ def _intact(path: Path) -> bool:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest() == blob.name
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message that says anything."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -12,17 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from yelp_hpc.config import DTYPES
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, all_problems, first_line
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig
 from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
-from yelp_hpc.models.checkpoint import check_family, read_config, weight_files
-from yelp_hpc.models.fetch import first_line
-from yelp_hpc.models.local import TOKENIZERS
+from yelp_hpc.models.checkpoint import (
+    TOKENIZERS,
+    check_family,
+    read_config,
+    read_json,
+    weight_files,
+)
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 
@@ -32,7 +36,12 @@ ATTENTION_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, GLM-4, Mistral, Gemma, SmolLM
     ("qkv_proj",),  # Phi-3
     ("c_attn",),  # GPT-2
-    ("Wqkv",),  # MPT
+    ("Wqkv",),  # MPT, DBRX
+    ("q_proj", "v_proj"),  # CodeGen and others that name keys otherwise
+    ("q_proj", "kv_b_proj"),  # DeepSeek and its like: latent keys and values
+    ("q_b_proj", "kv_b_proj"),
+    ("in_proj_qkvz",),  # Qwen3-Next's linear attention
+    ("in_proj",),  # Mamba and its like
 )
 
 # Weights that nothing reads; checkpoints carry them or not.
@@ -59,6 +68,31 @@ def check_native(folder: Path) -> dict[str, Any]:
     elif CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RequestError(f"model_type {kind} in {folder} is no decoder-only language model")
     return config
+
+
+def model_config(folder: Path) -> Any:
+    """transformers' configuration object of a folder that `check_native` accepts.
+
+    Raises:
+        RequestError: the architecture does not take its values.
+    """
+    check_native(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each configuration class checks in its own way
+        raise RequestError(f"{folder / 'config.json'} cannot be used: {_last(error)}") from None
+
+
+def attention_of(config: Any) -> str:
+    """Which of transformers' attentions computes a model as it was trained.
+
+    sdpa, where it has one and caps no scores, else eager. `config`: transformers' object.
+    """
+    kind = type(config)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    plain = getattr(architecture, "_supports_sdpa", True) and not capped
+    return "sdpa" if plain else "eager"
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -90,19 +124,56 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any, folder: Path) -> int:
+    """The id that ends a sequence: the tokenizer's, else that of the model's own config.
+
+    Raises:
+        RequestError: there is none, or tokens have no row in the model's embedding.
+    """
+    config = model_config(folder).get_text_config(decoder=True)
+    rows = int(getattr(config, "padded_vocab_size", None) or config.vocab_size)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    vocabulary = {t: i for t, i in tokenizer.get_vocab().items() if t not in special}
+    beyond = [i for i in vocabulary.values() if i >= rows]
+    if beyond:
+        raise RequestError(
+            f"the tokenizer in {folder} makes ids up to {max(beyond)}, but the model's embedding "
+            f"has {rows} rows (vocab_size): they do not belong together"
+        )
+    end = tokenizer.eos_token_id
+    if end is None:
+        path = folder / "generation_config.json"
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
+        end = named if named is not None else getattr(config, "eos_token_id", None)
+        end = end[0] if isinstance(end, list) and end else end
+    if not isinstance(end, int) or isinstance(end, bool):
+        raise RequestError(
+            f"the tokenizer in {folder} has no end-of-sequence token, and config.json names no "
+            "eos_token_id: set eos_token in tokenizer_config.json"
+        )
+    if not 0 <= end < rows:
+        raise RequestError(
+            f"the end-of-sequence token in {folder} is {end}, but the model's embedding has {rows} "
+            "rows (vocab_size): tokenizer and model do not belong together"
+        )
+    return end
+
+
 def load_model(
-    path: str | Path, dtype: torch.dtype | str, attn_implementation: str = "sdpa"
+    path: str | Path, dtype: torch.dtype | str, attn_implementation: str | None = None
 ) -> Any:
     """The causal LM of a local model folder, in evaluation mode, on the CPU.
 
-    `dtype`: a torch dtype, or fp32, fp16, bf16.
+    `dtype`: a torch dtype, or fp32, fp16, bf16; `attn_implementation`: None for that of
+    `attention_of`.
 
     Raises:
         RequestError: a shard is damaged or missing, the config does not fit the weights, or the
             model would need its own code.
     """
     folder = Path(path)
-    check_native(folder)
+    config = model_config(folder)
     files = weight_files(folder)
     if isinstance(dtype, str):
         if dtype not in TORCH_DTYPES:
@@ -113,7 +184,7 @@ def load_model(
         model, info = auto.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attn_implementation or attention_of(config),
             local_files_only=True,
             trust_remote_code=False,
             weights_only=True,
@@ -164,6 +235,12 @@ def _unreadable(file: Path) -> str | None:
     except Exception as error:
         return first_line(error)
     return None
+
+
+def _last(error: BaseException) -> str:
+    """The last line: of nested errors the innermost."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
 
 
 def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:

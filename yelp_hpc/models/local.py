@@ -16,8 +16,6 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt",
 )  # fmt: skip
 """Every file of a tokenizer that a model folder may hold."""
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Of these a folder must have one."""
 
 
 def model_folder(model: ModelConfig) -> Path:

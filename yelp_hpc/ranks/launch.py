@@ -261,8 +261,11 @@ def verdict(failed: list[tuple[_Rank, int]]) -> YelpHpcError:
                 how += " (out of memory?)"
         tail = _tail(rank.log)
         return StageError(f"rank {rank.rank} {how}{where}" + (f"\n{tail}" if tail else ""))
-    kind = RequestError if report["exit_code"] == RequestError.exit_code else StageError
-    return kind(f"rank {rank.rank}: {report['message']}{where}")
+    if report["exit_code"] != RequestError.exit_code:
+        return StageError(f"rank {rank.rank}: {report['message']}{where}")
+    with suppress(OSError), rank.log.open("a") as log:  # the rank itself is silent then
+        log.write(f"{report['message']}\n")
+    return RequestError(f"rank {rank.rank}: {report['message']}{where}")
 
 
 def _report(path: Path) -> dict[str, Any] | None:

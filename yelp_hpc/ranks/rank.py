@@ -85,27 +85,36 @@ def run_rank(work: Callable[[StopRequest], None]) -> int:
         print(error, flush=True)
         return error.exit_code
     except BaseException as error:
-        _leave_report(error)
-        traceback.print_exc()
-        return error.exit_code if isinstance(error, YelpHpcError) else 1
+        code = _leave_report(error)
+        if code != RequestError.exit_code:  # the launcher says what was wrong with a request
+            traceback.print_exc()
+        return code
 
 
-def _leave_report(error: BaseException) -> None:
+def _leave_report(error: BaseException) -> int:
+    """Leave the error for the launcher; returns the exit code.
+
+    What a library has not implemented is a request that cannot be met here.
+    """
     path = os.environ.get("YELP_HPC_RANK_ERROR")
-    known = isinstance(error, YelpHpcError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
+    known = isinstance(error, YelpHpcError | NotImplementedError)
+    code = error.exit_code if isinstance(error, YelpHpcError) else 1
+    code = RequestError.exit_code if isinstance(error, NotImplementedError) else code
+    said = known and bool(str(error).strip())
+    text = str(error) if said else f"{type(error).__name__}: {error}".rstrip(": ")
     peer_lost = not known and bool(
         re.search(r"gloo|nccl|connection (closed|reset)|process ?group|broken pipe", text, re.I)
     )
     report = {
         "message": text if known else text.strip()[:2000],
-        "exit_code": error.exit_code if isinstance(error, YelpHpcError) else 1,
+        "exit_code": code,
         "peer_lost": peer_lost,
         "time": time.time(),
     }
     if path:
         with suppress(OSError):
             Path(path).write_text(json.dumps(report))
+    return code
 
 
 def _die_with_launcher() -> None:

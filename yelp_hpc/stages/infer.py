@@ -49,6 +49,7 @@ from yelp_hpc.rundir.files import (
 )
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths, shard_of
+from yelp_hpc.stages.door import take_the_way
 
 ModelName = Literal["base", "tuned"]
 
@@ -87,7 +88,14 @@ def run(
 
     @cache
     def predictor() -> Predictor:
-        return load_predictor(config, paths.adapter if model == "tuned" else None, tokens)
+        adapter = paths.adapter if model == "tuned" else None
+        longest = max(lengths) + 1
+        return load_predictor(
+            config,
+            adapter,
+            tokens,
+            lambda m, folder: take_the_way(m, config, folder, longest).generate,
+        )
 
     with stop_signals() as stop:
         for k in unfinished:

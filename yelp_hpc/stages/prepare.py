@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.encoding import Encoder
 from yelp_hpc.data.prepared import PreparedSets
 from yelp_hpc.data.prompt import Prompt
 from yelp_hpc.data.sampling import conflicting, duplicates, split_rows, text_keys
@@ -59,21 +60,30 @@ def run(paths: RunPaths, config: Config) -> None:
     conflicts = int(conflicting(keys, train_rows.labels[drawn]).sum())
 
     # Imported here: a faulty source is reported before the slow imports.
-    from yelp_hpc.models.load import load_tokenizer
+    from yelp_hpc.models.load import check_tokenizer, load_tokenizer
     from yelp_hpc.models.local import folder_fingerprint, model_folder
 
     folder = model_folder(config.model)
+    from yelp_hpc.stages.door import admit, check_lengths
+
+    for note in admit(config, folder).notes:
+        say(f"prepare: {note}")
     tokenizer = load_tokenizer(folder)
+    end = check_tokenizer(tokenizer, folder)
     prompt = bind_prompt(config, tokenizer)
 
     sets = PreparedSets(paths, config, prompt)
+    encode, spelled = Encoder(tokenizer, config.prompt.template), []
     for name in SPLITS:
         source, rows = tested if name == "test" else train_rows, getattr(splits, name)
         starts = range(0, len(rows), CHUNK)
         with sets.writing(name) as part:
             for start in track(starts, len(starts), f"tokenise {name}"):
                 ids = rows[start : start + CHUNK]
-                part.add(ids, source.labels[ids].tolist(), source.texts(ids))
+                texts = source.texts(ids)
+                spelled += [found for found in map(encode.spelled, texts) if found]
+                part.add(ids, source.labels[ids].tolist(), texts)
+    check_lengths(config, folder, sets.longest + 1)
     sets.write_info()
     prefix = sets.prefix()
     tokens = {
@@ -81,10 +91,8 @@ def run(paths: RunPaths, config: Config) -> None:
         "label_ids": prompt.label_ids,
         **({"end_scored": True} if prompt.end_scored else {}),
         **({"lead": prompt.lead} if prompt.lead else {}),
-        "eos_id": tokenizer.eos_token_id,
-        "pad_id": tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id,
+        "eos_id": end,
+        "pad_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         "labels": list(config.task.labels),
         "cutoff": config.data.cutoff,
     }
@@ -118,6 +126,9 @@ def run(paths: RunPaths, config: Config) -> None:
     noun = config.task.noun
     if sets.truncated:
         say(f"prepare: {sets.truncated} {noun}s over {config.data.cutoff} tokens lost their end")
+    if spelled:
+        named = ", ".join(sorted({token for found in spelled for token in found}))
+        say(f"prepare: {len(spelled)} {noun}s spell special tokens ({named}): kept as text")
     remedy = "data.drop_duplicates=true leaves them out of training"
     if twins:
         say(f"prepare: warning: {twins} test {noun}s also stand in the training data; {remedy}")
@@ -153,9 +164,5 @@ def _unusable(train: Table, tested: Table) -> Callable[[list[int]], NDArray[np.b
 
 def bind_prompt(config: Config, tokenizer: Any) -> Prompt:
     """The configured prompt, tokenised by `tokenizer`. Raises as `Prompt` does."""
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        ids = tokenizer(texts)["input_ids"]
-        return list(ids)
-
+    encode = Encoder(tokenizer, config.prompt.template)
     return Prompt(config.prompt.template, config.task.labels, encode, config.data.cutoff)

@@ -235,8 +235,8 @@ def build(
     from yelp_hpc.data.answer_tree import answer_tree, scored_answers
     from yelp_hpc.data.packing import DataPlan
     from yelp_hpc.models.load import load_model
-    from yelp_hpc.models.packed.batch import prepare_model
     from yelp_hpc.models.packed.dropout import use_sequence_dropout
+    from yelp_hpc.stages.door import take_the_way
     from yelp_hpc.training.adapter import adapter_config, add_lora
     from yelp_hpc.training.budget import budget_at
     from yelp_hpc.training.checkpoint import CheckpointStore
@@ -260,9 +260,11 @@ def build(
     torch.set_num_threads(budgets[0].threads)
     model = add_lora(load_model(model_path, settings.precision), config).to(world.device)
     dropout = use_sequence_dropout(model, config.seed)
-    if budget_at(budgets, step).recompute:
+    checked = [validation.own_length(row) for row in range(len(validation))]
+    longest = train.prefix_length + max([*own, *checked])
+    found = take_the_way(model, config, model_path, longest, gradients=True)
+    if budget_at(budgets, step).recompute and found.way != "alone":  # a row's masks are drawn once
         recompute_layers(model)
-    model = prepare_model(model)
     if settings.compile:
         model.get_base_model().compile(dynamic=True)
     model.train()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,21 @@ IMPLEMENTATION = "yelp_packed"
 # A group of rows is worth its padding up to this share: one kernel call on 8 rows costs less than 8
 # calls, but padded tokens cost attention like any other.
 _PADDING_ALLOWED = 0.04
+
+
+@dataclass(frozen=True)
+class Band:
+    """How far back a row's tokens see: a window or chunk of `size` tokens, in a row of its own."""
+
+    size: int
+    chunked: bool
+    mask: Tensor
+    """`[1, 1, longest row, longest row]`, true where a query sees a key."""
+
+
+def _near(query: Tensor, key: Tensor, size: int, chunked: bool) -> Tensor:
+    """Whether positions lie in one chunk, or a key at most `size - 1` before a query."""
+    return query // size == key // size if chunked else key > query - size
 
 
 class Layout:
@@ -51,6 +67,60 @@ class Layout:
         self.starts = [prefix_length]
         for length in lengths:
             self.starts.append(self.starts[-1] + length)
+        self._bands: dict[tuple[int, bool], Band] = {}
+        self._seen: dict[tuple[int, bool], list[Tensor | None]] = {}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.prefix_length + max(self.lengths)
+
+    def band(self, size: int, chunked: bool) -> Band | None:
+        """The band of a window or chunk; None where no row reaches its edge."""
+        if self.longest <= size:
+            return None
+        if (size, chunked) not in self._bands:
+            place = torch.arange(self.longest, device=self.device)
+            near = _near(place[:, None], place, size, chunked)
+            mask = (place <= place[:, None]) & near
+            self._bands[size, chunked] = Band(size, chunked, mask[None, None])
+        return self._bands[size, chunked]
+
+    def seen(self, band: Band | None) -> list[Tensor | None]:
+        """`masks` within a band: bool `[rows or 1, 1, width, width]`, None where causality is all.
+
+        A band counts positions, which branches of a tree share.
+        """
+        if band is None:
+            return self.masks
+        key = (band.size, band.chunked)
+        if key not in self._seen:
+            depths: list[int] = []
+            for parent in self.tree:
+                depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            found: list[Tensor | None] = []
+            for group, mask in zip(self.grouped, self.masks, strict=True):
+                width = self.prefix_length + self.lengths[group[0]]
+                if mask is None:
+                    found.append(band.mask[..., :width, :width])
+                    continue
+                place = torch.arange(width).repeat(len(group), 1)
+                for row, i in zip(place, group, strict=True):
+                    stop = self.prefix_length + self.lengths[i]
+                    start = stop - len(depths)
+                    row[start:stop] = start + torch.tensor(depths)
+                place = place.to(self.device)
+                near = _near(place[:, :, None], place[:, None, :], *key)
+                found.append(mask & near.unsqueeze(1))
+            self._seen[key] = found
+        return self._seen[key]
+
+    def band_of(self, mask: Tensor | None) -> Band | None:
+        """The band whose mask, or a slice of it, a model hands to its attention."""
+        if mask is None:
+            return None
+        bands = self._bands.values()
+        return next((b for b in bands if b.mask.data_ptr() == mask.data_ptr()), None)
 
     @cached_property
     def grouped(self) -> list[list[int]]:
@@ -180,25 +250,27 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The interface of transformers: `[1, heads, T, head_dim]` in, `[1, T, heads, head_dim]` out.
 
-    Outside a packed forward it is transformers' own sdpa.
-
-    Raises:
-        NotImplementedError: attention has a soft cap, or a sliding window shorter than a sequence.
+    Outside a packed forward it is transformers' own sdpa, or what that lacks: `softcap`, and the
+    sinks `s_aux` `[heads]`, as in transformers' eager attention.
     """
     layout = packed if packed is not None else _layout.get()
-    if layout is None:
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.get("s_aux")
+    plain = softcap is None and sinks is None
+    if layout is None and plain:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    window = kwargs.get("sliding_window")
-    if window is not None and layout.prefix_length + max(layout.lengths) > window:
-        raise NotImplementedError(
-            f"packed attention has no sliding window (this model's: {window} tokens)"
-        )
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError("packed attention has no soft cap")
+    if layout is None:
+        visible = attention_mask
+        if visible is None:
+            seen, own = key.shape[2], query.shape[2]
+            ones = torch.ones(own, seen, dtype=torch.bool, device=query.device)
+            visible = ones.tril(seen - own)
+        out = attend_explicitly(query, key, value, visible, scaling, dropout, softcap, sinks)
+        return out.transpose(1, 2), None
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    out = attend(q, k, v, layout, scaling, dropout)
+    band = layout.band_of(attention_mask)
+    out = attend(q, k, v, layout, scaling, dropout, band=band, softcap=softcap, sinks=sinks)
     return out.unsqueeze(0), None
 
 
@@ -209,36 +281,91 @@ def attend(
     layout: Layout,
     scale: float | None,
     dropout: float = 0.0,
+    *,
+    band: Band | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Packed attention on `[T, heads, head_dim]`, fewer key and value heads allowed.
 
     Returns the same shape as `query`.
     """
+    plain = softcap is None and sinks is None
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and dropout == 0.0 and half and not layout.tree:
+    fits = dropout == 0.0 and plain and not layout.tree and not (band and band.chunked)
+    if query.is_cuda and half and fits and key.shape[-1] == value.shape[-1]:
         kernel = _varlen_kernel()
         if kernel is not None:
-            return attend_varlen(kernel, query, key, value, layout, scale)
+            window = None if band is None else band.size
+            return attend_varlen(kernel, query, key, value, layout, scale, window)
     heads = query.shape[1]
     gqa = heads != key.shape[1]
     outputs = []
-    for (tokens, rows, width), mask in zip(layout.groups, layout.masks, strict=True):
+    for (tokens, rows, width), mask in zip(layout.groups, layout.seen(band), strict=True):
         q, k, v = (
             states.index_select(0, tokens).view(rows, width, *states.shape[1:]).transpose(1, 2)
             for states in (query, key, value)
         )
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=gqa
-        )
+        if plain:
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            )
+        else:
+            if mask is None:
+                mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
+            out = attend_explicitly(q, k, v, mask, scale, dropout, softcap, sinks)
         outputs.append(out.transpose(1, 2).reshape(rows * width, heads, -1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.index_select(0, layout.scatter)
 
 
-def attend_varlen(
-    kernel: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None
+def attend_explicitly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """The same through a kernel with `torch.nn.attention.varlen.varlen_attn`'s signature."""
+    """Attention with what the kernels lack: capped scores, and sinks.
+
+    A cap makes `softcap * tanh(scores / softcap)` of scores; a head's sink takes its share and
+    gives nothing (Xiao et al. 2023). Shapes are `[rows, heads, tokens, head_dim]`, fewer key and
+    value heads allowed; `mask` is true, or zero, where a query sees a key.
+    """
+    shared = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(shared, 1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask[..., : scores.shape[-1]]
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    share = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        share = share[..., :-1]
+    return F.dropout(share, dropout) @ value
+
+
+def attend_varlen(
+    kernel: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float | None,
+    window: int | None = None,
+) -> Tensor:
+    """The same through a kernel with `torch.nn.attention.varlen.varlen_attn`'s signature.
+
+    With a `window` a query sees itself and the `window - 1` keys before it.
+    """
     key_tokens, cu_q, cu_k, max_q, max_k = layout.varlen
     if key_tokens is not None:
         key, value = key.index_select(0, key_tokens), value.index_select(0, key_tokens)
@@ -251,7 +378,7 @@ def attend_varlen(
         max_q,
         max_k,
         scale=scale,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out
@@ -267,11 +394,17 @@ def _varlen_kernel() -> Any:
 
 
 def _packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask inside a packed forward (the layout says it all), elsewhere that of sdpa."""
-    if _layout.get() is not None:
+    """Inside a packed forward the mask of a window or chunk alone, elsewhere that of sdpa."""
+    layout = _layout.get()
+    if layout is None:
+        mask: Tensor | None = sdpa_mask(*args, **kwargs)
+        return mask
+    size = kwargs.get("local_size")
+    if size is None:
         return None
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
+    chunked = getattr(kwargs.get("config"), "attention_chunk_size", None) == size
+    band = layout.band(size, chunked)
+    return None if band is None else band.mask
 
 
 def register() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +20,11 @@ from transformers import DynamicCache
 from yelp_hpc.models.packed.attention import IMPLEMENTATION, Layout, register, use_layout
 from yelp_hpc.models.packed.fused import FusedDecoder
 from yelp_hpc.models.packed.linear import frozen_linear, speed_up_linears
+from yelp_hpc.models.packed.unpacked import forward_rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Way = Literal["packed", "rows", "alone"]
+"""How sequences go through a model: packed, as rows of a padded batch, or one a call."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,22 @@ def pack(
     )
 
 
-def prepare_model(model: ModelT, *, fused: bool = True) -> ModelT:
+def prepare_model(model: ModelT, *, fused: bool = True, way: Way = "packed") -> ModelT:
     """Switch a transformers causal LM (or peft's wrapper of one) to packed attention.
 
     `forward_selected` needs it. Ordinary calls (`generate`, padded batches) work as before. `fused`
-    also replaces arithmetic by faster, equal one where the architecture is known. Returns the same
-    model.
+    also replaces arithmetic by faster, equal one where the architecture is known. `way`: how
+    `proof.prove` found that the model must be computed; unpacked it stays as it is. Returns the
+    same model.
     """
-    register()
     base = base_model(model)
+    own = _own_attention.setdefault(base, base.config._attn_implementation)
+    _ways[base] = way
+    if way != "packed":
+        _decoders.pop(base, None)
+        base.config._attn_implementation = own
+        return model
+    register()
     base.config._attn_implementation = IMPLEMENTATION
     # Held outside of the module's state: it is no parameter, and deep copies must make their own.
     if fused and FusedDecoder.supports(base):
@@ -137,6 +147,19 @@ def prepare_model(model: ModelT, *, fused: bool = True) -> ModelT:
 
 
 _decoders: WeakKeyDictionary[nn.Module, FusedDecoder] = WeakKeyDictionary()
+_ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
+_own_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def way_of(model: nn.Module) -> Way:
+    """How `forward_selected` takes sequences through a prepared model.
+
+    Raises ValueError for one that is not prepared.
+    """
+    way = _ways.get(base_model(model))
+    if way is None:
+        raise ValueError("the model is not prepared: call prepare_model(model) first")
+    return way
 
 
 def base_model(model: nn.Module) -> Any:
@@ -149,9 +172,10 @@ def forward_selected(
     model: nn.Module, batch: PackedBatch, vocabulary: Tensor | None = None
 ) -> Tensor:
     """Logits `[S, V]` at `batch.select`; with `vocabulary`, `[S, its length]` of these rows."""
-    base = base_model(model)
-    if base.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError("the model is not prepared: call prepare_model(model) first")
+    base, way = base_model(model), way_of(model)
+    if way != "packed":
+        logits = forward_rows(base, batch, way == "alone")
+        return logits if vocabulary is None else logits.index_select(1, vocabulary)
     layout = batch.layout
     decoder = _decoders.get(base)
     if decoder is not None:
@@ -166,15 +190,17 @@ def forward_selected(
             logits_to_keep=batch.select,
             packed=layout,
         )
-    logits: Tensor = output.logits[0]
+    logits = cast(Tensor, output.logits[0])
+    if len(logits) != len(batch.select):  # a model that gives all
+        logits = logits.index_select(0, batch.select)
     return logits if vocabulary is None else logits.index_select(1, vocabulary)
 
 
 def prefill(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Logits `[S, V]` at `batch.select`; each layer's keys and values `[T, groups, head_dim]`."""
     base = base_model(model)
-    if base.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError("the model is not prepared: call prepare_model(model) first")
+    if way_of(model) != "packed":
+        raise ValueError("the model is not packed: its keys and values cannot be laid out as rows")
     layout = batch.layout
     states: list[tuple[Tensor, Tensor]] = []
     decoder = _decoders.get(base)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from yelp_hpc.models.packed.batch import PackedBatch
 from yelp_hpc.models.packed.masks import derive_seed, keep_mask, token_keys
+from yelp_hpc.models.packed.unpacked import ROW, rows_of
 
 # Layers that read the same input. ChatGLM3 has each of these as one layer; its LoRA has one mask.
 _JOINED = {
@@ -41,6 +42,7 @@ class DropoutContext:
     """Of every token of the micro-batch, `[T]`; None outside of one."""
     selected: Tensor | None = None
     """Of the selected positions; a last layer may compute these alone."""
+    layout: PackedBatch | None = None
 
     @contextmanager
     def batch(self, step: int, rows: Sequence[int], batch: PackedBatch) -> Iterator[None]:
@@ -51,10 +53,30 @@ class DropoutContext:
         of_token = torch.repeat_interleave(seeds, lengths).to(batch.input_ids.device)
         self.keys = token_keys(of_token, batch.position_ids)
         self.selected = self.keys.index_select(0, batch.select)
+        self.layout = batch
         try:
             yield
         finally:
-            self.keys = self.selected = None
+            self.keys = self.selected = self.layout = None
+
+    def candidates(self) -> Iterator[Tensor]:
+        """The keys of tokens as they may lie: packed, selected, as padded rows, or of one row.
+
+        Two of them that have the same length are the same tokens.
+        """
+        if self.keys is None or self.selected is None or self.layout is None:
+            return
+        row = ROW.get()
+        if row is None:
+            yield self.keys
+            yield self.selected
+        place = torch.arange(len(self.keys), device=self.keys.device)
+        rows, _, _ = rows_of(replace(self.layout, input_ids=place))
+        if row is None:
+            rows = list(nn.utils.rnn.pad_sequence(rows, batch_first=True))
+            yield self.keys[torch.cat(rows)]
+        else:
+            yield self.keys[rows[row]]
 
 
 class SequenceDropout(nn.Module):
@@ -87,8 +109,8 @@ class SequenceDropout(nn.Module):
     def kept(self, states: Tensor) -> Tensor:
         """1 where kept and 0 where dropped; `[T, features]`."""
         tokens = states.numel() // states.shape[-1]
-        for keys in (self.context.keys, self.context.selected):
-            if keys is not None and len(keys) == tokens:
+        for keys in self.context.candidates():
+            if len(keys) == tokens:
                 return keep_mask(keys, self.layer, states.shape[-1], self.p, states.dtype)
         raise RuntimeError(
             f"dropout of {self.name}: {tokens} tokens are not those of this micro-batch"

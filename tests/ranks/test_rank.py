@@ -1,0 +1,48 @@
+"""An error in a rank is one message: no traceback, and the exit code that it asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from yelp_hpc.errors import RequestError, StageError, YelpHpcError
+from yelp_hpc.ranks.launch import launch
+
+RANK = """
+import os, sys
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.ranks.rank import run_rank
+
+def work(stop):
+    {work}
+
+os._exit(run_rank(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "says"),
+    [
+        ("raise RequestError('lora.target is wrong')", RequestError, "lora.target is wrong"),
+        ("raise NotImplementedError('no such kernel')", RequestError, "no such kernel"),
+        ("raise NotImplementedError", RequestError, "NotImplementedError"),
+        ("raise StageError('the disk is full')", StageError, "the disk is full"),
+        ("raise ValueError('odd')", StageError, "ValueError: odd"),
+    ],
+)
+def test_an_error_in_a_rank_is_one_message(
+    work: str,
+    kind: type[YelpHpcError],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(kind, match=says) as error:
+        launch([sys.executable, "-c", RANK.format(work=work)], b"", 2, tmp_path)
+    assert "Traceback" not in str(error.value)
+    if kind is RequestError:
+        assert "Traceback" not in capsys.readouterr().err
+        logs = [path.read_text() for path in tmp_path.glob("train-rank-*.log")]
+        assert any(says in log for log in logs)

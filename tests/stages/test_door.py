@@ -1,0 +1,221 @@
+"""Broken model folders: plan, doctor, submit, prepare and train refuse them in the same words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import processors
+
+from tests.tiny import make_model, prepare_run, reviews, tiny_config
+from yelp_hpc.config import Config
+from yelp_hpc.data.encoding import Encoder
+from yelp_hpc.errors import RequestError
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.doctor.request import Inputs, Request, inputs
+from yelp_hpc.jobs.doctor.run import check_inputs
+from yelp_hpc.models.door import check_model
+from yelp_hpc.rundir.files import read_json, write_json
+from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.stages import prepare
+from yelp_hpc.stages.door import admit, take_the_way
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Its own cache, and the child's work done here: its packages take seconds to import."""
+    monkeypatch.setenv("YELP_HPC_CACHE", str(tmp_path / "cache"))
+
+    class Done:
+        stdout = ""
+
+    def run(command: list[str], input: str, **_: Any) -> Done:
+        asked, done, answer = json.loads(input), Done(), {"problem": "", "notes": []}
+        try:
+            answer["notes"] = list(
+                admit(Config.model_validate(asked["config"]), Path(asked["folder"])).notes
+            )
+        except RequestError as error:
+            answer["problem"] = str(error)
+        done.stdout = json.dumps(answer)
+        return done
+
+    monkeypatch.setattr("yelp_hpc.models.door.subprocess.run", run)
+    yield
+
+
+def changed(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def only(name: str, content: str = "{}") -> Callable[[Path], None]:
+    """Nothing but one file."""
+
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / name).write_text(content)
+
+    return change
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_end(folder: Path) -> None:
+    changed(eos_token_id=None)(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values.pop("eos_token")
+    path.write_text(json.dumps(values))
+
+
+def digits_merge(folder: Path) -> None:
+    """A tokenizer for which every character is a letter of one word."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"] |= {" 0": len(values["model"]["vocab"])}
+    values["pre_tokenizer"] = None
+    path.write_text(json.dumps(values))
+
+
+@dataclass(frozen=True)
+class Broken:
+    name: str
+    break_: Callable[[Path], None]
+    says: str
+    train: bool = True
+    """The model is to blame and not its tokenizer: train needs none, prepare has bound it."""
+
+
+BROKEN = [
+    Broken("an adapter", only("adapter_config.json", '{"base_model_name_or_path": "me/base"}'),
+           "is an adapter, not a model.*me/base"),
+    Broken("GGUF", only("model.gguf"), "holds GGUF"),
+    Broken("no config", lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    Broken("no model_type", only("config.json"), "names no model_type"),
+    Broken("quantised", changed(quantization_config={"quant_method": "gptq", "bits": 4}),
+           "quantised .gptq."),
+    Broken("an encoder", changed(model_type="bert"), "bert is an encoder"),
+    Broken("an encoder-decoder", changed(model_type="t5", is_encoder_decoder=True),
+           "t5 is an encoder-decoder"),
+    Broken("its own code", changed(model_type="mymodel", auto_map={"AutoModel": "m.M"}),
+           "model_type mymodel .* needs its own code .auto_map.: trust_remote_code is off"),
+    Broken("unknown", changed(model_type="mymodel"), "model_type mymodel .* is unknown"),
+    Broken("no language model", changed(model_type="vit"), "vit .* is no decoder-only"),
+    Broken("no weights", lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    Broken("half weights", cut, "weights in .* are damaged"),
+    Broken("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(),
+           "has no tokenizer", train=False),
+    Broken("ids beyond the embedding", changed(vocab_size=100), "ids up to .* has 100 rows"),
+    Broken("no end of sequence", no_end, "has no end-of-sequence token"),
+    Broken("nonsense", changed(num_attention_heads="many"), "config.json cannot be used"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
+def test_every_command_refuses_a_broken_model_folder_in_the_same_words(
+    case: Broken, sound: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    rows = tmp_path / "reviews.csv"
+    rows.write_text("label,text\n" + "".join(f"{y},{text}\n" for text, y in reviews(40)))
+    data = {"train": str(rows), "cutoff": 256}
+    config = tiny_config(folder, data=data, train={"max_steps": 1})
+    run = prepare_run(tmp_path / "run", sound)
+    case.break_(folder)
+    with pytest.raises(RequestError, match=case.says) as asked:
+        check_model(config)  # plan, submit and its --dry-run
+    with pytest.raises(RequestError, match=case.says) as prepared:
+        prepare.run(RunPaths(tmp_path / "new"), config)
+    assert str(prepared.value) == str(asked.value)
+    assert not (tmp_path / "new" / "prepare").exists()
+    found: Inputs = inputs(config)
+    text = " ".join(f.text for f in check_inputs(found, Request(ClusterConfig(), config)))
+    assert str(asked.value) in text or found.problem, text
+    if case.train:
+        with pytest.raises(RequestError) as trained:
+            take_the_way(None, config, folder, 40)
+        assert str(trained.value) == str(asked.value)
+    assert run.tokens.is_file()
+
+
+def test_a_sound_folder_is_admitted_and_its_answer_kept(sound: Path, tmp_path: Path) -> None:
+    config = tiny_config(sound, data={"cutoff": 256})
+    assert check_model(config) == ()
+    (kept,) = (tmp_path / "cache" / "door").iterdir()
+    kept.write_text('{"problem": "", "notes": ["from the cache"]}')
+    assert check_model(config) == ("from the cache",)
+
+
+def load(folder: Path) -> Any:
+    from yelp_hpc.models.load import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+TEMPLATE = "Review: {review}\nOutput: {label}"
+
+
+def test_special_tokens_in_a_review_are_text_and_in_the_template_tokens(sound: Path) -> None:
+    tokenizer = load(sound)
+    end = tokenizer.eos_token_id
+    encode = Encoder(tokenizer, TEMPLATE)
+    spelled, plain = encode(["Review: a<eos>b\nOutput: 3", "Review: ab\nOutput: 3"])
+    assert end not in spelled
+    assert tokenizer.decode(spelled) == "Review: a<eos>b\nOutput: 3"
+    assert plain == tokenizer("Review: ab\nOutput: 3")["input_ids"]
+    chat = Encoder(tokenizer, "<eos>Review: {review}<eos>\nOutput: {label}")
+    (ids,) = chat(["<eos>Review: a<eos>b<eos>\nOutput: 3"])
+    assert ids.count(end) == 2
+    assert tokenizer.decode(ids) == "<eos>Review: a<eos>b<eos>\nOutput: 3"
+    assert chat.spelled("x<eos>y<pad>") == ["<pad>", "<eos>"]
+
+
+def test_what_a_tokenizer_appends_is_left_off(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    tokenizer = load(folder)
+    plain = Encoder(tokenizer, TEMPLATE)(["Review: ab\nOutput: 3"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    again = load(folder)
+    assert again("ab")["input_ids"][-1] == again.eos_token_id
+    texts = ["Review: ab\nOutput: 3", "Review: a<eos>b\nOutput: 3"]
+    found = Encoder(again, TEMPLATE)(texts)
+    assert found[0] == plain[0]
+    assert again.eos_token_id not in found[1]
+
+
+def test_prepare_counts_reviews_that_spell_special_tokens(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "reviews.csv"
+    texts = [f"{y},{text}\n" for text, y in reviews(60)]
+    rows.write_text("label,text\n3,good <eos> food\n" + "".join(texts))
+    config = tiny_config(sound, data={"train": str(rows), "test_rows": 20, "cutoff": 256})
+    run = RunPaths(tmp_path / "run")
+    write_json(run.run_json, {})
+    prepare.run(run, config)
+    assert "1 reviews spell special tokens (<eos>): kept as text" in capsys.readouterr().err
+    assert read_json(run.tokens)["eos_id"] == 1
