@@ -1,1 +1,1 @@
-"""What Slurm says of the site, and the settings that `init` makes of it."""
+"""What is known of the jobs of a run, and how `--wait` follows them to their end."""
