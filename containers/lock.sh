@@ -1,7 +1,13 @@
 #!/bin/bash
 # Regenerate cpu.lock and cuda.lock from pyproject.toml with pip-compile (pip install pip-tools).
 # The index is pip's own configuration; neither its name nor any path is written into a lock.
+#
+#   containers/lock.sh                the sets of a release
+#   containers/lock.sh --index URL    cuda.lock alone, with the torch of an index of PyTorch's for an
+#                                     older driver (…/whl/cu126); TORCH=VERSION where it has no newer
 set -euo pipefail
+INDEX=
+if [ "${1-}" = --index ]; then INDEX=${2:?an index of PyTorch is missing behind --index}; fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 TORCH=${TORCH:-2.13.0}
@@ -14,6 +20,12 @@ compile() {
         --extra job --extra demo --extra dev --extra docs -c "$pin" -o "$1" pyproject.toml
 }
 
+if [ -n "$INDEX" ]; then
+    PIP_EXTRA_INDEX_URL=$INDEX compile containers/cuda.lock
+    sed -i "1i # The GPU set with torch for an older driver. Made by containers/lock.sh --index." containers/cuda.lock
+    sed -i 's/^coverage==/coverage[toml]==/' containers/cuda.lock
+    exit
+fi
 # The CPU set needs a source of CPU builds of torch in pip's configuration (find-links or an index).
 compile containers/cpu.lock
 sed -i 's/^torch==\([0-9.]*\)+cpu/torch==\1/' containers/cpu.lock

@@ -28,7 +28,7 @@ _HANDED_IN = (
     "HF_HUB_OFFLINE",
     "HF_ENDPOINT",
 )
-_PREFIXES = ("YELP_HPC_", "NCCL_")
+_PREFIXES = ("YELP_HPC_", "NCCL_", "PYTORCH_", "TORCH_", "NVIDIA_", "CUDA_")
 # where libraries keep what they download or compile, inside container.cache. The host's own HF_HOME
 # is not handed in: it holds the Hub's token.
 _CACHES = {

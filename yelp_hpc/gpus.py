@@ -16,6 +16,10 @@ from itertools import combinations, pairwise
 
 from yelp_hpc.errors import RequestError, nearest
 
+# What containers/cuda.lock needs: PyPI's torch is built with CUDA 13 (CUDA Toolkit release notes).
+OLDEST_CARD = (7, 5)
+OLDEST_DRIVER = 580
+
 
 @dataclass(frozen=True)
 class Card:

@@ -15,10 +15,16 @@ DEFAULTS = {
     # Performance Tuning on AWS Graviton Processors"): a step on a CPU takes 2 % less time and 8 %
     # more memory.
     "THP_MEM_ALLOC_ENABLE": "1",
+    # Micro-batches differ in size: segments that grow leave fewer holes ("CUDA semantics" of
+    # PyTorch's notes).
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
 
 def set_runtime_defaults() -> None:
     """Set what the user's environment does not; a process started later inherits it."""
+    older = "PYTORCH_CUDA_ALLOC_CONF"  # the name before torch 2.9: who set it meant it
     for name, value in DEFAULTS.items():
+        if name == "PYTORCH_ALLOC_CONF" and older in os.environ:
+            continue
         os.environ.setdefault(name, value)

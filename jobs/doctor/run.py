@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError
+from yelp_hpc.gpus import OLDEST_DRIVER
 from yelp_hpc.image.check import driver_problems
 from yelp_hpc.jobs.chain import checked_run
 from yelp_hpc.jobs.doctor.facts import AllReduce, Image, Machine, NodeVisit
@@ -267,6 +268,9 @@ def check_allreduce(found: AllReduce, request: Request, machine: Machine) -> Ite
         text = problems[0].replace("the image", "torch").replace("this host", "this node")
         image = request.cluster.container
         build = f"python -m yelp_hpc image build {image.image} --cuda" if image else _CUDA_PACKAGES
+        if found.cuda:  # the same set again would not run either
+            text += f"; cuda.lock needs driver {OLDEST_DRIVER} or newer"
+            build = f"bash containers/lock.sh --index URL && {build}"
         yield command("CUDA", "failure", text, build)
     elif driver and found.cuda:
         yield ok("CUDA", f"torch {found.torch} for CUDA {found.cuda}, driver up to {driver.cuda}")

@@ -173,6 +173,13 @@ def test_a_card_that_is_too_small_or_knows_no_bf16_is_said() -> None:
     assert "lower train.max_tokens or train.precision" in "\n".join(plan.notes)
 
 
+def test_a_card_that_the_image_does_not_know_gets_no_time() -> None:
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["data.train_rows=320"]).config
+    plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("v100"))
+    assert plan.train_seconds is None and plan.infer_seconds is None
+    assert "CUDA 13" in "\n".join(plan.notes) and "driver 580" in "\n".join(plan.notes)
+
+
 def test_a_probe_gives_times_in_proportion_to_the_tokens() -> None:
     config = tiny_config(Path("m"))
     lengths = Lengths([20] * 80, [], [30] * 40, 5, "")

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from yelp_hpc.data.packing import plan_microbatches
+from yelp_hpc.models.packed import attention
 from yelp_hpc.models.packed.attention import Layout, attend, attend_varlen
 from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
 from yelp_hpc.models.packed.dropout import use_sequence_dropout
@@ -258,6 +259,17 @@ def test_padded_rows_and_variable_length_arguments_agree(prefix_length: int) -> 
     key, value = (torch.randn(layout.total, 2, 8, dtype=torch.float64) for _ in range(2))
     expected = attend_varlen(varlen_reference, query, key, value, layout, scale=0.3)
     torch.testing.assert_close(attend(query, key, value, layout, scale=0.3), expected)
+
+
+def test_a_variable_length_kernel_that_does_not_run_is_said_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a CPU torch has the function and no kernel behind it."""
+    kernel = attention._varlen_kernel
+    kernel.cache_clear()
+    found = [kernel(torch.device("cpu"), 8, torch.float16) for _ in range(2)]
+    assert found == [None, None]
+    assert capsys.readouterr().err.count("variable-length kernel does not run: ") == 1
 
 
 def test_pack_lays_out_prefix_then_remainders() -> None:

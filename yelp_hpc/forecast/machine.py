@@ -15,7 +15,7 @@ from yelp_hpc.forecast.memory import (
 )
 from yelp_hpc.forecast.model_shape import ModelShape
 from yelp_hpc.forecast.work import Load, Work
-from yelp_hpc.gpus import Card
+from yelp_hpc.gpus import OLDEST_CARD, OLDEST_DRIVER, Card
 
 # Share of a card's dense peak that training reaches. An assumption: `--efficiency` changes it, a
 # probe replaces it.
@@ -87,6 +87,13 @@ def on_card(
 ) -> Times:
     """On a card of the table, at a share of its peak."""
     notes = []
+    if card.capability < OLDEST_CARD:
+        notes.append(
+            f"CUDA 13, which the image is built with, does not run on a {card.name}: it needs "
+            f"compute capability {OLDEST_CARD[0]}.{OLDEST_CARD[1]} and driver {OLDEST_DRIVER}. "
+            "`containers/lock.sh --index URL` makes a lock for an older CUDA"
+        )
+        return Times(f"{load.ranks} × {card.label}", train, infer, notes=tuple(notes))
     rates = [card.rate(p) for p in (config.train.precision, config.infer.precision)]
     for rate, key in zip(rates, ("train.precision", "infer.precision"), strict=True):
         if rate is None:

@@ -84,6 +84,7 @@ def reproduce(run_json: str | Path, new_run_dir: str | Path) -> Reproduction:
     loaded = LoadedConfig(config, values, {})
     run = record_run(target.root, loaded, str(source), [])
     update_run(run, reproduces={"created": record.get("created"), "code": record.get("code")})
+    _take_budgets(RunPaths(source.parent), run)
     config_file = run.root / CONFIG_NAME
     head = "# Written by `reproduce`: the whole configuration of the run that is repeated.\n"
     text = head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -92,6 +93,13 @@ def reproduce(run_json: str | Path, new_run_dir: str | Path) -> Reproduction:
     submissions = read_jsonl(RunPaths(source.parent).submissions)
     local = {line.get("executor") for line in submissions} == {"local"}
     return Reproduction(run, config_file, warnings, local)
+
+
+def _take_budgets(first: RunPaths, run: RunPaths) -> None:
+    """Have the new run cut its batches as the first one did, a lowered budget included."""
+    if first.budgets.is_file() and not run.budgets.exists():
+        run.train.mkdir(parents=True, exist_ok=True)
+        write_bytes(run.budgets, first.budgets.read_bytes())
 
 
 def _check_local_files(source: Path, config: Config) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from yelp_hpc.progress import say
 
 IMPLEMENTATION = "yelp_packed"
 
@@ -294,7 +296,7 @@ def attend(
     half = query.dtype in (torch.float16, torch.bfloat16)
     fits = dropout == 0.0 and plain and not layout.tree and not (band and band.chunked)
     if query.is_cuda and half and fits and key.shape[-1] == value.shape[-1]:
-        kernel = _varlen_kernel()
+        kernel = _varlen_kernel(query.device, query.shape[-1], query.dtype)
         if kernel is not None:
             window = None if band is None else band.size
             return attend_varlen(kernel, query, key, value, layout, scale, window)
@@ -384,11 +386,21 @@ def attend_varlen(
     return out
 
 
-def _varlen_kernel() -> Any:
-    """torch's variable-length attention, or None where this torch has none."""
+@cache
+def _varlen_kernel(device: torch.device, head_dim: int, dtype: torch.dtype) -> Any:
+    """torch's variable-length attention, or None where it does not run; tried once a process."""
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+
+        ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        made = torch.zeros(8, 2, head_dim, dtype=dtype, device=device, requires_grad=True)
+        options: Any = {"scale": 1.0, "window_size": (-1, 0), "enable_gqa": False}
+        kernel: Any = varlen_attn
+        with torch.enable_grad():
+            kernel(made, made, made, ends, ends, 5, 5, **options).sum().backward()
+    except Exception as error:  # the import, the signature, the card, the head size, the format
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        say(f"attention: padded rows, for torch's variable-length kernel does not run: {reason}")
         return None
     return varlen_attn
 

@@ -49,8 +49,10 @@ class DropoutContext:
         """Draw for this micro-batch inside the block (forward and backward)."""
         owners = (_PREFIX, *rows)
         seeds = torch.tensor([derive_seed(self.seed, step, owner) for owner in owners])
-        lengths = torch.tensor([batch.prefix_length, *batch.lengths])
-        of_token = torch.repeat_interleave(seeds, lengths).to(batch.input_ids.device)
+        lengths = (batch.prefix_length, *batch.lengths)
+        of_token = torch.repeat_interleave(
+            seeds, torch.tensor(lengths), output_size=sum(lengths)
+        ).to(batch.input_ids.device)
         self.keys = token_keys(of_token, batch.position_ids)
         self.selected = self.keys.index_select(0, batch.select)
         self.layout = batch
