@@ -261,6 +261,11 @@ def verdict(failed: list[tuple[_Rank, int]]) -> YelpHpcError:
                 how += " (out of memory?)"
         tail = _tail(rank.log)
         return StageError(f"rank {rank.rank} {how}{where}" + (f"\n{tail}" if tail else ""))
+    if report.get("node_fault"):
+        return SavedForRequeue(
+            f"rank {rank.rank} on node {socket.gethostname()}: {report['message']}{where}\n"
+            "  a fault of that node: what the last checkpoint holds is kept; run it again elsewhere"
+        )
     if report["exit_code"] != RequestError.exit_code:
         return StageError(f"rank {rank.rank}: {report['message']}{where}")
     with suppress(OSError), rank.log.open("a") as log:  # the rank itself is silent then

@@ -22,6 +22,12 @@ from yelp_hpc.ranks.child import die_with_parent
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 SAVED = SavedForRequeue.exit_code
+# What the hardware or the network of a node did, in the words of the driver, CUDA and NCCL.
+_NODE_FAULT = re.compile(
+    r"uncorrectable ECC|\bXid\b|GPU is lost|fallen off the bus|ncclSystemError|ncclRemoteError|"
+    r"ncclUnhandledCudaError|CUDA error: (unknown error|unspecified launch|hardware stack)",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -106,6 +112,7 @@ def _leave_report(error: BaseException) -> int:
         re.search(r"gloo|nccl|connection (closed|reset)|process ?group|broken pipe", text, re.I)
     )
     report = {
+        "node_fault": not known and bool(_NODE_FAULT.search(text)),
         "message": text if known else text.strip()[:2000],
         "exit_code": code,
         "peer_lost": peer_lost,
