@@ -207,7 +207,10 @@ class TrainConfig(Frozen):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate, from its peak to 0"
     )
-    warmup_steps: int = Field(20, ge=0, description="steps in which the rate rises from 0")
+    warmup_steps: Auto | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="steps in which the rate rises from 0; auto: 20, a tenth of the steps at most",
+    )
     epochs: int = Field(1, ge=1, description="how often each training row is seen")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps")
     global_batch: int = Field(32, ge=1, description="sequences an optimizer step, over all ranks")
@@ -244,6 +247,10 @@ class TrainConfig(Frozen):
     save_every_minutes: float = Field(10, gt=0, description="… minutes, whichever is first")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a training of so many steps."""
+        return min(20, steps // 10) if self.warmup_steps == "auto" else self.warmup_steps
 
 
 FREE_TRAIN_SETTINGS = frozenset(

@@ -40,6 +40,7 @@ from yelp_hpc.jobs.doctor.run import (
     check_job_side,
     check_run,
     check_seen,
+    check_sense,
     check_visit,
 )
 from yelp_hpc.jobs.doctor.slurm import check_slurm
@@ -186,6 +187,7 @@ def _host_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
         yield from check_image(facts, request, lock_hashes(), __version__)
     if found:
         yield from check_inputs(found, request)
+    yield from check_sense(request)
 
 
 def _node_side(

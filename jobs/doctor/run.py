@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from yelp_hpc.data.sense import warnings
 from yelp_hpc.errors import RequestError
 from yelp_hpc.gpus import OLDEST_DRIVER
 from yelp_hpc.image.check import driver_problems
 from yelp_hpc.jobs.chain import checked_run
+from yelp_hpc.jobs.cluster import minutes
 from yelp_hpc.jobs.doctor.facts import AllReduce, Image, Machine, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, command, config_line, ok
 from yelp_hpc.jobs.doctor.probes import seen
@@ -57,6 +59,20 @@ def check_job_side(python: str, missing: Sequence[str]) -> Finding:
     text = f"jobs would run on {python}, which has no {', '.join(missing)}; no image is named"
     remedy = "container: {image: yelp_hpc.sif}"
     return config_line("job side", "failure", text, remedy)
+
+
+def check_sense(request: Request) -> Iterator[Finding]:
+    """What the configuration asks for that is legal but senseless, as far as it tells the rows."""
+    config = request.config
+    if config is None:
+        return
+    time = request.cluster.resources("train").time
+    drawn = config.data.train_rows
+    rows = drawn and round(drawn * (1 - config.data.validation_share))
+    limit = minutes(time) if time else None
+    for warning in warnings(config, rows, config.data.test_rows, limit):
+        text, _, remedy = warning.rpartition(": ")
+        yield config_line("sense", "warning", text, remedy)
 
 
 def _shown(value: object) -> str:

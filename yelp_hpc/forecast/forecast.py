@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.sense import warnings
 from yelp_hpc.forecast.machine import EFFICIENCY, Probe, Times, measured, nowhere, on_card
 from yelp_hpc.forecast.memory import (
     BYTES,
@@ -138,7 +139,8 @@ def forecast(
         times = on_card(card, config, shape, load, training, scoring, efficiency)
     else:
         times = nowhere(training, scoring)
-    notes = [*times.notes]
+    senseless = warnings(config, len(lengths.train), len(lengths.test))
+    notes = [*senseless, *times.notes]
     if ranks > work.pieces:
         notes.append(
             f"{ranks} ranks share {work.pieces} micro-batches a step, the others wait: set "

@@ -251,13 +251,14 @@ def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | N
     lora, train, data = config.lora, config.train, config.data
     rows = (record.get("data") or {}).get("rows") or {}
     steps = f", at most {train.max_steps} steps" if train.max_steps else ""
+    warm = "at most 20" if train.warmup_steps == "auto" else str(train.warmup_steps)
     counted = ", ".join(f"{count:,} {name}" for name, count in rows.items())
     facts = [
         f"Data: {data_name(config)}" + (f"; {config.task.noun}s: {counted}" if counted else ""),
         f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, on "
         + (", ".join(f"`{name}`" for name in lora.target) if lora.target else "the attention"),
         f"AdamW, peak learning rate {train.learning_rate:g} ({train.schedule}, "
-        f"{train.warmup_steps} warm-up steps), weight decay {train.weight_decay:g}",
+        f"{warm} warm-up steps), weight decay {train.weight_decay:g}",
         f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}{steps}, "
         f"{train.global_batch} sequences an optimizer step, at most {data.cutoff} tokens each",
         f"Base weights in {config.model.precision}, computed in {train.precision}; "

@@ -19,6 +19,7 @@ from yelp_hpc.data.encoding import Encoder
 from yelp_hpc.data.prepared import PreparedSets
 from yelp_hpc.data.prompt import Prompt
 from yelp_hpc.data.sampling import conflicting, duplicates, split_rows, text_keys
+from yelp_hpc.data.sense import warnings
 from yelp_hpc.data.sources import Table, read_source
 from yelp_hpc.progress import say, track
 from yelp_hpc.rundir.files import damaged_files, read_marker, sweep, write_json, write_marker
@@ -123,6 +124,8 @@ def run(paths: RunPaths, config: Config) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in summary["rows"].items())
     mean = sum(summary["tokens"].values()) / sum(summary["rows"].values())
     say(f"prepare: {counts} rows, {mean:.0f} tokens each, {len(prefix)} of them shared by all")
+    for warning in warnings(config, summary["rows"]["train"], summary["rows"]["test"]):
+        say(f"prepare: warning: {warning}")
     noun = config.task.noun
     if sets.truncated:
         say(f"prepare: {sets.truncated} {noun}s over {config.data.cutoff} tokens lost their end")

@@ -276,12 +276,13 @@ def build(
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
     )
+    warm = settings.warmup(plan.steps)
     if settings.schedule == "constant":
-        schedule = get_constant_schedule_with_warmup(optimizer, settings.warmup_steps)
+        schedule = get_constant_schedule_with_warmup(optimizer, warm)
     else:
         cosine = settings.schedule == "cosine"
         shape = get_cosine_schedule_with_warmup if cosine else get_linear_schedule_with_warmup
-        schedule = shape(optimizer, settings.warmup_steps, plan.steps)
+        schedule = shape(optimizer, warm, plan.steps)
     return Training(
         config=config,
         paths=paths,
