@@ -12,6 +12,7 @@ import pytest
 
 from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.evaluation import charts as charts
+from yelp_hpc.evaluation.outcome import print_outcome
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect
 
@@ -134,3 +135,21 @@ frame.onload = () => {{
     assert int(found[4]) == 0
     errors = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     assert errors == []
+
+
+def test_the_table_fits_80_columns_and_uses_120(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = make_run(tmp_path / "run")
+    metrics = collect(run, config)
+    shown = {}
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        capsys.readouterr()
+        print_outcome(metrics)
+        shown[width] = capsys.readouterr().out
+        assert max(map(len, shown[width].splitlines())) <= width
+        for title in ("mean absolute error (stars)", "calibration error (ECE)", "tuned − base"):
+            assert title in shown[width], shown[width]  # no word is broken
+    assert "±" in shown[80] and "[" not in shown[80] and "[" in shown[120]
+    assert "report's way" not in shown[80]  # every answer was one of the labels

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -296,6 +297,12 @@ def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> 
 
     rows = [(key, value_of(key), loaded.origin.get(key, "default")) for key in dotted_keys(Config)]
     widths = [min(48, max(len(row[i]) for row in rows)) for i in (0, 1)]
+    if sys.stdout.isatty():  # a long value, the prompt's, is cut to the terminal; --json has all
+        rows = [(key, value, origin.rpartition("/")[2]) for key, value, origin in rows]
+        last = max(len(origin) for _, _, origin in rows)
+        room = shutil.get_terminal_size().columns - widths[0] - last - 4
+        widths[1] = max(12, min(widths[1], room))
+        rows = [(k, v if len(v) <= widths[1] else f"{v[: widths[1] - 1]}…", o) for k, v, o in rows]
     for key, value, origin in rows:
         click.echo(plain(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}"))
 

@@ -5,10 +5,14 @@ Reads the content of metrics.json; the report page shows the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from yelp_hpc.evaluation.metrics import AVERAGES, TOP
+
+WIDE = 100
+"""Columns from which the ends of an interval are shown, not half its width."""
 
 
 def figure(value: float | int | None, signed: bool = False) -> str:
@@ -25,6 +29,11 @@ def interval(ends: list[float] | None) -> str:
     return "" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
+def plus_minus(ends: list[float] | None) -> str:
+    """`±0.029`: half the width of an interval, for where there is little room."""
+    return "" if ends is None else f"±{(ends[1] - ends[0]) / 2:.3f}"
+
+
 def _get(model: Mapping[str, Any], key: str) -> Any:
     """A value of a model's metrics by dotted name."""
     value: Any = model
@@ -33,8 +42,14 @@ def _get(model: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def outcome_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
-    """`(name, [(value, interval) for each model], tuned minus base)` for each line."""
+def outcome_rows(
+    metrics: Mapping[str, Any], spread: Callable[[list[float] | None], str] = interval
+) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """`(name, [(value, interval) for each model], tuned minus base)` for each line.
+
+    Args:
+        spread: how an interval is written.
+    """
     models = metrics["models"]
     comparison = metrics.get("comparison") or {}
     task = metrics["task"]
@@ -47,7 +62,10 @@ def outcome_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, 
         (f"answers outside 0-{last}", "outside"),
         ("accuracy", "accuracy"),
         *((f"F1 {average}", f"f1.{average}") for average in AVERAGES),
-        *((f"F1 {average}, report's way", f"f1_report.{average}") for average in AVERAGES),
+        *(
+            (f"F1 {average}, report's way", f"f1_report.{average}")
+            for average in (AVERAGES if conventions_differ(metrics) else ())
+        ),
         *((f"true label among the {k} best", f"top_k.{k}") for k in TOP if k <= last),
         (f"mean absolute error ({unit})", "mae"),
         ("within one star" if unit == "stars" else "within one class", "within_one"),
@@ -60,11 +78,11 @@ def outcome_rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, 
             continue  # of scores or of an order that this task has not
         cells = []
         for model in models.values():
-            cells.append((figure(_get(model, key)), interval(model["ci95"].get(key))))
+            cells.append((figure(_get(model, key)), spread(model["ci95"].get(key))))
         difference = (comparison.get("difference") or {}).get(key)
         shown = ""
         if difference:
-            shown = f"{figure(difference['value'], signed=True)} {interval(difference['ci95'])}"
+            shown = f"{figure(difference['value'], signed=True)} {spread(difference['ci95'])}"
         rows.append((title, cells, shown))
     return rows
 
@@ -100,6 +118,11 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     return text
 
 
+def conventions_differ(metrics: Mapping[str, Any]) -> bool:
+    """Whether an answer was unparsed or stray, so that the report's F1 is another than ours."""
+    return any(m["unparsed"] or m["outside"] for m in metrics["models"].values())
+
+
 def print_outcome(metrics: Mapping[str, Any]) -> None:
     """Print the table to standard output."""
     from rich import box
@@ -107,6 +130,9 @@ def print_outcome(metrics: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE  # a log file has no width
+    wide = console.width >= WIDE
     models = list(metrics["models"])
     table = Table(title="Outcome on the test set, 95 % bootstrap intervals", box=box.SIMPLE_HEAD)
     table.add_column("")
@@ -115,13 +141,13 @@ def print_outcome(metrics: Mapping[str, Any]) -> None:
     both = len(models) == 2
     if both:
         table.add_column("tuned − base", justify="right")
-    for title, cells, difference in outcome_rows(metrics):
+    for title, cells, difference in outcome_rows(metrics, interval if wide else plus_minus):
         values = [f"{value} {ends}".strip() for value, ends in cells]
         table.add_row(title, *values, *([difference] if both else []))
-    if not console.is_terminal:
-        console.width = 120  # a log file has no width; do not fold the table at 80
     console.print(table)
-    if both:
-        console.print(mcnemar_sentence(metrics["comparison"]), soft_wrap=True)
-    console.print(baseline_sentence(metrics), soft_wrap=True, markup=False)
-    console.print(metrics["report"]["why_conventions_differ"], soft_wrap=True)
+    notes = [mcnemar_sentence(metrics["comparison"])] if both else []
+    notes.append(baseline_sentence(metrics))
+    if conventions_differ(metrics):
+        notes.append(metrics["report"]["why_conventions_differ"])
+    for note in notes:  # wrapped at words
+        console.print(note, markup=False, highlight=False)
