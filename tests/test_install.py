@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.jobs.snapshot import freeze
-from yelp_hpc.own_files import version
+from yelp_hpc.own_files import package_files, version
 from yelp_hpc.rundir.paths import RunPaths
 
 ROOT = Path(__file__).parent.parent
@@ -53,20 +53,13 @@ def installed(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def files_of(folder: str) -> set[str]:
-    """Below `folder` of the repository, named as they are installed."""
-    found = (path for path in (ROOT / folder).rglob("*") if path.is_file())
-    return {f"{path.relative_to(ROOT)}" for path in found if "__pycache__" not in path.parts}
-
-
 def test_the_wheel_holds_one_name_and_all_of_it(installed: Path) -> None:
     tops = {path.name for path in installed.iterdir()}
     assert tops == {"yelp_hpc", f"yelp_hpc-{version()}.dist-info"}
     names = {f"{path.relative_to(installed)}" for path in installed.rglob("*") if path.is_file()}
-    wanted = {f"yelp_hpc/{name}" for name in files_of("jobs")}
-    wanted |= {f"yelp_hpc/share/{name}" for name in files_of("configs") | files_of("containers")}
-    wanted |= {"yelp_hpc/share/Apptainer.def", "yelp_hpc/py.typed"}
-    wanted |= files_of("yelp_hpc")
+    wanted = {str(path) for path in package_files()}  # through the links of the checkout
+    assert {"yelp_hpc/jobs/status.py", "yelp_hpc/share/containers/cpu.lock"} <= wanted
+    assert {"yelp_hpc/share/configs/demo.yaml", "yelp_hpc/share/Apptainer.def"} <= wanted
     assert wanted <= names
     assert not [path for path in installed.rglob("*") if path.is_symlink()]
 

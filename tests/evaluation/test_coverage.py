@@ -271,3 +271,12 @@ def test_the_whole_message_of_a_run_in_which_everything_went_wrong(run: RunPaths
         f"  rm {folder}/shard-*-of-0099.parquet",
         f"  python -m yelp_hpc run infer --run {run.root} --model tuned",
     ]
+
+
+def test_rows_that_no_shard_holds_are_mended_by_the_whole_model(run: RunPaths) -> None:
+    rewrite(run.shard("tuned", 1, SHARDS), lambda table: table.slice(1))
+    coverage = cover(run)
+    coverage.damaged.clear()  # a shard that is whole as far as its file tells
+    infer = f"python -m yelp_hpc run infer --run {run.root} --model tuned"
+    assert coverage.mend() == [infer]
+    assert cover(run, SHARDS).codes.tolist().count(MISSING) >= 1

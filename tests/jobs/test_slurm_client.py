@@ -212,3 +212,12 @@ def test_a_refusal_names_a_key_that_exists(said: str, key: str) -> None:
 def test_tokens_are_left_out() -> None:
     env = {"HF_TOKEN": "x", "HUGGING_FACE_HUB_TOKEN": "y", "HF_HOME": "/z"}
     assert without_tokens(env) == {"HF_HOME": "/z"}
+
+
+def test_what_slurm_does_not_say_is_not_made_up() -> None:
+    (row,) = slurm.parse_queue("7|PENDING|(Odd_Reason)||0:00|1:00|N/A|\n")
+    assert row == Row("7", "PENDING", "(Odd_Reason)", "", "0:00", "1:00", 0)
+    assert slurm.reason_in_words(row.reason) == "Odd_Reason"
+    assert slurm.reason_in_words("(ReqNodeNotAvail, May be reserved)").startswith(
+        "the nodes it asks"
+    )
