@@ -10,12 +10,25 @@ from yelp_hpc.errors import RequestError
 
 # The MLP has a gate beside its two projections, but not in these.
 _UNGATED = frozenset({"gpt2", "gpt_neox", "gpt_bigcode", "opt", "phi", "falcon", "bloom"})
+# transformers ties the two embeddings of these where config.json does not say; it leaves out what
+# is its default.
+_TIED = frozenset({
+    "biogpt", "bloom", "cohere", "cohere2", "cohere2_moe", "ctrl", "ernie4_5", "ernie4_5_moe",
+    "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text",
+    "gemma4", "gemma4_text", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese",
+    "granite_swa", "jetmoe", "lfm2", "lfm2_moe", "lfm3", "mamba", "minicpm3", "modernbert-decoder",
+    "mpt", "openai-gpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "trocr", "vaultgemma",
+    "xglm", "youtu", "zamba", "zamba2", "zaya",
+})  # fmt: skip
 _NAMES = {
-    "hidden": ("hidden_size", "n_embd"),
-    "layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "heads": ("num_attention_heads", "n_head"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
     "vocabulary": ("padded_vocab_size", "vocab_size"),
 }
+# State spaces without attention: counted as if one head did their work.
+_HEADLESS = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
+_FEW_HEADS = 1
 # config.json of models that configs/ names, so that a plan needs no download.
 KNOWN: dict[str, dict[str, Any]] = {
     "THUDM/chatglm3-6b-base": {
@@ -110,25 +123,35 @@ def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:
     Raises:
         RequestError: names every size that is missing or no positive whole number.
     """
+    inside = config.get("text_config")
+    if isinstance(inside, Mapping):  # a wrapper for images or sound around the language model
+        config = {"tie_word_embeddings": config.get("tie_word_embeddings"), **inside}
+    kind = str(config.get("model_type", ""))
     problems: list[str] = []
 
     def size(names: Sequence[str], default: int | None = None) -> int:
         value = next((config[name] for name in names if config.get(name) is not None), default)
+        if isinstance(value, list) and value and all(isinstance(one, int) for one in value):
+            value = max(value)  # a width a layer
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{names[0]} is {value!r}")
             return 1
         return value
 
-    found = {key: size(names) for key, names in _NAMES.items()}
+    found = {
+        key: size(names, _FEW_HEADS if key == "heads" and kind in _HEADLESS else None)
+        for key, names in _NAMES.items()
+    }
     hidden, heads = found["hidden"], found["heads"]
     chatglm = config.get("model_type") == "chatglm"
-    grouped = ("multi_query_group_num",) if chatglm else ("num_key_value_heads",)
-    groups = size(grouped, heads)
+    grouped = ("multi_query_group_num",) if chatglm else ("num_key_value_heads", "num_kv_heads")
+    one = kind in ("falcon", "gpt_bigcode") and config.get("multi_query", True)
+    groups = 1 if one and not config.get("new_decoder_architecture") else size(grouped, heads)
     head_dim = size(("kv_channels", "head_dim"), max(1, hidden // heads))
-    inner = size(("ffn_hidden_size", "intermediate_size", "n_inner"), 4 * hidden)
+    inner = size(("ffn_hidden_size", "intermediate_size", "n_inner", "ffn_dim"), 4 * hidden)
     if problems:
         raise RequestError(f"{where} does not describe a decoder: {', '.join(problems)}")
-    kind = str(config.get("model_type", ""))
+    tied = config.get("tie_word_embeddings")
     biases = (heads + 2 * groups) * head_dim if chatglm or kind == "qwen2" else 0
     return ModelShape(
         model_type=kind,
@@ -136,7 +159,7 @@ def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:
         groups=groups,
         head_dim=head_dim,
         inner=inner,
-        tied=bool(config.get("tie_word_embeddings", not chatglm and kind == "gpt2")),
+        tied=kind in _TIED if tied is None else bool(tied),
         gated=kind not in _UNGATED,
         bias=biases,
     )

@@ -23,6 +23,7 @@ from yelp_hpc.data.answer_tree import AnswerTree
 from yelp_hpc.data.packing import DataPlan, epoch_order
 from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.models.packed.dropout import DropoutContext
+from yelp_hpc.models.packed.proof import vocabulary_of
 from yelp_hpc.ranks.rank import StopRequest
 from yelp_hpc.ranks.world import World
 from yelp_hpc.rundir.files import append_jsonl
@@ -278,7 +279,7 @@ class Training:
     # --- faults -----------------------------------------------------------------------------
 
     def _check(self, step: int, loss: float) -> None:
-        uniform = math.log(self.model.config.vocab_size)  # the loss of guessing blindly
+        uniform = math.log(vocabulary_of(self.model))  # the loss of guessing blindly
         if not math.isfinite(loss):
             raise self._diverged(step, f"the loss is {loss}")
         if loss > 3 * uniform:
