@@ -14,7 +14,7 @@ from pathlib import Path
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.jobs.cluster import ClusterConfig, Container
-from yelp_hpc.jobs.site.client import without_tokens
+from yelp_hpc.jobs.site.client import program, without_tokens
 from yelp_hpc.rundir.manifest import absolute_paths
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
@@ -71,7 +71,7 @@ def inside(container: Container, run: Path, argv: list[str], env: Mapping[str, s
 
 
 def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[str]:
-    argv = ["apptainer", "exec", "--cleanenv", "--no-mount", "home,cwd"]
+    argv = [program("apptainer"), "exec", "--cleanenv", "--no-mount", "home,cwd"]
     argv += ["--nv"] if container.nv else []
     binds = [str(run), container.cache]
     handed = {k: v for k, v in env.items() if k in _HANDED_IN or k.startswith(_PREFIXES)}
@@ -100,16 +100,22 @@ def stage_environment(
         result["PYTHONNOUSERSITE"] = result.get("PYTHONNOUSERSITE", "")
         name = "HF_TOKEN"
     else:
-        name = "APPTAINERENV_HF_TOKEN"
+        name = f"{_into()}ENV_HF_TOKEN"
         own = {n: result[n] for n in cluster.container.env if n in result}
         result = {k: v for k, v in result.items() if not k.startswith(_INTO_IMAGE)}
-        result |= {f"APPTAINERENV_{n}": value for n, value in own.items()}
-        result.setdefault("APPTAINER_CACHEDIR", str(Path(cluster.container.cache, "apptainer")))
+        result |= {f"{_into()}ENV_{n}": value for n, value in own.items()}
+        result.setdefault(f"{_into()}_CACHEDIR", str(Path(cluster.container.cache, "apptainer")))
         if cluster.container.node_disk:  # where a node that cannot mount an image unpacks it
-            result.setdefault("APPTAINER_TMPDIR", cluster.container.node_disk)
+            result.setdefault(f"{_into()}_TMPDIR", cluster.container.node_disk)
     if stage == "publish" and token:
         result[name] = token
     return {key: value for key, value in result.items() if value}
+
+
+def _into() -> str:
+    """How the names begin that the container program reads."""
+    called = Path(program("apptainer")).name
+    return "SINGULARITY" if "singularity" in called else "APPTAINER"
 
 
 def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterConfig:

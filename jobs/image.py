@@ -13,6 +13,7 @@ from pathlib import Path
 from yelp_hpc.errors import StageError, all_problems
 from yelp_hpc.image.file import NO_APPTAINER, image_sha256
 from yelp_hpc.jobs.cluster import Container
+from yelp_hpc.jobs.site.client import program
 from yelp_hpc.rundir.files import atomic_path, sha256_file
 
 
@@ -44,7 +45,7 @@ def check_image(container: Container, expected: str | None) -> None:
             or the hash differs. All but the last are said at once.
     """
     problems = []
-    if shutil.which("apptainer") is None:
+    if shutil.which(program("apptainer")) is None:
         problems.append(NO_APPTAINER)
     image = Path(container.image)
     if not image.is_file():

@@ -121,7 +121,13 @@ def _qos_limits(
         )
         yield config_line("qos", "failure", text, f"{where}: {time_text(qos.max_minutes)}")
     nodes = want.nodes or 1
-    limits = [limit for limit in (qos.gpus_a_job, qos.gpus_a_user) if limit is not None]
+    limits = []
+    for total, typed in ((qos.gpus_a_job, qos.typed_a_job), (qos.gpus_a_user, qos.typed_a_user)):
+        if want.gpu_type in typed:
+            limits.append(typed[want.gpu_type])
+        of_another = want.gpu_type not in (None, *typed) and [total] == list(typed.values())
+        if total is not None and not of_another:
+            limits.append(total)
     if want.gpus and limits and want.gpus * nodes > min(limits):
         where = key(cluster, stage, "gpus")
         text = f"{where} is {want.gpus} on {nodes} nodes, but qos {qos.name} allows {min(limits)}"

@@ -45,7 +45,7 @@ from yelp_hpc.jobs.doctor.run import (
 )
 from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.preflight import MODULES, missing_modules, on_host_python
-from yelp_hpc.jobs.site.client import client
+from yelp_hpc.jobs.site.client import client, use_programs
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say as tell
@@ -81,6 +81,7 @@ def diagnose(
     Raises:
         RequestError: `on_node` inside an image or without Slurm; run.json cannot be read.
     """
+    use_programs(cluster.programs)
     place = Path(run or "runs").expanduser().absolute()
     record = _record(place)
     request = Request(cluster, config, place, record, config_file, run_named=run is not None)

@@ -36,6 +36,7 @@ from yelp_hpc.jobs.doctor.probes import (
     whole,
 )
 from yelp_hpc.jobs.doctor.request import Request, visible
+from yelp_hpc.jobs.site.client import use_programs
 from yelp_hpc.own_files import own_module
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.paths import RunPaths
@@ -144,9 +145,7 @@ def _wait(files: _Exchange, job: str, wait_seconds: float, say: Callable[[str], 
                     facts["requeue"] = _requeue(job)
                 gone = gone + 1 if rows == [] else 0
                 if gone > 2:  # seen in the queue late, its report later still: ask more than once
-                    return NodeVisit(
-                        problem=f"job {job} ended without a report", log=_log(files), **facts
-                    )
+                    return NodeVisit(problem=_ended(files, job), log=_log(files), **facts)
             if time.monotonic() > end:
                 why = f" (it waits: {shown.partition(': ')[2]})" if shown else ""
                 text = f"job {job} has not reported within {wait_seconds:.0f} s{why}; cancelled"
@@ -176,6 +175,14 @@ def _requeue(job: str) -> bool | None:
     return told == "1" if told else None
 
 
+def _ended(files: _Exchange, job: str) -> str:
+    text = f"job {job} ended without a report"
+    if files.has(files.hello) or _log(files):
+        return text
+    # Slurm could not even write the job's output there
+    return f"{text} or a word: the node does not see this folder, {files.folder.parent}"
+
+
 def _log(files: _Exchange) -> str:
     logs = sorted(files.folder.glob("*.out"), key=lambda path: path.stat().st_mtime)
     texts = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
@@ -189,6 +196,7 @@ def main(folder: Path) -> None:
     files = _Exchange(folder)
     request = read_json(files.request)
     cluster = ClusterConfig.model_validate(request["cluster"])
+    use_programs(cluster.programs)
     sent = time.time()
     write_json(files.hello, {"time": sent})
     answered = None

@@ -29,6 +29,7 @@ from yelp_hpc.image.check import info
 from yelp_hpc.image.file import image_sha256
 from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Image, Look, Machine, Quota
 from yelp_hpc.jobs.doctor.hub import hub
+from yelp_hpc.jobs.site.client import program
 from yelp_hpc.own_files import SHARE
 from yelp_hpc.rundir.files import MARKER, parse_json
 from yelp_hpc.rundir.manifest import package_versions
@@ -277,12 +278,12 @@ def _lock() -> str:
 
 def apptainer_version() -> str | None:
     """As `apptainer --version` says it; None where there is none."""
-    match = re.search(r"\d+(\.\d+)+", answer(["apptainer", "--version"]) or "")
+    match = re.search(r"\d+(\.\d+)+", answer([program("apptainer"), "--version"]) or "")
     return match[0] if match else None
 
 
 def _starter_suid() -> bool:
-    built = answer(["apptainer", "buildcfg"]) or ""
+    built = answer([program("apptainer"), "buildcfg"]) or ""
     match = re.search(r"^LIBEXECDIR=(.+)$", built, re.MULTILINE)
     return bool(match) and Path(match[1] if match else "", "apptainer/bin/starter-suid").is_file()
 

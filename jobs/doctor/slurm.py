@@ -243,7 +243,19 @@ def _preemption(
     slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
     for partition in partitions_of(slurm, cluster.resources(stage)):
-        if partition.preempted and not partition.grace_seconds and stage in ("train", "infer"):
+        if partition.preempted and partition.preempt_mode == "CANCEL":
+            text = (
+                f"partition {partition.name} cancels the jobs that it preempts: {stage} saves if "
+                "it is warned, and the chain waits for the same `submit` again"
+            )
+            yield advice("preemption", "warning", text, "name another partition, or submit again")
+        elif partition.preempted and partition.preempt_mode == "SUSPEND":
+            text = (
+                f"partition {partition.name} suspends the jobs that it preempts: {stage} goes on "
+                "later, its time limit stands still meanwhile"
+            )
+            yield advice("preemption", "warning", text, "nothing to do; `status` says suspended")
+        elif partition.preempted and not partition.grace_seconds and stage in ("train", "infer"):
             every = config.train.save_every_minutes if config else 10
             if every > 5:
                 text = (

@@ -38,7 +38,9 @@ class Partition(Frozen):
     deny_qos: tuple[str, ...] = ()
     qos: str | None = None
     preempted: bool = False
-    """Its jobs can be requeued for those of another."""
+    """Its jobs give way to those of another."""
+    preempt_mode: str = ""
+    """How: REQUEUE, CANCEL or SUSPEND."""
     grace_seconds: int = 0
 
 
@@ -70,6 +72,10 @@ class Qos(Frozen):
     max_minutes: int | None = None
     gpus_a_job: int | None = None
     gpus_a_user: int | None = None
+    """GPUs of any type."""
+    typed_a_job: dict[str, int] = Field(default={})
+    typed_a_user: dict[str, int] = Field(default={})
+    """GPU type → limit."""
     submitted_a_user: int | None = None
 
 
@@ -178,6 +184,7 @@ def parse_partitions(text: str) -> tuple[Partition, ...]:
             allow_qos=_names(record.get("AllowQos", "ALL")),
             deny_qos=_names(record.get("DenyQos", "")),
             qos=next(iter(_names(record.get("QoS", ""))), None),
+            preempt_mode=record.get("PreemptMode", "OFF").partition(",")[0].upper(),
             preempted=not record.get("PreemptMode", "OFF").startswith(("OFF", "GANG")),
             grace_seconds=_number(record.get("GraceTime", "")) or 0,
         )
@@ -246,6 +253,8 @@ def parse_qos(text: str) -> tuple[Qos, ...]:
                     max_minutes=time_limit(wall),
                     gpus_a_job=_gpus(job),
                     gpus_a_user=_gpus(user),
+                    typed_a_job=_typed_gpus(job),
+                    typed_a_user=_typed_gpus(user),
                     submitted_a_user=_number(submitted),
                 )
             )
@@ -290,5 +299,11 @@ def _number(text: str) -> int | None:
 
 
 def _gpus(tres: str) -> int | None:
-    match = re.search(r"gres/gpu(?::[^=,]+)?=(\d+)", tres)
-    return int(match[1]) if match else None
+    typed = _typed_gpus(tres)
+    if match := re.search(r"(?:^|,)gres/gpu=(\d+)", tres):
+        return int(match[1])
+    return next(iter(typed.values())) if len(typed) == 1 else None
+
+
+def _typed_gpus(tres: str) -> dict[str, int]:
+    return {kind: int(n) for kind, n in re.findall(r"(?:^|,)gres/gpu:([^=,]+)=(\d+)", tres)}

@@ -26,6 +26,7 @@ import pytest
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.image.build import build
 from yelp_hpc.jobs import slurm as client
+from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.own_files import SHARE
 
 HERE = Path(__file__).parent
@@ -125,6 +126,11 @@ def install(what: str, script: str) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"{what} cannot be installed: {done.stderr[-500:]}")
+
+
+def states_of(run: FakeRun) -> dict[str, str]:
+    """Job name → state, as `status` has it."""
+    return {line.name: line.state for line in collect_status(run.root, run.config)[0]}
 
 
 @pytest.fixture(scope="session")
