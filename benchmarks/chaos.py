@@ -5,8 +5,9 @@ Needs root and the cluster of `make cluster`:
     python benchmarks/chaos.py --rounds 20 --seed 1
 
 Each round trains the tiny model of the tests on two ranks, strikes it a few times at random moments
-(scontrol requeue, SIGUSR2, SIGTERM, a kill of a rank's process, of the supervisor or of the whole
-node, preemption without grace) and compares the adapter with that of the uninterrupted run. An
+(scontrol requeue, SIGUSR2, SIGTERM, a kill of the whole node, preemption without grace, suspend and
+resume, a moved time limit, a controller that goes away, a start whose clock was ahead, two more
+submissions at once) and compares the adapter with that of the uninterrupted run. An
 inference array runs beside it under kills, and every row of the test set is counted at the end.
 Prints rounds, faults by kind, lost rows, wrong hashes.
 """
@@ -18,10 +19,12 @@ import collections
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -40,14 +43,20 @@ from tests.cluster.conftest import (
 from tests.cluster.test_interruptions import write_config
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.jobs import slurm as client
+from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import read_jsonl, sha256_file
 from yelp_hpc.rundir.paths import RunPaths
 
-FAULTS = ("requeue", "USR2", "TERM", "node", "preempt", "shard-requeue", "shard-USR2")
+FAULTS = (
+    *("requeue", "USR2", "TERM", "node", "preempt", "shard-requeue", "shard-USR2"),
+    *("suspend", "limit", "controller", "clock", "submit"),
+)
 SHARDS = 4
 
 
-def strike(fault: str, cluster: Cluster, train: str, infer: str) -> bool:
+def strike(
+    fault: str, cluster: Cluster, train: str, infer: str, run: RunPaths, command: list[str]
+) -> bool:
     """Do one fault to what is running now; False when nothing was there to be hit."""
     job = infer if fault.startswith("shard") else train
     running = [row for row in client.queue([job]) if row.state == "RUNNING"]
@@ -60,11 +69,37 @@ def strike(fault: str, cluster: Cluster, train: str, infer: str) -> bool:
         cluster.sh("scancel", f"--signal={fault[-4:].strip('-')}", victim.job)
     elif fault == "preempt":
         cluster.preempt()
+    elif fault == "suspend":
+        cluster.sh("scontrol", "suspend", victim.job)
+        time.sleep(random.uniform(1, 4))
+        cluster.sh("scontrol", "resume", victim.job)
+    elif fault == "limit":
+        minutes = random.randint(2, 30)
+        cluster.sh("scontrol", "update", f"jobid={victim.job}", f"timelimit={minutes}")
+    elif fault == "controller":
+        cluster.stop_controller()
+        time.sleep(random.uniform(1, 8))
+        cluster.script("slurm_up.sh")
+    elif fault == "clock":
+        return skew(run)
+    elif fault == "submit":
+        again = [sys.executable, "-m", "yelp_hpc", *command]
+        started = [subprocess.Popen(again, stderr=subprocess.DEVNULL) for _ in range(2)]
+        if any(process.wait() == 0 for process in started):
+            raise SystemExit("a second chain was submitted beside the first")
     else:
         cluster.kill_node(victim.node, victim.job)
         wait_for(lambda: "down" in cluster.sh("sinfo", "-hN", "-o", "%T"), 60, "the node down")
         cluster.script("slurm_up.sh")
     return True
+
+
+def skew(run: RunPaths) -> bool:
+    """Have an ended start of train tell of a clock that was minutes ahead."""
+    ended = [attempt for attempt in attempts.read(run, "train") if attempt.ended]
+    if ended:
+        attempts.write(run, replace(ended[-1], started=ended[-1].started + 300))
+    return bool(ended)
 
 
 def kill_leftovers(run: Path) -> None:
@@ -97,7 +132,7 @@ def main() -> int:
         config.write_text(yaml.safe_dump(values))
         place = {"partition": "low0", "gpus": 4, "gpu_type": "rtx3090"}
         settings = {
-            "defaults": {"partition": "cpu", "memory": "500M", "time": "10"},
+            "defaults": {"partition": "cpu", "memory": "500M", "time": "10", "save_seconds": 30},
             "train": place,
         }
         where = top / "cluster.yaml"
@@ -111,18 +146,17 @@ def main() -> int:
         expected = sha256_file(reference.adapter / name)
         for round_ in range(options.rounds):
             run = RunPaths(copy_run(reference.root, top / f"round-{round_}"))
-            yelp_hpc(
-                *("submit", "all", "--config", str(config), "--cluster", str(where)),
-                *("--run", str(run.root)),
-            )
+            command = ["submit", "all", "--config", str(config), "--cluster", str(where)]
+            command += ["--run", str(run.root)]
+            yelp_hpc(*command)
             ids = {line["name"]: line["job"] for line in read_jsonl(run.submissions)}
             end = time.monotonic() + 240
             done = 0
             while done < options.faults and time.monotonic() < end:
                 time.sleep(random.uniform(1, 6))
                 fault = random.choice(FAULTS)
-                with suppress(YelpHpcError):
-                    if strike(fault, cluster, ids["train"], ids["infer-base"]):
+                with suppress(YelpHpcError, subprocess.CalledProcessError):
+                    if strike(fault, cluster, ids["train"], ids["infer-base"], run, command):
                         counts[fault] += 1
                         done += 1
                 if not client.queue([ids["train"]]):

@@ -45,7 +45,8 @@ SHIMS = {
     "squeue behind a cache": (
         "squeue",
         'key="$0.$(echo "$*" | md5sum | cut -c1-8)"\n[ -e "$key" ] && '
-        '[ $(($(date +%s) - $(stat -c %Y "$key"))) -lt 20 ] || "$REAL" "$@" > "$key" 2>/dev/null\ncat "$key"',
+        '[ $(($(date +%s) - $(stat -c %Y "$key"))) -lt 20 ] || '
+        '"$REAL" "$@" > "$key" 2>/dev/null\ncat "$key"',
     ),
 }  # fmt: skip
 ENVIRONMENTS = {
