@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv
@@ -205,8 +205,17 @@ def young(paths: RunPaths, line: Mapping[str, Any]) -> bool:
     if attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
         return False
     if line.get("host") == socket.gethostname():
-        return abs(time.time() - float(line.get("time", 0.0))) < YOUNG_SECONDS
-    return attempts.age(paths.submissions) < YOUNG_SECONDS
+        new = abs(time.time() - float(line.get("time", 0.0))) < YOUNG_SECONDS
+    else:
+        new = attempts.age(paths.submissions) < YOUNG_SECONDS
+    if not new:
+        return False
+    try:  # scontrol has no cache
+        told = slurm.facts_of(line["job"])
+    except (StageError, RequestError):
+        return True
+    known = told.get("Command", "") == str(line.get("script", "")).partition(" ")[0]
+    return known and told["JobState"] not in slurm.FINISHED
 
 
 def boot_id() -> str:

@@ -132,10 +132,13 @@ def test_a_wrapper_that_is_no_squeue_is_named_and_so_is_the_key(
     real = subprocess.run(["which", "squeue"], capture_output=True, text=True, check=True)
     shim("squeue", 'echo "usage: rc-squeue [-m]" >&2; exit 2')
     run = slurm_run("a-run", shards=1)
+    ids = go(run)  # a first submission asks it nothing
     with pytest.raises(YelpHpcError, match=r"programs: \{squeue: PATH\}"):
         go(run)
     run.cluster = run.cluster.model_copy(update={"programs": {"squeue": real.stdout.strip()}})
-    go(run, wait=True)
+    with pytest.raises(RequestError, match="already submitted"):
+        go(run)
+    wait_ended(list(ids.values()), 120)
     once_each(run)
 
 
