@@ -214,8 +214,9 @@ def young(paths: RunPaths, line: Mapping[str, Any]) -> bool:
         told = slurm.facts_of(line["job"])
     except (StageError, RequestError):
         return True
-    known = told.get("Command", "") == str(line.get("script", "")).partition(" ")[0]
-    return known and told["JobState"] not in slurm.FINISHED
+    if not told or told.get("JobState") in slurm.FINISHED:
+        return False
+    return told.get("Command", "") == str(line.get("script") or "").partition(" ")[0]
 
 
 def boot_id() -> str:
