@@ -32,7 +32,7 @@ cat > "$ROOT/run.sh" <<'M'
 set -euo pipefail
 ip link set lo up
 hostname trixie; echo "127.0.0.1 trixie localhost" > /etc/hosts
-rm -f /run/munge/*.pid /run/munge/munge.socket.*
+mkdir -p /run/lock
 cd /src
 PYTHONDONTWRITEBYTECODE=1 /venv/bin/python -m pytest -q -p no:cacheprovider --basetemp=/tmp/sites "$@"
 M
