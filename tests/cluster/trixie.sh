@@ -30,7 +30,7 @@ M
 fi
 cat > "$ROOT/run.sh" <<'M'
 set -euo pipefail
-ip link set lo up
+ip link set lo up; ip address add 10.9.9.9/32 dev lo   # with 127.0.0.1 alone Slurm resolves no port
 hostname trixie; echo "127.0.0.1 trixie localhost" > /etc/hosts
 mkdir -p /run/lock
 cd /src
