@@ -124,7 +124,8 @@ def cut_batch(
     is a micro-batch of its own.
     """
     most = max(max_tokens - prefix_length, 1)
-    count = pieces * max(1, sum(lengths) // (most * pieces))
+    # more pieces than sequences are empty ones
+    count = min(pieces * max(1, sum(lengths) // (most * pieces)), max(pieces, len(lengths)))
     while True:
         cut = [piece for piece in deal(lengths, count) if piece]
         if all(len(piece) == 1 or sum(lengths[i] for i in piece) <= most for piece in cut):
