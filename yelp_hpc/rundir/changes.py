@@ -20,7 +20,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "model.precision": ("train",),
     "data": ("prepare",),
     "task": ("prepare", "infer", "collect"),
-    "task.ordinal": ("collect",),
     "task.noun": ("collect",),
     "prompt": ("prepare",),
     "lora": ("train",),
