@@ -119,8 +119,8 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]
     wide = (WIDTH - left - 4) / len(shown)
     cell = 34.0 if roomy else wide
     step = math.ceil(9 / cell)  # lines of text need this much room
-    longest = 10 if roomy else 17
-    top = 44.0 if roomy else 110.0
+    longest = 10 if roomy else 14
+    top = 44.0 if roomy else 112.0
     titles = {"unparsed": "none", f"outside 0-{classes - 1}": "other"}
     body = [_text(left + wide * len(shown) / 2, 12, "answered", "tick")]
     for j, column in enumerate(shown):
