@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,13 @@ class CheckpointStore:
         good = [path for path in self.steps() if path not in self.damaged]
         for path in [*self.damaged, *good[: -self.keep]]:
             if path in self.damaged or step_of(path) != self.best_step:
-                shutil.rmtree(path, ignore_errors=True)
+                doomed = path.with_name(f".{path.name}.tmp")  # never a half one under its name
+                with suppress(OSError):
+                    path.rename(doomed)
+                    shutil.rmtree(doomed)
         self.damaged.clear()
 
 
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    # in the order in which it was made: what is read back is written as it would have been
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
