@@ -6,6 +6,7 @@ recipe is the same.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.cluster.conftest import wait_for, yelp_hpc
 from yelp_hpc.cache import cache_folder
@@ -30,19 +33,29 @@ from yelp_hpc.jobs.image import check_image, ready_image
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE
 from yelp_hpc.rundir.paths import STAGES
 
-LIGHT = (
-    *("annotated-types", "click", "cloudpickle", "markdown-it-py", "mdurl", "pydantic"),
-    *("pydantic-core", "pygments", "pyyaml", "rich", "submitit", "typing-extensions"),
-    "typing-inspection",
-)
 AS_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
+def needed_by(name: str) -> set[str]:
+    """The packages that a package needs without its extras, and what those need."""
+    found: set[str] = set()
+    todo = [name]
+    while todo:
+        for text in importlib.metadata.requires(todo.pop()) or ():
+            need = Requirement(text)
+            one = canonicalize_name(need.name)
+            if one not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
+                found.add(one)
+                todo.append(one)
+    return found
+
+
 def light_lock(path: Path, more: str = "") -> Path:
-    """The host's packages of cpu.lock, and `more` at the end."""
+    """What cpu.lock names of the host's packages and the build backend, and `more` at the end."""
     blocks = re.split(r"(?m)^(?=\S)", (SHARE / "containers" / "cpu.lock").read_text())
-    chosen = [block for block in blocks if block.split("==")[0] in LIGHT]
-    assert len(chosen) == len(LIGHT)
+    light = needed_by("yelp-hpc") | {"setuptools"}
+    chosen = [block for block in blocks if block.split("==")[0] in light]
+    assert len(chosen) == len(light)
     path.write_text("".join(chosen) + more)
     return path
 
