@@ -22,7 +22,7 @@ def files(slurm: Cluster, tmp_path: Path) -> Path:
     (tmp_path / "reviews.csv").write_text("text,label\nfine,4\n")
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     config["model"]["path"] = str(tmp_path / "model")
-    config["data"] = {"source": "file", "train": str(tmp_path / "reviews.csv"), "test_rows": 1}
+    config["data"] = {"source": "file", "train": str(tmp_path / "reviews.csv"), "test_rows": 100}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
 

@@ -209,7 +209,7 @@ class Site:
         }
         self.config: dict[str, Any] = {
             "model": {"path": str(self.model)},
-            "data": {"source": "file", "train": str(self.data), "test_rows": 1},
+            "data": {"source": "file", "train": str(self.data), "test_rows": 100},
             "train": {"nproc": 2, "precision": "fp16"},
             "publish": {"repo_id": "me/adapter", "token_file": str(self.token)},
         }
