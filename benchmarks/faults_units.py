@@ -471,7 +471,9 @@ class Slurm:
 
     def content(self, folder: Path) -> Files:
         """What is queued, each name once, and the kinds of files."""
-        kinds = {re.sub(r"[0-9a-f]{12,}|\d+", "#", name): b"" for name in files_of(folder)}
+        # whether a cancel was needed depends on how far the struck submission came
+        names = files_of(folder).keys() - {"logs/cancelled"}
+        kinds = {re.sub(r"[0-9a-f]{12,}|\d+", "#", name): b"" for name in names}
         return {**kinds, "queue": json.dumps(sorted(self.jobs().values())).encode()}
 
 

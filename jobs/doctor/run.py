@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from yelp_hpc.data.sense import warnings
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, nearest
 from yelp_hpc.gpus import OLDEST_DRIVER
 from yelp_hpc.image.check import driver_problems
 from yelp_hpc.jobs.chain import checked_run
@@ -156,7 +156,8 @@ def check_inputs(found: Inputs, request: Request) -> Iterator[Finding]:
                     good = False
                     has = ", ".join(file.columns) or "no columns"
                     text = f"{file.key} {file.path} has no column {column} (it has: {has})"
-                    guess = next((c for c in file.columns if c not in wanted), "NAME")
+                    free = [c for c in file.columns if c not in wanted]
+                    guess = nearest(column, free) or (free[0] if len(free) == 1 else "NAME")
                     yield config_line("data", "failure", text, f"data.{key}: {guess}")
     if good and config.data.source == "file":
         yield ok("data", ", ".join(file.path for file in found.data))

@@ -127,7 +127,7 @@ SUBMIT = "--config demo --set infer.shards=3"
         ("plan --config yelp_chatglm3 --gpu rtx3090", 0, ("GPU",)),
         ("status --run run", 0, ("infer-tuned", "done")),
         ("logs --run run", 2, ("no log",)),
-        ("cancel --run run", 2, ("squeue is not installed",)),
+        ("cancel --run run", 0, ("nothing to cancel",)),
         ("config show --config configs/demo.yaml", 0, ("share/configs/demo.yaml:4",)),
         ("image build x.sif", 2, ("apptainer is not on PATH",)),
         ("image check x.sif", 2, ("x.sif",)),

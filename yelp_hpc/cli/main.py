@@ -326,12 +326,13 @@ def fetch(config_file: str, overrides: tuple[str, ...], cluster: str | None) -> 
       python -m yelp_hpc fetch --config configs/yelp_chatglm3.yaml
     """
     from yelp_hpc.config import load_config
-    from yelp_hpc.data.sources import read_source
     from yelp_hpc.models.local import model_folder
 
     config = load_config(config_file, overrides).config
     click.echo(f"model: {model_folder(config.model)}")
     if config.data.source != "file":
+        from yelp_hpc.data.sources import read_source
+
         train, test = read_source(config)
         click.echo(
             f"data: {len(train)} training rows" + (f", {len(test)} test rows" if test else "")

@@ -13,8 +13,6 @@ from statistics import NormalDist
 from yelp_hpc.cache import DEMO_MODEL, cached_folders
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import answer_tree, answers_of, scored_answers
-from yelp_hpc.data.sampling import split_rows
-from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
 from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape
 from yelp_hpc.forecast.work import Lengths
@@ -117,6 +115,10 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
             sets.append(drawn[start : start + count])
             start += count
         return Lengths(sets[0], sets[1], sets[2], prefix, source)
+    # what reads reviews is on the job side; the login node has neither numpy nor pyarrow
+    from yelp_hpc.data.sampling import split_rows
+    from yelp_hpc.data.sources import read_source
+
     train, test = read_source(config)
     splits = split_rows(
         train.labels.tolist(),
