@@ -16,9 +16,10 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from yelp_hpc import synonyms
 from yelp_hpc.cache import cache_folder
-from yelp_hpc.jobs.site.client import TOKENS, user_name
+from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.paths import STAGES
+from yelp_hpc.runtime import TOKENS
 from yelp_hpc.settings import Frozen, read_settings
 
 

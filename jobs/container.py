@@ -14,8 +14,9 @@ from pathlib import Path
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.jobs.cluster import ClusterConfig, Container
-from yelp_hpc.jobs.site.client import program, without_tokens
+from yelp_hpc.jobs.site.client import program
 from yelp_hpc.rundir.manifest import absolute_paths
+from yelp_hpc.runtime import without_tokens
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
 _HANDED_IN = (

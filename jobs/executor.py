@@ -27,7 +27,6 @@ from yelp_hpc.jobs.cluster import ClusterConfig, minutes
 from yelp_hpc.jobs.job import Job, job_name
 from yelp_hpc.jobs.site.client import (
     PATIENCE,
-    TOKENS,
     NoAnswer,
     client,
     no_client,
@@ -40,6 +39,7 @@ from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import write_failure
 from yelp_hpc.rundir.paths import RunPaths, Task
+from yelp_hpc.runtime import TOKENS
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor

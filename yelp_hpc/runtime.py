@@ -1,11 +1,12 @@
-"""Defaults of OpenMP's runtime and of torch's allocator, which read the environment once.
+"""The environment of processes: defaults that libraries read once, and what no child is handed.
 
-To be set before torch is imported. Imports nothing of the package.
+`set_runtime_defaults` is to be called before torch is imported. Imports nothing of the package.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 DEFAULTS = {
     # Its default spins for long at every barrier, which on a node that is shared with other work
@@ -20,6 +21,13 @@ DEFAULTS = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
+TOKENS = tuple(
+    prefix + name
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+    for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_")
+)
+"""The Hub's tokens, also as they are handed into an image: publish alone gets one."""
+
 
 def set_runtime_defaults() -> None:
     """Set what the user's environment does not; a process started later inherits it."""
@@ -28,3 +36,8 @@ def set_runtime_defaults() -> None:
         if name == "PYTORCH_ALLOC_CONF" and older in os.environ:
             continue
         os.environ.setdefault(name, value)
+
+
+def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without the Hub's tokens."""
+    return {name: value for name, value in env.items() if name not in TOKENS}

@@ -16,12 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.runtime import TOKENS
 
-TOKENS = tuple(
-    prefix + name
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
-    for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_")
-)
 _RANKS = frozenset(
     ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 )
@@ -165,11 +161,6 @@ def own_environment(env: Mapping[str, str]) -> dict[str, str]:
     if "SBATCH_CLUSTERS" in env:
         kept.setdefault("SLURM_CLUSTERS", env["SBATCH_CLUSTERS"])
     return kept
-
-
-def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` without the Hub's tokens."""
-    return {name: value for name, value in env.items() if name not in TOKENS}
 
 
 def user_name() -> str:

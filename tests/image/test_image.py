@@ -149,3 +149,8 @@ def test_a_failed_step_shows_why_and_no_progress_bar(tmp_path: Path) -> None:
     assert lines[0] == "the step: sh ended with 3:"
     assert lines[1] == "  FATAL: no base"
     assert len(lines) == 13
+
+
+def test_no_step_is_handed_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_user")
+    call([sys.executable, "-c", "import os, sys; sys.exit('HF_TOKEN' in os.environ)"], "a step")

@@ -12,9 +12,10 @@ from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import Resources
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.site import client as site
-from yelp_hpc.jobs.site.client import NoAnswer, client, own_environment, without_tokens
+from yelp_hpc.jobs.site.client import NoAnswer, client, own_environment
 from yelp_hpc.jobs.site.refusals import refusal, user_defaults
 from yelp_hpc.jobs.slurm import Row
+from yelp_hpc.runtime import without_tokens
 
 Asked = list[list[str]]
 HEAD = "JOBID|STATE|REASON|NODELIST|TIME|TIME_LIMIT|RESTART_COUNT|SUBMIT_TIME|USER|NAME|COMMAND|\n"

@@ -29,7 +29,7 @@ from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import read_json, read_jsonl
 from yelp_hpc.rundir.manifest import load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
-from yelp_hpc.runtime import set_runtime_defaults
+from yelp_hpc.runtime import set_runtime_defaults, without_tokens
 from yelp_hpc.training.budget import read_budgets
 
 STEPS = 20
@@ -130,7 +130,7 @@ def _child(argv: list[str], what: str, env: dict[str, str] | None = None) -> str
         [*own_module(argv[0]), *argv[1:]],
         capture_output=True,
         text=True,
-        env={**os.environ, **(env or {})},
+        env={**without_tokens(os.environ), **(env or {})},
     )
     if done.returncode:
         tail = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-8:])

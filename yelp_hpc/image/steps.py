@@ -22,6 +22,7 @@ from yelp_hpc.cache import cache_folder
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.ranks.child import die_with_parent
 from yelp_hpc.rundir.files import sync_directory, write_failure
+from yelp_hpc.runtime import without_tokens
 
 
 def call(
@@ -35,7 +36,7 @@ def call(
         child = subprocess.Popen(
             argv,
             cwd=folder,
-            env={**os.environ, **(env or {})},
+            env={**without_tokens(os.environ), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

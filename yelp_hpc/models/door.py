@@ -24,6 +24,7 @@ from yelp_hpc.errors import RequestError
 from yelp_hpc.models.checkpoint import check_folder
 from yelp_hpc.own_files import IMPORT_ROOT, PACKAGE, own_module
 from yelp_hpc.rundir.files import parse_json, write_json
+from yelp_hpc.runtime import without_tokens
 
 NEEDED = ("torch", "transformers", "peft")
 SECONDS = 300
@@ -84,7 +85,7 @@ def ask(config: Config, folder: Path) -> Answer:
             capture_output=True,
             text=True,
             timeout=SECONDS,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            env={**without_tokens(os.environ), "CUDA_VISIBLE_DEVICES": ""},
         )
         found = parse_json(done.stdout.strip().rpartition("\n")[2])
         answer = Answer(str(found["problem"]), tuple(map(str, found["notes"])))

@@ -26,6 +26,7 @@ from typing import IO, Any
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.progress import step_bar
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
+from yelp_hpc.runtime import without_tokens
 
 # After the first failure the others may write their own log lines so long (seconds) …
 FAILURE_GRACE = 1.0
@@ -182,7 +183,7 @@ def _start(
             stdout=subprocess.PIPE if first else file,
             stderr=subprocess.STDOUT,
             env={
-                **os.environ,
+                **without_tokens(os.environ),
                 **extra,
                 "YELP_HPC_RANK_ERROR": str(error),
                 "YELP_HPC_LAUNCHER": str(os.getpid()),
