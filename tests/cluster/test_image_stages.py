@@ -147,6 +147,7 @@ def test_interrupted_training_in_the_image_ends_with_the_same_adapter(
 # Everything is imported while the process is still root: a user may not read root's Python.
 AS_USER = """
 import os, sys
+import submitit  # now: nobody else may read root's Python
 import yelp_hpc.jobs.supervisor
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 os.environ.update(HOME="/", OMP_NUM_THREADS="1")
