@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,10 +35,16 @@ def plain(text: str) -> str:
 
 
 def as_called(text: str) -> str:
-    """`text` with its commands spelled as this one was: `yelp-hpc`, or `python -m yelp_hpc`."""
-    if Path(sys.argv[0]).name != "yelp-hpc":
+    """`text` with its commands spelled as this one was: `yelp-hpc`, or `python -m yelp_hpc`.
+
+    With its folder, where the shell would not find it by its name.
+    """
+    called = Path(sys.argv[0])
+    if called.name != "yelp-hpc":
         return text
-    return text.replace("python -m yelp_hpc", "yelp-hpc")
+    found = shutil.which(called.name)
+    known = called.name == sys.argv[0] or (found and Path(found).resolve() == called.resolve())
+    return text.replace("python -m yelp_hpc", "yelp-hpc" if known else shlex.quote(sys.argv[0]))
 
 
 def say(text: str) -> None:

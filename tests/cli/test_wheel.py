@@ -38,6 +38,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_reaches_its_table(program: Path, tmp_path: Path) -> None:
     env = {**os.environ, "COLUMNS": "100"}
     env.pop("PYTHONPATH", None)
+    told = subprocess.run([program, "--help"], env=env, capture_output=True, text=True)
+    assert f"{program} demo" in told.stdout  # its name alone would not be found
+    env["PATH"] = f"{program.parent}:{env['PATH']}"
 
     def typed(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
