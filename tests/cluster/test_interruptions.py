@@ -172,7 +172,7 @@ def write_cluster(path: Path, place: dict[str, object]) -> Path:
 def test_the_adapter_is_that_of_the_uninterrupted_run(outcome: Outcome, fault: str) -> None:
     tried = outcome.tried(fault)
     assert tried[-1].verdict == "done", tried[-1].reason
-    assert len(tried) >= (3 if fault == "time-limit" else 2)
+    assert len(tried) >= 2  # how many limits it takes is a matter of the machine's speed
     name = "adapter_model.safetensors"
     mine = sha256_file(outcome.runs[fault].adapter / name)
     assert mine == sha256_file(outcome.reference.adapter / name)
