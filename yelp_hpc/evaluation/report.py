@@ -1,7 +1,7 @@
 """report.html: one file that shows a run's outcome, read with no network and no script.
 
 Reads what `collect` computed, `train/log.jsonl`, `submissions.jsonl`, `logs/attempts/`,
-`infer/*/progress/` and `run.json`; what is not there is left out. Text from data is
+`infer/.progress/` and `run.json`; what is not there is left out. Text from data is
 escaped: `report_page.html` beside this module is a Jinja2 template with autoescape, and everything
 but the charts' SVG comes to it as plain values.
 """
@@ -218,9 +218,9 @@ def throughput(run: RunPaths) -> list[list[str]]:
             for key in ("examples_per_second", "tokens_per_second")
         )
         rows.append(["train", f"{examples:,.2f}", f"{tokens:,.0f}"])
-    infer = run.root / "infer"
-    for model in sorted(infer.iterdir()) if infer.is_dir() else ():
-        shards = [_read(path) for path in sorted(model.glob("progress/*.json"))]
+    progress = run.progress("").parent
+    for model in sorted(progress.iterdir()) if progress.is_dir() else ():
+        shards = [_read(path) for path in sorted(model.glob("*.json"))]
         rates = [s["rows_per_second"] for s in shards if _is_number(s.get("rows_per_second"))]
         if rates:
             rows.append([f"infer {model.name}, a shard", f"{sum(rates) / len(rates):,.2f}", "–"])

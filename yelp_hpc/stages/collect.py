@@ -14,6 +14,7 @@ from yelp_hpc.evaluation.examples import examples_of
 from yelp_hpc.evaluation.measure import measure
 from yelp_hpc.evaluation.outcome import print_outcome
 from yelp_hpc.progress import say
+from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.collected import write_collected
 from yelp_hpc.rundir.files import sweep
 from yelp_hpc.rundir.paths import RunPaths
@@ -39,6 +40,7 @@ def collect(paths: RunPaths, config: Config) -> dict[str, Any]:
     from yelp_hpc.evaluation.report import report_page
 
     sweep(paths.root)
+    earlier.move_in(paths)
     metrics, counted = measure(paths, config)
     examples = {name: examples_of(paths, counting) for name, counting in counted.items()}
     page = report_page(paths, metrics, examples)
