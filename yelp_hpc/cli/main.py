@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.cli.across import compare
 from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
@@ -318,6 +319,7 @@ def publish(run_dir: str, dry_run: bool) -> None:
     stage.run(run, config, dry_run=dry_run)
 
 
+cli.add_command(compare)
 cli.add_command(export)
 cli.add_command(verify)
 cli.add_command(reproduce)

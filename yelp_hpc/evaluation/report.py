@@ -33,7 +33,6 @@ from yelp_hpc.rundir.paths import RunPaths
 Examples = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 _LISTED = 200
 """Starts of jobs that the timeline shows; a long array has thousands."""
-_PAGE = "report_page.html"
 _ENDS = (
     ("done", "done"),
     ("again", "interrupted, ran again"),
@@ -51,16 +50,10 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         examples: by model, `mistakes` and `unparsed`: lists of `row`, `label`,
             `prediction`, `confidence`, `review`, `answer`.
     """
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     record = _read(run.run_json)
     resolved = (record.get("config") or {}).get("resolved") or {}
-    return pages.get_template(_PAGE).render(
+    return page(
+        "report_page.html",
         name=str(resolved.get("name") or run.root.name),
         subject=_subject(metrics["task"]),
         model=str((resolved.get("model") or {}).get("path") or ""),
@@ -73,6 +66,18 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         mistakes=[mistakes(model, found, metrics["task"]) for model, found in examples.items()],
         provenance=provenance(record),
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page as HTML: `template`, of this folder, filled with plain values, which are escaped."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template(template).render(**values)
 
 
 def _subject(task: Mapping[str, Any]) -> str:
@@ -125,7 +130,7 @@ def per_class(metrics: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     }
 
 
-def _picture(title: str, chart: str, note: str = "") -> dict[str, Any]:
+def picture(title: str, chart: str, note: str = "") -> dict[str, Any]:
     """A chart, whose own texts are escaped in it, under a title."""
     return {"title": title, "chart": Markup(chart), "note": note}
 
@@ -136,12 +141,12 @@ def pictures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, model in metrics["models"].items():
         columns = [*names, *model["confusion_columns"][len(names) :]]
         chart = charts.confusion(name, model["confusion"], columns)
-        drawn.append(_picture(f"Confusion, {name}", chart, "Rows: truth. Shade: share of row."))
+        drawn.append(picture(f"Confusion, {name}", chart, "Rows: truth. Shade: share of row."))
     for name, model in metrics["models"].items():
         if model.get("calibration"):
             chart = charts.calibration(name, model["calibration"])
             note = f"ECE {model['ece']:.3f}. Faint bars stand on few rows; dashes: perfect."
-            drawn.append(_picture(f"Calibration, {name}", chart, note))
+            drawn.append(picture(f"Calibration, {name}", chart, note))
     return drawn
 
 
@@ -158,7 +163,7 @@ def training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "Training speed": {"tokens a second": series("tokens_per_second")},
     }
     return [
-        _picture(title, chart)
+        picture(title, chart)
         for title, lines in drawn.items()
         if (chart := charts.lines(title, lines, "optimizer step"))
     ]
