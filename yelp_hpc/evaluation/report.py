@@ -122,10 +122,17 @@ def outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def per_class(metrics: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """By model, a row for each class: name, precision, recall, F1, rows."""
+    """By model, a row for each class: name, precision, recall, F1, rows and their share."""
     keys = ("precision", "recall", "f1", "support")
     return {
-        name: [[item["name"], *(figure(item[key]) for key in keys)] for item in model["per_class"]]
+        name: [
+            [
+                item["name"],
+                *(figure(item[key]) for key in keys),
+                f"{item['support'] / model['rows']:.1%}",
+            ]
+            for item in model["per_class"]
+        ]
         for name, model in metrics["models"].items()
     }
 
