@@ -12,7 +12,7 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Where downloads are kept: `YELP_HPC_CACHE`, or `~/.cache/yelp_hpc`."""
     named = os.environ.get("YELP_HPC_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "yelp_hpc"
+    return Path(named).absolute() if named else Path.home() / ".cache" / "yelp_hpc"
 
 
 DEMO_MODEL = "demo:smollm2-135m"
