@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yelp_hpc
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
+from yelp_hpc.explain import section_of
 from yelp_hpc.jobs.cluster import ClusterConfig
 
 SETTINGS: dict[str, type[BaseModel]] = {"Config": Config, "ClusterConfig": ClusterConfig}
@@ -47,11 +48,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def key_tables(model: type[BaseModel]) -> str:
     """A heading and a table for each section; keys outside of one come first."""
-    top = [(name, field) for name, field in model.model_fields.items() if not section(field)]
+    top = [(name, field) for name, field in model.model_fields.items() if not section_of(field)]
     parts = [table(top)] if top else []
     shown: dict[type[BaseModel], str] = {}
     for name, field in model.model_fields.items():
-        inner = section(field)
+        inner = section_of(field)
         if inner is None:
             continue
         if inner in shown:
@@ -70,14 +71,6 @@ def key_tables(model: type[BaseModel]) -> str:
 def anchor(model: type[BaseModel], name: str) -> str:
     """The id of a section's heading."""
     return f"{model.__name__.lower()}-{name}"
-
-
-def section(field: FieldInfo) -> type[BaseModel] | None:
-    """The settings class of a section; None for a plain key."""
-    for kind in (field.annotation, *typing.get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def table(rows: list[tuple[str, FieldInfo]]) -> str:
