@@ -30,8 +30,8 @@ import yelp_hpc
 from tests.tiny import make_model, reviews
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
-from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.explain import dotted_keys
+from yelp_hpc.jobs.cluster import ClusterConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -198,14 +198,15 @@ def collect(run_dir: str, as_json: bool) -> None:
       python -m yelp_hpc collect --run runs/demo
       python -m yelp_hpc collect --run runs/demo --json | jq .models.tuned.f1.macro
     """
-    from yelp_hpc.rundir.files import read_json
+    from yelp_hpc.rundir.collected import write_collected
     from yelp_hpc.rundir.manifest import load_run
     from yelp_hpc.stages import collect as stage
 
     run, config = load_run(run_dir)
     if as_json:
-        stage.collect(run, config)
-        click.echo(json.dumps(read_json(run.metrics)))
+        metrics, page = stage.compute(run, config)
+        click.echo(json.dumps(metrics))
+        write_collected(run, metrics, page)
     else:
         stage.run(run, config)
 
