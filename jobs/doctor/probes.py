@@ -333,24 +333,6 @@ def image(path: Path) -> Image:
     return Image(path=str(path), sha256=image_sha256(path), labels=labels)
 
 
-def model_problem(path: Path) -> str:
-    """What a model folder lacks, "" when it is whole as far as names and sizes tell."""
-    try:
-        names = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    if "config.json" not in names:
-        return "it has no config.json"
-    needed = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
-    for index in [name for name in names if name.endswith(".index.json")]:
-        with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
-            needed += sorted(set(parse_json((path / index).read_bytes())["weight_map"].values()))
-    missing = [name for name in dict.fromkeys(needed) if not names.get(name)]
-    if not needed:
-        return "it has no weights (*.safetensors or *.bin)"
-    return f"these are missing or empty: {', '.join(missing[:5])}" if missing else ""
-
-
 def data_columns(path: Path, header: bool) -> list[str] | None:
     """Columns of a csv, tsv or jsonl file by its first line, None for another kind."""
     import csv

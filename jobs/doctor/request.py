@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import cache_folder, model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -20,7 +20,6 @@ from yelp_hpc.jobs.doctor.probes import (
     data_columns,
     first_file,
     is_folder,
-    model_problem,
     seen,
 )
 from yelp_hpc.models.checkpoint import check_kind
