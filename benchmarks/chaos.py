@@ -7,9 +7,10 @@ Needs root and the cluster of `make cluster`:
 Each round trains the tiny model of the tests on two ranks, strikes it a few times at random moments
 (scontrol requeue, SIGUSR2, SIGTERM, a kill of the whole node, preemption without grace, suspend and
 resume, a moved time limit, a controller that goes away, a start whose clock was ahead, two more
-submissions at once) and compares the adapter with that of the uninterrupted run. An
-inference array runs beside it under kills, and every row of the test set is counted at the end.
-Prints rounds, faults by kind, lost rows, wrong hashes.
+submissions at once, a disk that is full for a moment) and compares the adapter with that of the
+uninterrupted run. An inference array runs beside it under kills, and every row of the test set is
+counted at the end. What a full disk has ended is submitted again, as its message says; nothing else
+is helped. Prints rounds, faults by kind, lost rows, wrong hashes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import argparse
 import collections
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,9 +52,11 @@ from yelp_hpc.rundir.paths import RunPaths
 
 FAULTS = (
     *("requeue", "USR2", "TERM", "node", "preempt", "shard-requeue", "shard-USR2"),
-    *("suspend", "limit", "controller", "clock", "submit"),
+    *("suspend", "limit", "controller", "clock", "submit", "disk"),
 )
 SHARDS = 4
+DISK = "400m"
+"""Of the file system that the run directories lie on."""
 
 
 def strike(
@@ -82,6 +87,8 @@ def strike(
         cluster.script("slurm_up.sh")
     elif fault == "clock":
         return skew(run)
+    elif fault == "disk":
+        fill(run.root.parent)
     elif fault == "submit":
         again = [sys.executable, "-m", "yelp_hpc", *command]
         started = [subprocess.Popen(again, stderr=subprocess.DEVNULL) for _ in range(2)]
@@ -102,6 +109,28 @@ def skew(run: RunPaths) -> bool:
     return bool(ended)
 
 
+def fill(folder: Path) -> None:
+    """Leave no byte free for a few seconds."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(2**20 if shutil.disk_usage(folder).free > 2**21 else 4096))
+    time.sleep(random.uniform(1, 6))
+    filler.unlink()
+
+
+@contextmanager
+def small_disk() -> Iterator[Path]:
+    """A folder on a file system of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"size={DISK},mode=755"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def kill_leftovers(run: Path) -> None:
     """End processes of this run that a failed round left behind."""
     mine = [pid for pid, line in processes() if str(run) in line and pid != os.getpid()]
@@ -115,6 +144,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--faults", type=int, default=3, help="faults a round, at most")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="stop at the first harm; copy its run there")
     options = parser.parse_args()
     random.seed(options.seed)
     cluster = Cluster()
@@ -122,9 +152,8 @@ def main() -> int:
         print("no Slurm answers: make cluster", file=sys.stderr)
         return 2
     counts: collections.Counter[str] = collections.Counter()
-    wrong = lost = unfinished = 0
-    with tempfile.TemporaryDirectory() as folder:
-        top = Path(folder)
+    wrong = lost = unfinished = again = 0
+    with small_disk() as top:
         config = write_config(top)
         values = yaml.safe_load(config.read_text())
         values["infer"]["shards"] = SHARDS
@@ -150,8 +179,8 @@ def main() -> int:
             command += ["--run", str(run.root)]
             yelp_hpc(*command)
             ids = {line["name"]: line["job"] for line in read_jsonl(run.submissions)}
-            end = time.monotonic() + 240
-            done = 0
+            end = time.monotonic() + 30 * max(8, options.faults)
+            done, filled = 0, counts["disk"]
             while done < options.faults and time.monotonic() < end:
                 time.sleep(random.uniform(1, 6))
                 fault = random.choice(FAULTS)
@@ -162,21 +191,31 @@ def main() -> int:
                 if not client.queue([ids["train"]]):
                     break
             try:
-                wait_ended(list(ids.values()), 300)
+                wait_ended(list(ids.values()), 600)
             except AssertionError:
                 unfinished += 1
                 client.cancel(list(ids.values()))
                 kill_leftovers(run.root)
+            if counts["disk"] > filled and not run.metrics.exists():
+                again += 1
+                yelp_hpc(*command, "--wait", check=False)
             adapter = run.adapter / name
             wrong += not adapter.exists() or sha256_file(adapter) != expected
             lost += missing_rows(run, reference)
             total = sum(counts.values())
             print(
-                f"round {round_ + 1}: {total} faults so far, {wrong} wrong, {lost} lost", flush=True
+                f"round {round_ + 1}: {total} faults so far, {wrong} wrong, {lost} lost, "
+                f"{unfinished} did not end, {again} submitted again",
+                flush=True,
             )
+            if options.keep and (wrong or lost or unfinished):
+                shutil.copytree(run.root, options.keep)
+                break
+            shutil.rmtree(run.root)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     print(f"{options.rounds} rounds, {sum(counts.values())} faults: {kinds}")
     print(f"lost rows: {lost}; wrong hashes: {wrong}; rounds that did not end: {unfinished}")
+    print(f"submitted again after a full disk: {again}")
     return int(bool(lost or wrong or unfinished))
 
 

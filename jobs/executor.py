@@ -147,7 +147,7 @@ def parameters(
         ],
         "setup": [
             *cluster.setup,
-            _RUN_AGAIN.format(program("scontrol")),
+            *([_RUN_AGAIN.format(program("scontrol"))] if cluster.requeue else []),
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
             "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
             "export PYTHONDONTWRITEBYTECODE=1",  # the snapshot stays what its digest says

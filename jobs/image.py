@@ -26,7 +26,7 @@ def ready_image(container: Container, expected: str | None) -> Container:
     check_image(container, expected)
     if container.node_disk is None or not expected:
         return container
-    disk = Path(os.path.expandvars(container.node_disk))  # as this node knows them
+    disk = Path(os.path.expandvars(container.node_disk)).expanduser()  # as this node knows them
     try:
         copy = _copy(Path(container.image), disk, expected)
     except (OSError, StageError) as error:  # a full disk must not cost the job
@@ -70,7 +70,7 @@ def check_image(container: Container, expected: str | None) -> None:
 
 def _copy(image: Path, disk: Path, expected: str) -> Path:
     """The copy on this node; one process copies, the others wait for it."""
-    if not disk.is_absolute():  # a variable that is not set on this node, too
+    if not disk.is_absolute() or "$" in str(disk):  # a variable that is not set on this node
         raise StageError("container.node_disk is no absolute path here")
     folder = disk / f"yelp_hpc-{os.getuid()}"  # a node's disk is often everybody's
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from yelp_hpc.jobs.submission import (
     process_start,
     record,
 )
+from yelp_hpc.jobs.verdict import AGAIN
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import open_log
@@ -73,10 +74,7 @@ def run_chain(
                 raise SavedForRequeue(f"{job.name}: {attempt.reason}. Run the same command again.")
     if failed:
         first, reason = next(iter(failed.items()))
-        raise StageError(
-            f"{first} failed: {reason}\nWhen the cause is gone, run the same command again: what "
-            "is finished is kept."
-        )
+        raise StageError(f"{first} failed: {reason}\n{AGAIN}")
     return submissions
 
 

@@ -281,8 +281,9 @@ def cluster_name() -> str:
 
 # reasons that no waiting mends; those of an association or a qos name what is over the limit
 _NEVER = re.compile(
-    r"DependencyNeverSatisfied|Partition(Time|Node)Limit|BadConstraints|Invalid(Account|QOS)"
-    r"|AccountNotAllowed|QOSNotAllowed|DeadLine|JobHeld(User|Admin)|launch failed requeued held"
+    r"DependencyNeverSatisfied|Partition(Config|(Time|Node)Limit)|BadConstraints"
+    r"|Invalid(Account|QOS)|AccountNotAllowed|QOSNotAllowed|DeadLine|ReservationDeleted"
+    r"|JobHeld(User|Admin)|JobHoldMaxRequeue|.*requeued.*held.*"
     r"|(Assoc|QOS)Max\w*(PerJob|PerNode|WallDurationPerJob\w*)(Limit)?$|QOSMin\w+"
     r"|NodesUnavailable|ReqNodeNotInPartition",
     re.IGNORECASE,
@@ -298,8 +299,8 @@ def never_starts(reason: str) -> bool:
 def reason_in_words(reason: str) -> str:
     """Why a job waits, for someone who has not read Slurm's manual."""
     plain = reason.strip("()").partition(",")[0]
-    if plain in _REASONS:
-        return _REASONS[plain]
+    if said := _REASONS.get(plain) or _REASONS.get(plain.replace("_", " ")):  # of newer versions
+        return said
     if over := _OVER.fullmatch(plain):
         whose = "your association" if over["whose"] == "Assoc" else "the qos"
         never = "; it will never start" if never_starts(plain) else ""
@@ -317,6 +318,8 @@ _REASONS = {
     "JobHeldUser": "held by its owner: scontrol release",
     "JobHeldAdmin": "held by an administrator, or after failing to start",
     "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
+    "JobHoldMaxRequeue": "failed to start too often and is held: scontrol release",
+    "PartitionConfig": "asks for more than its partition's settings allow",
     "PartitionTimeLimit": "asks for more time than its partition allows",
     "PartitionNodeLimit": "asks for more nodes than its partition has",
     "PartitionDown": "its partition takes no jobs at the moment",
@@ -329,4 +332,5 @@ _REASONS = {
     "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
     "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
     "launch failed requeued held": "failed to start and is held: scontrol release",
+    "job requeued in held state": "was requeued and is held: scontrol release",
 }

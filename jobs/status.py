@@ -163,6 +163,8 @@ def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
         return "failed", f"Slurm says {bad}{said or f': {_WORDS.get(bad, _SEE_LOGS)}'}"
     if any(attempt.verdict in ("stopped", "lost", "") for attempt in last.values()):
         stopped = [a.reason for a in last.values() if a.verdict == "stopped"]
+        if "PREEMPTED" in states:
+            return "stopped", _WORDS["PREEMPTED"]
         if stopped and "submit again" in stopped[-1]:
             return "stopped", stopped[-1].partition("\n")[0]
         return "stopped", "interrupted; submit it again to go on"

@@ -194,9 +194,13 @@ def by_cluster(
     mine = [line for line in lines if line["executor"] == "slurm"]
     here = slurm.cluster_name() if any(line.get("slurm_cluster") for line in mine) else ""
     there = [line.get("slurm_cluster") or here or "" for line in mine]
+
+    def asked(name: str) -> bool:  # SLURM_CLUSTERS may name several
+        return here == "all" or name in here.split(",")
+
     return (
-        [line for line, name in zip(mine, there, strict=True) if not here or name == here],
-        [(line, name) for line, name in zip(mine, there, strict=True) if here and name != here],
+        [line for line, name in zip(mine, there, strict=True) if not here or asked(name)],
+        [(line, name) for line, name in zip(mine, there, strict=True) if here and not asked(name)],
     )
 
 

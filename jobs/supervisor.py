@@ -30,7 +30,6 @@ from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
 from yelp_hpc.jobs.site.client import NoAnswer, use_programs
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings
-from yelp_hpc.jobs.submission import records
 from yelp_hpc.jobs.train import rendezvous
 from yelp_hpc.jobs.verdict import Verdict, judge
 from yelp_hpc.publishing.token import find_token, login_file
@@ -292,15 +291,14 @@ def newer_attempt(paths: RunPaths, job: Job, attempt: Attempt) -> Attempt | None
     """
     if job.stage == "infer":  # a shard done twice is harmless
         return None
-    order = {line["job"]: place for place, line in enumerate(records(paths))}
-    mine = (order.get(attempt.job, len(order)), attempt.restart)
+    place = attempts.order(paths)
     later = [
         other
         for other in attempts.read(paths, job.name)
         if (
             other.restart > attempt.restart
             if other.job == attempt.job
-            else (order.get(other.job, len(order)), 0) > (mine[0], 0)
+            else place(other.job) > place(attempt.job)
         )
     ]
     return later[-1] if later else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from yelp_hpc.errors import SavedForRequeue
 
+AGAIN = "When the cause is gone, run the same command again: what is finished is kept."
 _STOPS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 

@@ -232,7 +232,9 @@ def check_visit(visit: NodeVisit, request: Request) -> Iterator[Finding]:
         yield command("node job", "failure", text, remedy)
         return
     yield ok("node job", f"job {visit.job} ran on {report.machine.name}")
-    if visit.requeue is False:
+    if not request.cluster.requeue:
+        yield ok("requeue", "not asked for (requeue: false): submit again after each time limit")
+    elif visit.requeue is False:
         text = "Slurm would not requeue the job although it asks for it (Requeue=0)"
         remedy = "defaults.time: as long as the whole stage needs; submit again after a fault"
         yield config_line("requeue", "failure", text, remedy)

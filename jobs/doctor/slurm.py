@@ -243,19 +243,20 @@ def _preemption(
     slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
     for partition in partitions_of(slurm, cluster.resources(stage)):
-        if partition.preempted and partition.preempt_mode == "CANCEL":
+        warned = bool(partition.grace_seconds)  # who saves in time asks for a requeue
+        if partition.preempt_mode == "CANCEL" and not warned:
             text = (
-                f"partition {partition.name} cancels the jobs that it preempts: {stage} saves if "
-                "it is warned, and the chain waits for the same `submit` again"
+                f"partition {partition.name} cancels the jobs that it preempts, without warning: "
+                f"{stage} then goes on from its last save, after the same `submit` again"
             )
             yield advice("preemption", "warning", text, "name another partition, or submit again")
-        elif partition.preempted and partition.preempt_mode == "SUSPEND":
+        elif partition.preempt_mode == "SUSPEND":
             text = (
                 f"partition {partition.name} suspends the jobs that it preempts: {stage} goes on "
                 "later, its time limit stands still meanwhile"
             )
             yield advice("preemption", "warning", text, "nothing to do; `status` says suspended")
-        elif partition.preempted and not partition.grace_seconds and stage in ("train", "infer"):
+        elif partition.preempted and not warned and stage in ("train", "infer"):
             every = config.train.save_every_minutes if config else 10
             if every > 5:
                 text = (
@@ -272,7 +273,9 @@ def _limits_of_the_site(slurm: SlurmFacts, cluster: ClusterConfig) -> Iterator[F
         yield config_line("array size", "failure", text, f"max_array_size: {most}")
     else:
         yield ok("array size", f"arrays of up to {cluster.max_array_size}, Slurm takes {most}")
-    if slurm.settings.get("JobRequeue", "1") == "0":
+    if not cluster.requeue:
+        yield ok("requeue", "not asked for (requeue: false): submit again after each time limit")
+    elif slurm.settings.get("JobRequeue", "1") == "0":
         yield command(
             "requeue",
             "warning",

@@ -23,32 +23,33 @@ _HINTS = {
     ),
     r"(Assoc|QOS)\w*Wall|(Assoc|QOS)\w*Min(ute)?s": _SECTION % ("time", "time"),
     r"(Assoc|QOS)\w*(GRES|gres)": _SECTION % ("gpus", "gpus"),
-    r"(Assoc|QOS)\w*Node": _SECTION % ("nodes", "nodes"),
     r"(Assoc|QOS)\w*(Cpu|CPU)": _SECTION % ("cpus", "cpus"),
     r"(Assoc|QOS)\w*Mem": _SECTION % ("memory", "memory"),
+    r"(Assoc|QOS)\w*Node": _SECTION % ("nodes", "nodes"),
     r"job array": "max_array_size",
     r"requeue": "requeue (false leaves --requeue out)",
     r"accounting.?/?qos policy": (
         "{0}.time, gpus, nodes or qos, or the same of defaults, or max_array_size"
     ),
     r"qos": _SECTION % ("qos", "qos"),
-    r"time limit": _SECTION % ("time", "time"),
+    r"time limit|--time\b|(wall|run).?time": _SECTION % ("time", "time"),
     r"partition": _SECTION % ("partition", "partition"),
     r"feature|constraint": _SECTION % ("constraint", "constraint"),
-    r"generic resource|gres": "{0}.gpus and gpu_type, or the same of defaults",
+    r"generic resource|gres|gpu": "{0}.gpus and gpu_type, or the same of defaults",
     r"node configuration": "{0}.nodes, gpus, cpus, memory or constraint, or the same of defaults",
-    r"memory": _SECTION % ("memory", "memory"),
-    r"cpu count": _SECTION % ("cpus", "cpus"),
-    r"node count": _SECTION % ("nodes", "nodes"),
+    r"memory|--mem\b": _SECTION % ("memory", "memory"),
+    r"cpu count|--cpus": _SECTION % ("cpus", "cpus"),
+    r"node count|--nodes\b": _SECTION % ("nodes", "nodes"),
+    r"mail": _SECTION % ("mail_user", "mail_user"),
     r"wckey|reservation|licen[sc]e": "{0}.sbatch or defaults.sbatch",
-    r"node name": _SECTION % ("exclude", "exclude"),
+    r"node name": "{0}.exclude or sbatch (nodelist), or the same of defaults",
     r"account": _SECTION % ("account", "account"),
 }
 
 
 def refusal(job: Job, message: str) -> RequestError | StageError:
     """The error for what sbatch said."""
-    text = re.sub(r"^sbatch( failed)?: (error: )?", "", message.strip(), flags=re.MULTILINE)
+    text = re.sub(r"^(sbatch( failed)?: (error: )?)+", "", message.strip(), flags=re.MULTILINE)
     shown = "\n  ".join(line for line in text.splitlines() if line.strip())
     if unanswered(message):
         return NoAnswer(
@@ -58,17 +59,18 @@ def refusal(job: Job, message: str) -> RequestError | StageError:
     # a site's plugin may say much before the error itself, which comes last
     final = re.findall(r"batch job submission failed: (.*)", text, re.IGNORECASE)
     limits = re.findall(r"\b(?:Assoc|QOS)(?:Max|Min|Grp)\w+", text)
+    limits += re.findall(r"^(?:CPU count|Memory specification|Node count).*", text, re.MULTILINE)
     for said in (*limits, *final, *reversed(text.splitlines())):
         for words, keys in _HINTS.items():
             if re.search(words, said, re.IGNORECASE):
-                where = keys.format(job.stage)
-                return RequestError(
-                    f"Slurm refuses {job.name}:\n  {shown}\nChange {where} in the cluster config."
-                )
-    where = f"{job.stage} or defaults"
-    return RequestError(
-        f"Slurm refuses {job.name}:\n  {shown}\nChange {where} in the cluster config."
-    )
+                return _refused(job, shown, keys)
+    return _refused(job, shown, "{0} or defaults")
+
+
+def _refused(job: Job, shown: str, keys: str) -> RequestError:
+    where, wait, until = keys.format(job.stage).partition(", or wait")
+    change = f"Change {where} in the cluster config{wait}{until}."
+    return RequestError(f"Slurm refuses {job.name}:\n  {shown}\n{change}")
 
 
 # SBATCH_NAME → the option; those of one group are told by the cluster file together or not at all

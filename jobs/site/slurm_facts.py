@@ -15,6 +15,7 @@ from pydantic import Field
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import minutes
 from yelp_hpc.jobs.site.client import client
+from yelp_hpc.jobs.slurm import accounting
 from yelp_hpc.settings import Frozen
 
 _NO_LIMIT = {"", "UNLIMITED", "INFINITE", "NONE", "N/A", "(NULL)"}
@@ -147,7 +148,7 @@ def ask_slurm() -> SlurmFacts:
     except (RequestError, StageError):
         facts["associations"] = facts.get("associations")
     try:
-        client(["sacct", "-X", "-n", "-P", "--starttime=now-1minutes"], timeout=30)
+        accounting(["1"])  # as `status` asks it
     except (RequestError, StageError) as error:
         facts["accounting_problem"] = str(error)
     return SlurmFacts.model_validate(
@@ -184,8 +185,8 @@ def parse_partitions(text: str) -> tuple[Partition, ...]:
             allow_qos=_names(record.get("AllowQos", "ALL")),
             deny_qos=_names(record.get("DenyQos", "")),
             qos=next(iter(_names(record.get("QoS", ""))), None),
-            preempt_mode=record.get("PreemptMode", "OFF").partition(",")[0].upper(),
-            preempted=not record.get("PreemptMode", "OFF").startswith(("OFF", "GANG")),
+            preempt_mode=_preempt_mode(record.get("PreemptMode", "")),
+            preempted=bool(_preempt_mode(record.get("PreemptMode", ""))),
             grace_seconds=_number(record.get("GraceTime", "")) or 0,
         )
         for record in records(text)
@@ -281,6 +282,12 @@ def time_limit(text: str) -> int | None:
         return minutes(text.strip())
     except ValueError:
         return None
+
+
+def _preempt_mode(text: str) -> str:
+    """REQUEUE, CANCEL or SUSPEND of `GANG,SUSPEND` and the like; "" where nothing is preempted."""
+    modes = (mode for mode in text.upper().split(",") if mode in ("REQUEUE", "CANCEL", "SUSPEND"))
+    return next(modes, "")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import YOUNG_SECONDS, Submission
+from yelp_hpc.jobs.verdict import AGAIN
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -101,7 +102,7 @@ def _verdict(
         # Slurm says that all went well: what tells so is on its way
         states = {row.state for rows in final.values() for row in rows}
         if states != {"COMPLETED"} or time.monotonic() > end:
-            raise StageError("\n".join(problems[:5]))
+            raise StageError("\n".join([*problems[:5], AGAIN]))
         time.sleep(WAIT_SECONDS)
 
 

@@ -27,6 +27,7 @@ from tests.jobs.fake_run import FakeRun
 from yelp_hpc.image.build import build
 from yelp_hpc.jobs import slurm as client
 from yelp_hpc.jobs.status import collect_status
+from yelp_hpc.jobs.submission import process_start
 from yelp_hpc.own_files import SHARE
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ class Cluster:
     def stop_controller(self) -> None:
         pid = int((RUN / "slurmctld.pid").read_text())
         os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 30, "slurmctld to end")
+        wait_for(lambda: not process_start(pid), 30, "slurmctld to end")
 
     def kill_node(self, node: str, job: str) -> None:
         """A node dies: slurmd, the job's slurmstepd and everything below it, all at once."""

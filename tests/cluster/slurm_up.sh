@@ -1,6 +1,7 @@
 #!/bin/bash
 # Bring up a real Slurm on this one machine: 4 virtual nodes (c1 c2 g1 g2), fake RTX 3090s on g1 and g2,
-# partitions cpu and gpu, preemptible low (20 s of grace) and low0 (none), accounting. Root, no systemd.
+# partitions cpu and gpu, preemptible low (20 s of grace), low0 (none), lowc (cancelled) and lows (suspended), accounting.
+# Root, no systemd.
 # Run again it starts what is missing. slurm_install.sh installs the packages, slurm_down.sh stops it.
 set -euo pipefail
 LAB=${LAB:-/var/lib/yelp-hpc-cluster}; LOG=${LOG:-/var/log/yelp-hpc-cluster}; RUN=${RUN:-/run/yelp-hpc-cluster}; ETC=/etc/slurm
@@ -69,7 +70,7 @@ MaxArraySize=10001
 JobRequeue=1
 FirstJobId=$FIRST
 PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
+PreemptMode=SUSPEND,GANG
 $SIGOPT
 PriorityType=priority/basic
 SchedulerType=sched/backfill
@@ -88,6 +89,8 @@ PartitionName=cpu Nodes=c[1-2] Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=gpu Nodes=g[1-2] PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=c[1-2],g[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=low0 Nodes=c[1-2],g[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=lowc Nodes=c[1-2] PriorityTier=1 PreemptMode=CANCEL GraceTime=0
+PartitionName=lows Nodes=c[1-2] PriorityTier=1 PreemptMode=SUSPEND
 C
 echo "NodeName=g[1-2] Name=gpu Type=rtx3090 File=$LAB/dev/gpu[0-3]" > $ETC/gres.conf
 # Slurm >= 23.11: slurmd always initialises cgroups unless told not to

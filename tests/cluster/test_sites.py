@@ -6,7 +6,9 @@ on PATH stands in its place. Everywhere the real product runs its chain or says 
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -15,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Cluster, states_of, wait_ended, wait_for
+from tests.cluster.conftest import RUN, Cluster, states_of, wait_ended, wait_for, yelp_hpc
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.jobs import slurm as client
 from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.logs import find_logs
-from yelp_hpc.jobs.submission import records
+from yelp_hpc.jobs.status import JobStatus, collect_status
+from yelp_hpc.jobs.submission import process_start, records
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import append_jsonl
 from yelp_hpc.rundir.paths import RunPaths
@@ -63,6 +66,7 @@ ENVIRONMENTS = {
         "SQUEUE_PARTITION": "low",
         "SACCT_FORMAT": "JobID",
         "SLURM_TIME_FORMAT": "relative",
+        "SLURM_CLUSTERS": "lab",
     },
     "an srun of one's own": {
         "SRUN_CPUS_PER_TASK": "64",
@@ -100,6 +104,11 @@ def once_each(run: FakeRun) -> None:
     names = [line["name"] for line in run.trace()]
     assert sorted(names) == sorted(set(names))
     assert set(states_of(run).values()) == {"done"}
+
+
+def train_line(run: FakeRun) -> JobStatus:
+    (line,) = [line for line in collect_status(run.root, run.config)[0] if line.name == "train"]
+    return line
 
 
 @pytest.mark.parametrize("site", ENVIRONMENTS)
@@ -285,6 +294,68 @@ def test_at_once(slurm: Cluster, slurm_run: MakeRun) -> None:
     once_each(run)
 
 
+def test_submit_and_cancel_at_once_leave_all_or_nothing(slurm: Cluster, slurm_run: MakeRun) -> None:
+    run = slurm_run("a-run", shards=1)
+    ids: dict[str, str] = {}
+    thread = threading.Thread(target=lambda: ids.update(go(run)))
+    thread.start()
+    wait_for(lambda: records(RunPaths(run.root)), 60, "the first job")
+    gone = cancel(run.root)
+    thread.join()
+    assert set(gone) == set(ids.values()) and len(gone) == 5
+    wait_ended(gone, 60)
+    go(run, wait=True)
+    assert set(states_of(run).values()) == {"done"}
+
+
+def preempt(slurm: Cluster) -> None:
+    argv = ["sbatch", "--partition=cpu", "--nodelist=c1", "--cpus-per-task=4", "--mem=100M"]
+    slurm.sh(*argv, "--time=1", "--output=/dev/null", "--wrap", "sleep 5")
+
+
+def test_a_partition_that_cancels_what_it_preempts(slurm: Cluster, slurm_run: MakeRun) -> None:
+    place = {"partition": "lowc", "cpus": 4, "sbatch": {"nodelist": "c1"}}
+    run = slurm_run(cluster={"train": place}, steps=100).prepared()
+    thread = threading.Thread(target=lambda: wait_for(run.trace, 60, "train") and preempt(slurm))
+    thread.start()
+    with pytest.raises(StageError, match="run the same command again"):
+        go(run, "train", wait=True)
+    thread.join()
+    line = train_line(run)
+    assert (line.state, "another job took its place" in line.detail) == ("stopped", True)
+    run.plan(steps=1)
+    go(run, "train", wait=True)
+    assert states_of(run)["train"] == "done"
+
+
+def test_a_partition_that_suspends_what_it_preempts(slurm: Cluster, slurm_run: MakeRun) -> None:
+    place = {"partition": "lows", "cpus": 4, "sbatch": {"nodelist": "c1"}}
+    run = slurm_run(cluster={"train": place}, steps=60).prepared()
+    job = go(run, "train")["train"]
+    wait_for(run.trace, 60, "train")
+    preempt(slurm)
+    wait_for(lambda: slurm.sh("squeue", "-h", "-j", job, "-o", "%T") == "SUSPENDED", 30, "it")
+    line = train_line(run)
+    assert (line.state, line.detail) == ("running", "suspended by Slurm")
+    wait_ended([job], 90)
+    assert states_of(run)["train"] == "done" and len(run.trace()) == 1
+
+
+def test_a_site_that_refuses_requeue(slurm: Cluster, slurm_run: MakeRun) -> None:
+    run = slurm_run("a-run", shards=1, cluster={"requeue": False}, steps=60).prepared()
+    ids = go(run)
+    job = ids["train"]
+    wait_for(lambda: attempts.read(RunPaths(run.root), "train"), 60, "train to begin")
+    time.sleep(1)
+    slurm.sh("scancel", "--signal=USR2", job)
+    wait_ended(list(ids.values()), 60)
+    line = train_line(run)
+    assert (line.state, "submit again" in line.detail) == ("stopped", True)
+    run.plan(steps=1)
+    go(run, wait=True)
+    assert set(states_of(run).values()) == {"done"}
+
+
 def test_a_submission_that_was_killed_before_it_was_recorded(
     slurm: Cluster, slurm_run: MakeRun
 ) -> None:
@@ -297,11 +368,56 @@ def test_a_submission_that_was_killed_before_it_was_recorded(
     wait_ended([job], 30)
 
 
-def test_what_can_never_start_ends_the_wait(slurm: Cluster, slurm_run: MakeRun) -> None:
-    run = slurm_run(cluster={"defaults": {"partition": "cpu", "sbatch": {"hold": ""}}})
-    with pytest.raises(StageError, match="held by its owner"):
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"sbatch": {"hold": ""}}, "held by its owner"),
+        ({"cpus": 99}, "more than its partition's settings allow|Change prepare.cpus"),
+        ({"time": "9-0"}, "more time than its partition allows"),
+    ],
+)
+def test_what_can_never_start_ends_the_wait(
+    slurm: Cluster, slurm_run: MakeRun, asked: dict[str, object], words: str
+) -> None:
+    run = slurm_run(cluster={"defaults": {"partition": "cpu", **asked}})
+    with pytest.raises(YelpHpcError, match=words):
         go(run, "prepare", wait=True)
     cancel(run.root)
+
+
+def test_a_job_that_is_requeued_and_held_ends_the_wait(slurm: Cluster, slurm_run: MakeRun) -> None:
+    run = slurm_run(steps=100).prepared()
+
+    def hold() -> None:
+        wait_for(run.trace, 60, "train to begin")
+        slurm.sh("scontrol", "requeuehold", records(RunPaths(run.root))[-1]["job"])
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    with pytest.raises(StageError, match="requeued and is held"):
+        go(run, "train", wait=True)
+    thread.join()
+    cancel(run.root)
+
+
+def test_the_node_does_not_see_the_folder(slurm: Cluster, slurm_run: MakeRun) -> None:
+    run = slurm_run("a-run")
+    file = run.root.parent / "cluster.yaml"
+    file.write_text("defaults: {partition: cpu, time: 5, sbatch: {nodelist: c1}}\n")
+    pid = int((RUN / "slurmd.c1.pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not process_start(pid), 30, "slurmd to end")
+    hidden = f"mount -t tmpfs tmpfs {run.root.parent} && exec slurmd -N c1"
+    subprocess.run(["unshare", "--mount", "bash", "-c", hidden], check=True)
+    try:
+        argv = ["doctor", "--cluster", str(file), "--run", str(run.root), "--on-node", "--json"]
+        done = yelp_hpc(*argv, check=False, HF_HUB_OFFLINE="1")
+        found = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "node job"]
+        assert "the node does not see this folder" in found[0]["text"], found
+    finally:
+        os.kill(int((RUN / "slurmd.c1.pid").read_text()), signal.SIGTERM)
+        time.sleep(1)
+        slurm.script("slurm_up.sh")
 
 
 def test_an_admins_note_in_latin_1(slurm: Cluster, slurm_run: MakeRun) -> None:
@@ -314,5 +430,9 @@ def test_an_admins_note_in_latin_1(slurm: Cluster, slurm_run: MakeRun) -> None:
         run = slurm_run("a-run", shards=1)
         go(run, wait=True)
         once_each(run)
+        names = [f"--{kind}={run.root.parent / kind}.yaml" for kind in ("cluster", "config")]
+        yelp_hpc("init", *names)
+        done = yelp_hpc("doctor", *names, check=False, HF_HUB_OFFLINE="1")
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     finally:
         slurm.sh("scontrol", "update", "nodename=g2", "state=resume")

@@ -39,6 +39,7 @@ M
 export ROOT SOURCE
 exec unshare --mount --net --pid --uts --fork --kill-child bash -c '
   mount --make-rprivate /
+  mount --bind "$ROOT" "$ROOT"  # a mount point of its own, as a root is
   mount --bind "$SOURCE" "$ROOT/src"
   mount -t proc proc "$ROOT/proc"; mount --bind /dev "$ROOT/dev"; mount -t tmpfs tmpfs "$ROOT/run"
   exec chroot "$ROOT" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 bash /run.sh "$@"

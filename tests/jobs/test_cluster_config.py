@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,43 @@ def test_every_problem_is_reported_at_once_with_the_nearest_key(tmp_path: Path) 
         *("train.gpus", "train.time", "infer.account", "signal is set by the launchers"),
     ):
         assert part in message
+
+
+PLACES = {
+    "python": "{0}/bin/python",
+    "command": '["{0}/stage"]',
+    "programs.squeue": "{0}/squeue",
+    "container.image": "{0}/a.sif",
+    "container.binds": '["{0}/data:/data:ro"]',
+    "container.cache": "{0}/cache",
+    "container.extra_args": '[--bind, "{0}"]',
+    "defaults.sbatch.chdir": "{0}",
+    "train.sbatch.nodefile": "{0}/nodes",
+}
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_every_path_is_what_a_shell_would_make_of_it(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("PROJECT", "/p")
+    monkeypatch.delenv("USER", raising=False)  # not every login shell sets it
+    file = tmp_path / "c.yaml"
+
+    def load(place: str) -> str:
+        image = ("container.image=/a.sif",) if key.startswith("container.") else ()
+        file.write_text("{}")
+        return load_cluster(file, (*image, f"{key}={PLACES[key].format(place)}")).model_dump_json()
+
+    assert '"/h/x' in load("~/x") and '"/p/x' in load("$PROJECT/x") and '"/p' in load("${PROJECT}")
+    assert f'"/scratch/{getpass.getuser()}' in load("/scratch/$USER")
+    for bad, says in (
+        ("/scratch/$NOPE", r"\$NOPE is not set here"),
+        ("~nobody9/x", "no user here"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            load(bad)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,13 @@ from tests.hub.server import serving
 from tests.hub.state import Hub
 from tests.jobs.fake_site import DISK, WEIGHTS, Site, complaints, partition
 from tests.tiny import make_model
-from yelp_hpc.cache import model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, command, lines, ok
 from yelp_hpc.jobs.doctor.machine import check_machine
-from yelp_hpc.jobs.doctor.probes import folder, quotas, seen
+from yelp_hpc.jobs.doctor.probes import folder, model_problem, quotas, seen
 from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request
 from yelp_hpc.jobs.doctor.run import binds_line, check_inputs, check_visit
 from yelp_hpc.rundir.files import MARKER, write_json
@@ -232,8 +231,21 @@ SLURM = [
          "long allows 2", "train.gpus: 2", both(put(train__gpus=2), nproc(2))),
     Case("jobs over the qos's", both(edit("qos", r"(normal.*)\|\n", r"\g<1>50\n"), shards(40)),
          "qos", "failure", "84 jobs would be queued", "max_array_size: 23"),
+    Case("GPUs of a type over the qos's",
+         both(edit("qos", r"gres/gpu=2", "gres/gpu:a100=1,gres/gpu:rtx3090=2,gres/gpu=4"),
+              put(train__qos="long", train__gpus=3), nproc(3)), "qos", "failure",
+         "qos long allows 2", "train.gpus: 2", both(put(train__gpus=2), nproc(2))),
     Case("preempted without warning", put(train__partition="spare"), "preemption", "warning",
          "preempts without warning", "--set train.save_every_minutes=5"),
+    Case("cancelled when preempted",
+         both(put(train__partition="spare"), edit("partitions", "=REQUEUE", "=CANCEL")),
+         "preemption", "warning", "spare cancels the jobs", "another partition",
+         edit("partitions", "GraceTime=0(.*)=CANCEL", r"GraceTime=60\1=CANCEL")),
+    Case("suspended when preempted",
+         both(put(train__partition="spare"), edit("partitions", "=REQUEUE", "=GANG,SUSPEND")),
+         "preemption", "warning", "goes on later", "nothing to do", put(train__partition="gpu")),
+    Case("a site without requeue", edit("config", r"JobRequeue( +)= 1", r"JobRequeue\1= 0"),
+         "requeue", "warning", "JobRequeue is 0", "--on-node", put(requeue=False)),
     Case("sbatch refuses", touch("refuses", "allocation failure: Invalid feature specification"),
          "test-only", "failure", "sbatch refuses prepare, train.*Invalid feature", "constraint",
          touch("refuses")),

@@ -152,6 +152,44 @@ def test_a_running_stage_is_not_submitted_twice(fake_run: MakeRun) -> None:
     assert len(run.trace()) == 1
 
 
+def test_two_chains_at_once(fake_run: MakeRun) -> None:
+    run = fake_run(shards=1)
+    start, ended = threading.Barrier(2), []
+
+    def one() -> None:
+        start.wait()
+        try:
+            ended.append(go(run))
+        except RequestError as error:
+            assert "a local chain runs here already" in str(error) or "already sub" in str(error)
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == [5]
+    assert len(run.trace()) == 5
+
+
+def test_submit_and_cancel_at_once_leave_all_or_nothing(fake_run: MakeRun) -> None:
+    run = fake_run(steps=200).prepared()
+    stop = threading.Event()
+
+    def cancelling() -> None:
+        while not stop.is_set() and not cancel(run.root):
+            pass
+
+    thread = threading.Thread(target=cancelling)
+    thread.start()
+    with pytest.raises(SavedForRequeue):
+        go(run)
+    stop.set()
+    thread.join()
+    assert cancel(run.root) == []
+    assert len(run.trace()) <= 1
+
+
 def test_a_stage_without_its_input_is_refused(fake_run: MakeRun) -> None:
     with pytest.raises(RequestError, match="needs prepare"):
         go(fake_run(), "train")

@@ -15,6 +15,7 @@ from yelp_hpc.jobs.site import client as site
 from yelp_hpc.jobs.site.client import NoAnswer, client, own_environment
 from yelp_hpc.jobs.site.refusals import refusal, user_defaults
 from yelp_hpc.jobs.slurm import Row
+from yelp_hpc.jobs.submission import by_cluster
 from yelp_hpc.runtime import without_tokens
 
 Asked = list[list[str]]
@@ -199,6 +200,13 @@ def test_the_users_defaults_fill_in_what_the_cluster_file_leaves_out() -> None:
         ("Batch job submission failed: Invalid job array specification", "Change max_array_size"),
         ("lua: read our page on partitions\nsbatch: error: Batch job submission failed: Requested "
          "time limit is invalid (missing or exceeds some limit)", "infer.time"),
+        ("QOSMaxCpuPerNode\nsbatch: error: Batch job submission failed: Job violates "
+         "accounting/QOS policy (job submit limit, ...)", "infer.cpus"),
+        ("Welcome! Partitions: our page\nPlease ask for a walltime below 48 h.\nsbatch: error: "
+         "Batch job submission failed: Unspecified error", "infer.time"),
+        ("Batch job submission failed: Invalid node name specified", "sbatch (nodelist)"),
+        ("Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: "
+         "Requested node configuration is not available", "Change infer.memory or"),
         ("lua: --requeue is not permitted\nsbatch: error: Batch job submission failed: Unspecified "
          "error", "Change requeue"),
     ],
@@ -208,6 +216,36 @@ def test_a_refusal_names_a_key_that_exists(said: str, key: str) -> None:
     assert isinstance(error, RequestError)
     assert key in str(error)
     assert "infer.max_array_size" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        *("job requeued in held state", "(launch_failed_requeued_held)", "JobHoldMaxRequeue"),
+        *("PartitionConfig", "BadConstraints", "JobHeldAdmin", "DependencyNeverSatisfied"),
+        *("QOSMaxGRESPerJob", "AssocMaxWallDurationPerJobLimit", "QOSMinGRES"),
+    ],
+)
+def test_what_no_waiting_mends(reason: str) -> None:
+    assert slurm.never_starts(reason)
+    assert slurm.reason_in_words(reason) != reason.strip("()")
+
+
+@pytest.mark.parametrize(
+    "reason", ["Priority", "Resources", "Dependency", "BeginTime", "AssocGrpGRES", "Licenses",
+               "QOSMaxJobsPerUserLimit", "ReqNodeNotAvail, UnavailableNodes:g1"]
+)  # fmt: skip
+def test_what_waiting_mends(reason: str) -> None:
+    assert not slurm.never_starts(reason)
+
+
+def test_one_of_several_clusters_that_the_shell_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"executor": "slurm", "job": "1", "slurm_cluster": name} for name in ("a", "b", "c")]
+    for named, mine in (("a,b", ["a", "b"]), ("all", ["a", "b", "c"]), ("c", ["c"])):
+        monkeypatch.setenv("SLURM_CLUSTERS", named)
+        here, elsewhere = by_cluster(lines)
+        assert [line["slurm_cluster"] for line in here] == mine
+        assert len(elsewhere) == 3 - len(mine)
 
 
 def test_tokens_are_left_out() -> None:

@@ -70,8 +70,7 @@ def named_container(arguments: Sequence[str]) -> Container | None:
 
     if cluster := option(arguments, "--cluster"):
         return load_cluster(cluster).container
-    runs = (a for a in arguments[1:] if (Path(a) / "run.json").is_file())  # of `compare`
-    run = option(arguments, "--run") or next(runs, None)
+    run = option(arguments, "--run")
     if run is None:
         return None
     paths = RunPaths(Path(run).absolute())

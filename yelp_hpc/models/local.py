@@ -21,8 +21,6 @@ TOKENIZER_FILES = (
 def model_folder(model: ModelConfig) -> Path:
     """The local folder of the configured model, fetched or made on first use.
 
-    A Hub model is looked for in the cache of the Hub's own client first.
-
     Raises:
         RequestError: the demo model's name is unknown, or the folder or Hub id cannot be used.
         StageError: it could not be fetched.
@@ -34,10 +32,9 @@ def model_folder(model: ModelConfig) -> Path:
     local = Path(model.path).expanduser()
     if local.is_dir():  # before the slow import of what downloads
         return local
-    from yelp_hpc.models.fetch import fetch_model, seen_model
+    from yelp_hpc.models.fetch import fetch_model
 
-    seen = seen_model(model.path, model.revision)
-    return seen or fetch_model(model.path, model.revision, hub_folder())
+    return fetch_model(model.path, model.revision, hub_folder())
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.files import read_object, write_json
+from yelp_hpc.rundir.files import read_jsonl, read_object, write_json
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 SILENT = 120.0
@@ -95,11 +95,18 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
             if attempt.ended is None:
                 attempt.__dict__["seen"] = path.stat().st_mtime
             found.append(attempt)
-    # the starts of one job by their number: the clocks of its nodes may differ by minutes
-    first: dict[str, float] = {}
-    for attempt in found:
-        first[attempt.job] = min(attempt.started, first.get(attempt.job, attempt.started))
-    return sorted(found, key=lambda attempt: (first[attempt.job], attempt.job, attempt.restart))
+    # the clocks of nodes may differ by minutes: jobs as they were submitted, starts by number
+    place = order(paths)
+    return sorted(found, key=lambda attempt: (place(attempt.job), attempt.job, attempt.restart))
+
+
+def order(paths: RunPaths) -> Callable[[str], float]:
+    """Of a job or array task: its place among all submissions, the last where none tells of it."""
+    first: dict[tuple[object, object], int] = {}
+    for number, line in enumerate(read_jsonl(paths.submissions)):  # a cancelled one stands twice
+        first.setdefault((line.get("job"), line.get("time")), number)
+    places = {job: number for (job, _), number in first.items()}
+    return lambda job: places.get(job, places.get(job.partition("_")[0], math.inf))
 
 
 def age(path: Path) -> float:
@@ -141,9 +148,10 @@ def killed(paths: RunPaths, name: str, job: str, task: Task) -> list[Attempt]:
     """
     dead = []
     for attempt in read(paths, name):
-        silent = time.time() - last_seen(attempt) > SILENT
+        if attempt.ended is not None:
+            continue
         same = set(attempt.task) & set(task) or attempt.task == task
-        if attempt.ended is None and (attempt.job == job or (same and silent)):
+        if attempt.job == job or (same and age(attempt.path(paths)) > SILENT):
             dead.append(attempt)
     return dead
 

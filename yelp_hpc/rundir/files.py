@@ -23,7 +23,6 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.modes import let_umask_rule
 
 MARKER = "complete.json"
 TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOTALL)
@@ -91,7 +90,6 @@ def atomic_folder(folder: Path, as_good: Callable[[Path], bool] | None = None) -
         remove(temporary)
         temporary.mkdir(parents=True)
         yield temporary
-        let_umask_rule(temporary)
         for inner in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
             sync_directory(inner)
         there = os.path.lexists(folder)
@@ -146,7 +144,10 @@ def write_failure(path: Path, error: OSError, replaced: bool = False) -> str:
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush a directory's entries, if the file system can: a rename then survives a crash."""
+    """Flush a directory's entries, so that a rename survives a crash of the node.
+
+    Some network file systems cannot flush a folder, and say EINVAL: that is let pass.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -374,7 +375,10 @@ def leads_out(name: str) -> bool:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """What is wrong with a marked folder, a line a file; [] means complete and whole."""
+    """What is wrong with a marked folder: one line for a missing, torn or altered file.
+
+    An empty list means complete and whole. A folder without a marker is reported as such.
+    """
     marker = read_marker(folder)
     if marker is None:
         with suppress(StageError, AttributeError, TypeError):
@@ -384,13 +388,10 @@ def damaged_files(folder: Path) -> list[str]:
     problems = []
     for name, digest in marker["files"].items():
         path = folder / name
-        try:
-            if not path.is_file():
-                problems.append(f"{path} is missing")
-            elif sha256_file(path) != digest:
-                problems.append(f"{path} is not what was written (SHA-256 differs)")
-        except PermissionError:
-            problems.append(f"{path} may not be read by you; its owner can: chmod a+rX {folder}/*")
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif sha256_file(path) != digest:
+            problems.append(f"{path} is not what was written (SHA-256 differs)")
     return problems
 
 

@@ -1,1 +1,0 @@
-"""Several runs: on the rows that they share, compared and ranked; no torch."""
