@@ -316,7 +316,12 @@ def preempt(slurm: Cluster) -> None:
 def test_a_partition_that_cancels_what_it_preempts(slurm: Cluster, slurm_run: MakeRun) -> None:
     place = {"partition": "lowc", "cpus": 4, "sbatch": {"nodelist": "c1"}}
     run = slurm_run(cluster={"train": place}, steps=100).prepared()
-    thread = threading.Thread(target=lambda: wait_for(run.trace, 60, "train") and preempt(slurm))
+
+    def strike() -> None:
+        wait_for(run.trace, 60, "train to begin")
+        preempt(slurm)
+
+    thread = threading.Thread(target=strike)
     thread.start()
     with pytest.raises(StageError, match="run the same command again"):
         go(run, "train", wait=True)
