@@ -40,10 +40,11 @@ from yelp_hpc.jobs.submission import (
 from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import plain
 from yelp_hpc.progress import say as tell
-from yelp_hpc.rundir.files import open_log, write_bytes
+from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.paths import STAGES, RunPaths
+from yelp_hpc.runtime import open_log
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

@@ -26,8 +26,8 @@ from yelp_hpc.jobs.submission import (
 from yelp_hpc.jobs.verdict import AGAIN
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.files import open_log
 from yelp_hpc.rundir.paths import RunPaths, Task
+from yelp_hpc.runtime import open_log
 
 FOLLOW_SECONDS = 0.3
 

@@ -37,9 +37,9 @@ from yelp_hpc.ranks.child import die_with_parent
 from yelp_hpc.ranks.launch import first_host
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
-from yelp_hpc.rundir.files import open_log
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.runtime import open_log
 
 HEARTBEAT = 10.0
 POLL = 0.2

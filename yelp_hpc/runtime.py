@@ -1,4 +1,4 @@
-"""The environment of processes: defaults that libraries read once, and what no child is handed.
+"""Of processes: defaults that libraries read once, what no child is handed, where output goes.
 
 `set_runtime_defaults` is to be called before torch is imported. Imports nothing of the package.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Literal
 
 DEFAULTS = {
     # Its default spins for long at every barrier, which on a node that is shared with other work
@@ -41,3 +43,10 @@ def set_runtime_defaults() -> None:
 def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
     """`env` without the Hub's tokens."""
     return {name: value for name, value in env.items() if name not in TOKENS}
+
+
+def open_log(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
+    """Open a log; a link in its place, which could lead anywhere, is an `OSError`."""
+    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, mode)

@@ -39,9 +39,11 @@ def test_an_error_in_a_rank_is_one_message(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "train-rank-0.log").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(kind, match=says) as error:
         launch([sys.executable, "-c", RANK.format(work=work)], b"", 2, tmp_path)
     assert "Traceback" not in str(error.value)
+    assert not (tmp_path / "elsewhere").exists(), "a link was followed"
     if kind is RequestError:
         assert "Traceback" not in capsys.readouterr().err
         logs = [path.read_text() for path in tmp_path.glob("train-rank-*.log")]

@@ -26,7 +26,7 @@ from typing import IO, Any
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.progress import step_bar
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
-from yelp_hpc.runtime import without_tokens
+from yelp_hpc.runtime import open_log, without_tokens
 
 # After the first failure the others may write their own log lines so long (seconds) …
 FAILURE_GRACE = 1.0
@@ -174,7 +174,7 @@ def _start(
     error.unlink(missing_ok=True)
     if log.is_symlink():
         log.unlink()  # it could lead anywhere
-    with log.open("ab") as file:
+    with open_log(log, "ab") as file:
         file.write(f"--- started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
         file.flush()
         process = subprocess.Popen(
@@ -189,10 +189,11 @@ def _start(
                 "YELP_HPC_LAUNCHER": str(os.getpid()),
             },
         )
-    rank = _Rank(number, process, log, error)
-    if first and process.stdout is not None:
-        rank.relay = threading.Thread(target=_relay, args=(process.stdout, log), daemon=True)
-        rank.relay.start()
+        rank = _Rank(number, process, log, error)
+        if first and process.stdout is not None:
+            own = (process.stdout, os.dup(file.fileno()))
+            rank.relay = threading.Thread(target=_relay, args=own, daemon=True)
+            rank.relay.start()
     if process.stdin is not None:
         with suppress(BrokenPipeError):
             process.stdin.write(payload)
@@ -200,9 +201,9 @@ def _start(
     return rank
 
 
-def _relay(stream: IO[bytes], log: Path) -> None:
-    """Copy a rank's output to its log and to standard error."""
-    with log.open("ab", buffering=0) as file, step_bar() as show:
+def _relay(stream: IO[bytes], log: int) -> None:
+    """Copy a rank's output to its log, an open descriptor, and to standard error."""
+    with os.fdopen(log, "ab", buffering=0) as file, step_bar() as show:
         for line in stream:
             file.write(line)
             with suppress(OSError, ValueError):
@@ -269,8 +270,8 @@ def verdict(failed: list[tuple[_Rank, int]]) -> YelpHpcError:
         )
     if report["exit_code"] != RequestError.exit_code:
         return StageError(f"rank {rank.rank}: {report['message']}{where}")
-    with suppress(OSError), rank.log.open("a") as log:  # the rank itself is silent then
-        log.write(f"{report['message']}\n")
+    with suppress(OSError), open_log(rank.log, "ab") as log:  # the rank itself is silent then
+        log.write(f"{report['message']}\n".encode())
     return RequestError(f"rank {rank.rank}: {report['message']}{where}")
 
 
@@ -283,8 +284,8 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _tail(log: Path, lines: int = 5) -> str:
-    with suppress(OSError):
-        content = log.read_text(errors="replace").splitlines()
+    with suppress(OSError), open_log(log) as file:
+        content = file.read().decode(errors="replace").splitlines()
         started = max((i for i, x in enumerate(content) if x.startswith("--- started")), default=-1)
         return "\n".join("  | " + line for line in content[started + 1 :][-lines:])
     return ""

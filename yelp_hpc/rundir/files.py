@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 from yelp_hpc.errors import StageError
 
@@ -335,13 +335,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
     return records
-
-
-def open_log(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
-    """Open a log; a link in its place, which could lead anywhere, is an `OSError`."""
-    flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    return os.fdopen(descriptor, mode)
 
 
 def sha256_file(path: Path) -> str:
