@@ -55,8 +55,11 @@ def test_max_steps_and_bounds() -> None:
     for step in (-1, 12):
         with pytest.raises(IndexError, match=rf"^step {step} is outside 0\.\.11$"):
             plan.batch(step)
-    with pytest.raises(ValueError, match="at least 1"):
-        DataPlan(0, 10, 1, seed=0)
+    for wrong in ((0, 10, 1), (10, 0, 1), (10, 10, 0)):
+        with pytest.raises(ValueError, match=r"^rows, global_batch and epochs must be at least 1$"):
+            DataPlan(*wrong, seed=0)
+    assert DataPlan(1, 1, 1, seed=0).batch(0) == (0,)
+    assert DataPlan(100, 10, 3, seed=0, max_steps=99).steps == 30
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -79,6 +82,7 @@ def test_shared_prefix_leaves_every_sequence_a_prompt_token() -> None:
     assert shared_prefix([5, 6, 7], shortest=9) == 3
     assert shared_prefix([5, 6, 7], shortest=3) == 2
     assert shared_prefix([], shortest=3) == 0
+    assert shared_prefix([5], shortest=0) == 0
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
@@ -98,7 +102,43 @@ def test_a_cut_batch_fits_its_budget_in_equal_pieces(pieces: int, max_tokens: in
         assert len(cut) % pieces == 0 or len(cut) == len(lengths)
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [100, 101, 180, 260, 5000])
+def test_a_batch_is_cut_into_the_fewest_pieces_that_fit(pieces: int, max_tokens: int) -> None:
+    draw = random.Random(max_tokens)
+    for _ in range(30):
+        lengths = [draw.randint(2, 90) for _ in range(draw.randint(8, 24))]
+
+        def fits(cut: list[list[int]], lengths: list[int] = lengths) -> bool:
+            loads = [sum(lengths[i] for i in piece) for piece in cut]
+            return all(
+                len(piece) < 2 or 10 + load <= max_tokens
+                for piece, load in zip(cut, loads, strict=True)
+            )
+
+        counts = range(pieces, 10 * len(lengths), pieces)
+        count = next(n for n in counts if fits(deal(lengths, n)))
+        expected = [piece for piece in deal(lengths, count) if piece]
+        assert cut_batch(lengths, pieces, max_tokens, 10) == expected
+
+
+def test_cuts_at_the_edge_of_the_budget() -> None:
+    assert cut_batch([30, 30, 30], 1, 100, 10) == [[0, 1, 2]]
+    assert cut_batch([30, 30, 30], 1, 99, 10) == [[0, 2], [1]]
+    assert cut_batch([30, 30, 30], 2, 10, 10) == [[0], [1], [2]]  # no room but for the prefix
+    assert cut_batch([30, 1], 1, 20, 10) == [[0], [1]]  # longer than the budget: alone
+    assert cut_batch([5], 4, 100, 10) == [[0]]
+    assert cut_batch([], 4, 100, 10) == []
+
+
 def test_pieces_cost_two_percent_of_a_step_at_most() -> None:
+    for prefix, price in ((31, 31), (0, 16), (16, 16), (4, 16)):
+        for pieces in (2, 4, 8):
+            tokens = (pieces - 1) * 50 * price - prefix  # of which further prefixes are 2 %
+            assert default_pieces(tokens, prefix, 64) == pieces
+            assert default_pieces(tokens - 0.1, prefix, 64) == pieces // 2
+            assert default_pieces(1e9, prefix, pieces) == pieces
+            assert default_pieces(1e9, prefix, pieces - 1) == max(1, pieces // 2)
     assert default_pieces(32 * 169, 31, 32) == 4  # the report's run
     assert default_pieces(8 * 40, 31, 8) == 1
     assert default_pieces(1e6, 0, 64) == 8

@@ -89,8 +89,24 @@ def test_labels_that_are_the_same_tokens_are_refused() -> None:
     def folded(texts: list[str]) -> list[list[int]]:
         return characters([text.lower() for text in texts])
 
-    with pytest.raises(RequestError, match="the same tokens"):
-        Prompt(TEMPLATE, ("Sport", "sport", "other"), folded, 1024)
+    with pytest.raises(RequestError) as error:
+        Prompt(TEMPLATE, ("other", "Sport", "sport"), folded, 1024)
+    assert str(error.value) == (
+        "the labels 'Sport' and 'sport' are the same tokens with this tokenizer; choose other "
+        "task.labels"
+    )
+
+
+def test_an_answer_that_melts_into_the_text_is_refused() -> None:
+    def melting(texts: list[str]) -> list[list[int]]:
+        return [[*one[:-2], 9999] if "x" in text else one
+                for text, one in zip(texts, characters(texts), strict=True)]  # fmt: skip
+
+    with pytest.raises(RequestError) as error:
+        Prompt("{review} {label}", ("1", "2"), melting, 64).fit(["a", "x"])
+    assert str(error.value) == (
+        "the tokenizer merges the answer with the text of a review; choose another prompt.template"
+    )
 
 
 def test_a_huge_text_is_cut_before_it_is_tokenised() -> None:
@@ -108,6 +124,8 @@ def test_common_prefix() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
     assert common_prefix([[1], [2]]) == 0
     assert common_prefix([]) == 0
+    assert common_prefix([[1, 2]]) == common_prefix([[1, 2], [1, 2]]) == 2
+    assert common_prefix([(1, 9), [1, 2], [1, 9, 3]]) == 1
 
 
 def test_the_cutoff_counts_the_answer_and_the_end() -> None:
@@ -115,9 +133,12 @@ def test_the_cutoff_counts_the_answer_and_the_end() -> None:
     template = "ab {review} {label}"
     alone = len("ab  ") + 1  # and the first special token
     assert Prompt(template, ("1", "2"), characters, alone + 3).fit([""])[1] == [""]
-    needed = f"already needs {alone + 2}; raise"
-    with pytest.raises(RequestError, match=needed):
+    with pytest.raises(RequestError) as error:
         Prompt(template, ("1", "2"), characters, alone + 2)
+    assert str(error.value) == (
+        f"data.cutoff is {alone + 2} tokens, but the prompt without a review already needs "
+        f"{alone + 2}; raise data.cutoff or shorten prompt.template"
+    )
     prompt = Prompt(template, ("1", "2"), characters, alone + 10 + 2)
     ids, used = prompt.fit(["x" * 10, "y" * 11])
     assert used == ["x" * 10, "y" * 10]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from yelp_hpc.config import DataConfig
-from yelp_hpc.data.sampling import conflicting, duplicates, split_rows, text_keys
+from yelp_hpc.data.sampling import Splits, conflicting, duplicates, split_rows, text_keys
 from yelp_hpc.errors import RequestError
 
 
@@ -61,10 +61,14 @@ def test_balanced_draws_equal_shares() -> None:
 @pytest.mark.parametrize(
     ("labels", "values", "expected"),
     [
-        ([0, 1] * 5, {"train_rows": 11}, "only 10"),
-        ([3] * 10, {}, "label 3 only"),
-        ([0, 1] * 20, {"balanced": True, "train_rows": 20}, "label 2"),
-        ([0, 1] * 5, {"test": None, "test_rows": 10}, "training set is empty"),
+        ([0, 1] * 5, {"train_rows": 11}, "^data.train_rows asks for 11 rows, .* only 10$"),
+        ([3] * 10, {}, "^the training set holds label 3 only; a classifier needs two or more$"),
+        ([0, 1] * 20, {"balanced": True, "train_rows": 20}, "^data.balanced .* label 2, but"),
+        (
+            [0, 1] * 5,
+            {"test": None, "test_rows": 10},
+            "^the training set is empty; give more rows or lower data.test_rows$",
+        ),
     ],
 )
 def test_too_little_data_is_said(
@@ -73,6 +77,30 @@ def test_too_little_data_is_said(
     config = data(**values)
     with pytest.raises(RequestError, match=expected):
         split_rows(labels, labels if config.test else None, config, seed=0)
+
+
+def test_an_empty_test_set_is_said_and_one_class_in_it_is_none_of_our_business() -> None:
+    labels = [0, 1] * 5
+    with pytest.raises(RequestError, match=r"^the test set is empty; give more rows"):
+        split_rows(labels, [], data(), seed=0)
+    assert split_rows(labels, [3, 3], data(), seed=0).test == [0, 1]
+    with pytest.raises(RequestError, match=r"^the training set holds label bad only;"):
+        split_rows([1, 1, 1], labels, data(), seed=0, names=("good", "bad"))
+
+
+def test_the_shares_of_the_sets_are_rounded_and_drawn_by_the_seed() -> None:
+    labels = [i % 2 for i in range(10)]
+    for share, validation in ((0.0, 0), (0.04, 0), (0.06, 1), (0.26, 3), (0.5, 5)):
+        splits = split_rows(labels, labels, data(validation_share=share), seed=0)
+        assert (len(splits.validation), len(splits.train)) == (validation, 10 - validation)
+        assert splits.train == sorted(splits.train)
+        assert splits.validation == sorted(splits.validation)
+    # fixed for ever: a run is prepared again in another image
+    splits = split_rows(labels, None, data(test=None, test_rows=3, validation_share=0.3), seed=7)
+    assert splits == Splits(FIXED[0], FIXED[1], FIXED[2])
+
+
+FIXED = ([0, 1, 7, 8, 9], [3, 4], [2, 5, 6])
 
 
 def test_duplicates_ignore_case_and_spacing() -> None:

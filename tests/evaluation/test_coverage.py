@@ -161,6 +161,82 @@ def test_scores_are_checked(run: RunPaths) -> None:
     assert "some have none" in found([None, *scores.tolist()[1:]], best)
 
 
+def test_what_makes_a_shard_unusable_is_said(run: RunPaths) -> None:
+    """Whole lines: the file, and what is wrong with it."""
+    path = run.shard("tuned", 2, SHARDS)
+    whole = pq.read_table(path)
+    rows, labels = list(range(50, 75)), LABELS[50:75]
+    unsure = [[0.0] * 5] * 25
+
+    def table(columns: dict[str, Any]) -> pa.Table:
+        made = dict(zip(whole.schema.names, whole.columns, strict=True))
+        made |= {k: pa.array(v, whole.schema.field(k).type) for k, v in columns.items()}
+        return pa.table(made)
+
+    other = "made with another model, adapter or setting than the rest"
+    for shard in range(SHARDS):
+        mark = {"yelp_hpc.identity": "a"}
+        rewrite(run.shard("tuned", shard, SHARDS), methodcaller("replace_schema_metadata", mark))
+    for made, words in (
+        (whole.replace_schema_metadata({"yelp_hpc.identity": "b"}), other),
+        (whole.replace_schema_metadata({}), other),
+        (whole.replace_schema_metadata({"yelp_hpc.test_sha256": "0", "yelp_hpc.identity": "a"}),
+         "it was made from another test set"),
+        (table({"row": [None, *rows[1:]]}), "it holds rows without a row id or a label"),
+        (table({"label": [None, *labels[1:]]}), "it holds rows without a row id or a label"),
+        (table({"scores": [None, *unsure[1:]]}), "some of its rows have scores and some have none"),
+        (table({"scores": [row[:4] for row in unsure]}), "it holds rows that have not 5 scores"),
+        (table({"scores": [[float("inf")] * 5, *unsure[1:]]}),
+         "it holds scores that are not finite numbers"),
+        (table({"scores": [[0.0] * 5, [1.0, 0.0, 0.0, 0.0, 0.0], *unsure[2:]]}),
+         "its predictions are not the labels with the highest scores"),
+        (table({"row": [999, *rows[1:]]}), "row 999 is not in the test set"),
+        (table({"label": [labels[0], 4, *labels[2:]]}), "row 51 has another label in the test set"),
+        (whole.drop_columns(["scores"]), "its columns are not those of a shard"),
+    ):  # fmt: skip
+        if "identity" not in str(made.schema.metadata) and made.schema.metadata is None:
+            made = made.replace_schema_metadata({"yelp_hpc.identity": "a"})
+        pq.write_table(made, path)
+        assert cover(run).problems()[0] == f"{path}: {words}"
+    # where the best are equal any of them may be the answer; an unparsed one has no best
+    equal = table({"scores": unsure, "prediction": [None, *labels[1:]]})
+    pq.write_table(equal.replace_schema_metadata({"yelp_hpc.identity": "a"}), path)
+    assert cover(run).problems() == []
+
+
+@pytest.mark.parametrize("count", [10, 11, 12])
+def test_ten_of_a_kind_are_named_and_the_rest_counted(tmp_path: Path, count: int) -> None:
+    run, shards = RunPaths(tmp_path), 25
+    write_test_set(run, LABELS)
+    write_shards(run, "tuned", LABELS, LABELS, shards)
+    folder, more = run.predictions("tuned"), count - 10
+    twice = pq.read_table(run.shard("tuned", 24, shards))
+    others = [pq.read_table(run.shard("tuned", i, shards)) for i in range(20, 24)]
+    again = pa.concat_tables([*others, twice]).slice(20 - count - 4, count)
+    pq.write_table(pa.concat_tables([twice, again]), run.shard("tuned", 24, shards))
+    for shard in range(count):
+        run.shard("tuned", shard, shards).write_bytes(b"PAR1")
+        (folder / f"shard-{shard:04d}-of-0099.parquet").write_bytes(b"")
+    lines = cover(run, shards).problems()
+    named = [line for line in lines if "torn or altered" in line]
+    assert [line.partition(":")[0] for line in named] == [
+        str(run.shard("tuned", shard, shards)) for shard in range(10)
+    ]
+    rest = [line for line in lines if line not in named]
+    if more:
+        assert rest.pop(0) == f"{folder}: {more} more shards cannot be used"
+    assert rest.pop(0).endswith(
+        f"0009-of-0099.parquet{f' and {more} more' * bool(more)} left over from another division "
+        "(this run has 25 shards)"
+    )
+    doubled = rest.pop(0)
+    assert doubled.count("row ") == 10
+    assert doubled.endswith(f"and {more} more rows") == bool(more)
+    assert rest == [
+        f"tuned: {4 * count} of 100 test rows have no answer: 0-9 and {4 * count - 10} more"
+    ]
+
+
 def test_a_shard_with_other_columns_is_named(run: RunPaths) -> None:
     path = run.shard("tuned", 0, SHARDS)
     rewrite(path, lambda t: t.drop_columns(["scores"]))
@@ -220,6 +296,7 @@ def test_row_ids_and_places_are_each_others_way_back(tmp_path: Path) -> None:
         assert places.tolist() == [3, 2, 1, 0, -1, -1 if 11 not in ids else ids.index(11), -1]
         assert test.row_ids(np.arange(4)) == ids
         assert test.first == min(ids)
+        assert (test.ids is None) == (ids == [7, 8, 9, 10])  # consecutive ones need no memory
 
 
 def test_what_makes_a_test_set_unreadable_is_said(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ against built models, measured peaks and the engine's own plan in test_plan.py.
 
 from __future__ import annotations
 
+import csv
 import json
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tiny import reviews
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.forecast.forecast import checkpoint_interval, forecast, time_limit
 from yelp_hpc.forecast.inputs import estimated_lengths
@@ -124,6 +127,9 @@ def plans() -> dict[str, Any]:
             settings(train={"precision": "bf16"}), glm, LENGTHS, card=find_card("t4")
         ),
         "probed": forecast(settings(infer={"models": ["tuned"]}), llama, LENGTHS, probe=PROBE),
+        "probed, larger micro-batches": forecast(
+            settings(train={"max_tokens": 4096}), llama, LENGTHS, probe=replace(PROBE, cuda=True)
+        ),
         "probed, two ranks": forecast(settings(train={"nproc": 2}), llama, LENGTHS, probe=PROBE),
     }  # fmt: skip
     return {name: asdict(plan) for name, plan in found.items()}
@@ -138,31 +144,57 @@ def times() -> dict[str, Any]:
     }
 
 
-def lengths() -> dict[str, Any]:
+def lengths(folder: Path) -> dict[str, Any]:
     """Of data that is not prepared: how many rows, and how long they are taken to be."""
     found = {}
+    hub = {"source": "hub", "train": None, "path": "Yelp/yelp_review_full"}
     for name, config, mean in (
-        ("a Hub data set", settings(data={"source": "hub", "train": None, "path":
-                                          "Yelp/yelp_review_full", "test_rows": 50}), None),
-        ("with a mean", settings(data={"source": "hub", "train": None, "path":
-                                       "Yelp/yelp_review_full", "train_rows": 1000,
-                                       "test_rows": 50}), 321.0),
-    ):  # fmt: skip
+        ("a Hub data set", settings(data={**hub, "test_rows": 50}), None),
+        ("with a mean", settings(data={**hub, "train_rows": 1000, "test_rows": 50}), 321.0),
+    ):
         made = estimated_lengths(config, mean)
         found[name] = [
             [len(part), sum(part), max(part), min(part)]
             for part in (made.train, made.validation, made.test)
         ] + [made.prefix, made.source]
+    names = ["awful", "poor", "fine", "good", "really great"]
+    for file, seed in (("train.csv", 0), ("test.csv", 1)):
+        with (folder / file).open("w", newline="") as opened:
+            rows = csv.writer(opened)
+            rows.writerow(["text", "label"])
+            rows.writerows((text, names[label]) for text, label in reviews(40, seed))
+    train, test = str(folder / "train.csv"), str(folder / "test.csv")
+    words = {"labels": names}
+    for name, own, task, mean in (
+        ("a file", {"train": train, "test_rows": 10}, words, None),
+        ("its own test file", {"train": train, "test": test, "test_rows": 10}, words, None),
+        ("a small cutoff", {"train": train, "test_rows": 10, "cutoff": 60}, words, None),
+        ("a file with a mean", {"train": train, "test_rows": 10}, words, 77.0),
+        ("a file with a mean over the cutoff", {"train": train, "test_rows": 10, "cutoff": 60},
+         words, 77.0),
+        ("a file with a mean below the prefix", {"train": train, "test_rows": 10}, words, 3.0),
+        ("labels of one token", {"train": train, "test_rows": 10},
+         {"labels": ["a", "b", "c", "d", "e"], "values": names}, None),
+    ):  # fmt: skip
+        template = "Say how good it is.\nReview: {review}\nOutput: {label}"
+        config = settings(data=own, task=task, prompt={"template": template})
+        estimated = estimated_lengths(config, mean)
+        found[name] = [
+            list(estimated.train), list(estimated.validation), list(estimated.test),
+            estimated.prefix, estimated.source,
+        ]  # fmt: skip
     return found
 
 
 def figures() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        estimated = lengths(Path(folder))
     made = {
         "sizes": sizes_of_models(),
         "memory": memory_of_models(),
         "plans": plans(),
         "times": times(),
-        "lengths": lengths(),
+        "lengths": estimated,
     }
     return dict(json.loads(json.dumps(made)))
 

@@ -22,7 +22,7 @@ def logged(run: RunPaths) -> None:
     for step in (1, 2):
         line = {"step": 2 * step, "seconds": 3.0, "tokens_per_second": 100.0 * step}
         append_jsonl(run.train_log, {**line, "memory_bytes": 5_000 // step})
-    append_jsonl(run.train_log, {"step": 4, "validation_loss": 1.0, "seconds": 9.0})
+    append_jsonl(run.train_log, {"step": 5, "validation_loss": 1.0, "seconds": 9.0})
 
 
 def test_an_empty_run_tells_nothing(tmp_path: Path) -> None:
@@ -33,10 +33,17 @@ def test_a_run_by_hand_is_told_by_its_log(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
     logged(run)
     config = tiny_config(Path("m"), train={"log_every": 1})
-    assert what_happened(run, config) == Happened(4, 900, 6.0, 5_000, restarts=0)
+    assert what_happened(run, config) == Happened(5, 900, 6.0, 5_000, restarts=0)
     # every second step is logged: the others were as long
     config = tiny_config(Path("m"), train={"log_every": 2})
     assert what_happened(run, config).train_tokens == 1800
+
+
+def test_a_log_that_counts_nothing_tells_its_step_alone(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    append_jsonl(run.train_log, {"step": 3, "loss": 1.5, "seconds": 2.0})
+    append_jsonl(run.train_log, {"step": 4, "loss": 1.5, "tokens_per_second": 7.0})
+    assert what_happened(run, tiny_config(Path("m"))) == Happened(4)
 
 
 def test_jobs_tell_their_time_and_files_their_size(tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_jobs_tell_their_time_and_files_their_size(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * size)
     found = what_happened(run, tiny_config(Path("m"), train={"log_every": 1}))
-    assert found == Happened(4, 900, 900.0, 5_000, 720.0, 0.7, 43_210, 1)
+    assert found == Happened(5, 900, 900.0, 5_000, 720.0, 0.7, 43_210, 1)
 
 
 def test_a_shape_is_read_from_the_folder_or_known_or_asked_for(tmp_path: Path) -> None:
@@ -74,7 +81,13 @@ def test_a_shape_is_read_from_the_folder_or_known_or_asked_for(tmp_path: Path) -
         with pytest.raises(RequestError) as error:
             read_shape(tiny_config(tmp_path / "m"))
         assert str(error.value).startswith(f"{tmp_path}/m/config.json {words}")
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(RequestError, match=rf"^{tmp_path}/m/config.json does not describe a"):
+        read_shape(tiny_config(tmp_path / "m"))
+    (tmp_path / "m" / "config.json").unlink()
+    (tmp_path / "m" / "config.json").mkdir()  # a folder is no config.json
     for path, words in (
+        (f"{tmp_path}/m", f"model.path {tmp_path}/m is no folder here and is not in the cache"),
         ("demo:none", "model.path demo:none is unknown; the demo's is demo:"),
         ("a/b", "model.path a/b is no folder here and is not in the cache, so its sizes are not "
                 "known: run `python -m yelp_hpc fetch --config FILE` first"),

@@ -48,10 +48,26 @@ def test_the_plan_is_the_same_for_every_kind_of_sequence() -> None:
     assert plan_shards(array("q", lengths), 5) == plan_shards(lengths, 5)
 
 
-@pytest.mark.parametrize(("lengths", "shards"), [([1, 2], 0), ([1, 0, 2], 2)])
-def test_impossible_requests_are_refused(lengths: list[int], shards: int) -> None:
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("lengths", "shards", "words"),
+    [([1, 2], 0, "shards must be at least 1, not 0"), ([1, 0, 2], 2, "a row has no tokens")],
+)
+def test_impossible_requests_are_refused(lengths: list[int], shards: int, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}$"):
         plan_shards(lengths, shards)
+
+
+def test_cuts_by_hand() -> None:
+    """A row belongs to the shard that holds the middle of its tokens."""
+    assert plan_shards([1, 1, 1, 1], 2) == [range(2), range(2, 4)]
+    assert plan_shards([4, 1, 1, 2], 2) == [range(1), range(1, 4)]
+    assert plan_shards([1, 2, 1], 2) == [range(1), range(1, 3)]  # the middle is the next one's
+    assert plan_shards([1, 9], 3) == [range(1), range(1, 2), range(2, 2)]
+    assert plan_shards([9, 1], 3) == [range(0), range(1), range(1, 2)]
+    assert plan_windows([3, 4, 5, 1, 9, 2], range(6), 8) == [
+        range(2), range(2, 4), range(4, 5), range(5, 6)
+    ]  # fmt: skip
+    assert plan_windows([3, 5, 5], range(3), 8) == [range(2), range(2, 3)]
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 1000, 10**9])
@@ -70,3 +86,5 @@ def test_what_is_missing_is_named() -> None:
     assert missing_shards(range(4), 4) == []
     assert spans([5, 0, 2, 1, 9, 8, 2]) == "0-2, 5, 8-9"
     assert spans([]) == ""
+    assert spans([7]) == "7"
+    assert spans([0, 1]) == "0-1"

@@ -92,7 +92,7 @@ def read_test_set(path: Path, classes: int = 5) -> TestSet:
         raise StageError(f"{path} holds labels outside 0-{classes - 1}; {mend}")
     if np.array_equal(ids, np.arange(ids[0], ids[0] + total)):
         return TestSet(classes, labels, int(ids[0]), None, None, path)
-    order = np.argsort(ids, kind="stable")
+    order = np.argsort(ids)
     ids = ids[order]
     if (ids[1:] == ids[:-1]).any():
         twice = ids[1:][ids[1:] == ids[:-1]]
@@ -318,7 +318,7 @@ def _values(column: pa.Array, dtype: type[Any]) -> NDArray[Any]:
     buffer = column.buffers()[1]
     if buffer is None:
         return np.zeros(len(column), dtype=dtype)
-    return np.frombuffer(buffer, dtype, len(column), column.offset * np.dtype(dtype).itemsize)
+    return np.frombuffer(buffer, dtype)[column.offset : column.offset + len(column)]
 
 
 def _first_line(error: Exception) -> str:

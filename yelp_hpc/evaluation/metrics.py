@@ -135,9 +135,7 @@ def cell_sums(counts: Counts, truth: Counts, column: Counts, classes: int) -> Su
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike, empty: float) -> Floats:
     """Element-wise quotient that is `empty` where the denominator is zero."""
-    top, bottom = np.broadcast_arrays(
-        np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    )
+    top, bottom = np.broadcast_arrays(numerator, denominator)
     result: Floats = np.divide(top, bottom, out=np.full(top.shape, empty), where=bottom > 0)
     return result
 
