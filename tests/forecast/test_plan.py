@@ -178,7 +178,7 @@ def test_a_card_that_the_image_does_not_know_gets_no_time() -> None:
     plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("v100"))
     assert plan.train_seconds is None and plan.infer_seconds is None
     assert (
-        "CUDA 13, which the image is built with, does not run on a Tesla V100: it needs compute "
+        "CUDA 13, which the image is built with, does not run on a V100: it needs compute "
         "capability 7.5 and driver 580. `containers/lock.sh --index URL` makes a lock for an older "
         "CUDA"
     ) in plan.notes
