@@ -194,7 +194,7 @@ def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
     line = next((line for line in text.splitlines() if "JobId=" in line), "")
     if not line:
         raise no_client("scontrol", text)
-    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", line))
+    return dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", line))
 
 
 def state_of(job: str) -> str:

@@ -91,6 +91,13 @@ def test_work_of_a_training_is_that_of_its_steps(tmp_path: Path) -> None:
     assert (work.steps, work.sequences) == (14, 100)
     assert (work.tokens, work.critical) == (tokens, critical)
     assert work.evaluations == 14  # each step: a tenth of 14 steps is one
+    none = training_work(config, replace(lengths, validation=[]), 2, None, CHATGLM3)
+    assert none == replace(work, evaluations=0)
+    short = tiny_config(Path("m"), train={"global_batch": 8, "max_tokens": 128, "max_steps": 3})
+    fewer = training_work(short, lengths, 2, None, CHATGLM3)
+    assert (fewer.steps, fewer.sequences, fewer.evaluations) == (3, 24, 3)
+    rarely = tiny_config(Path("m"), train={"global_batch": 8, "evaluate_every": 3})
+    assert training_work(rarely, lengths, 2, None, CHATGLM3).evaluations == 3  # of 7 steps
 
 
 def test_forward_flops_of_one_sequence_by_hand() -> None:

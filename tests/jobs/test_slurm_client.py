@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Exception], As
         asked: Asked = []
 
         def told(argv: list[str], **options: object) -> str:
-            asked.append(list(argv))
+            asked.append([*argv, *(f"{k}={v}" for k, v in options.items() if v)])
             if isinstance(answer, Exception):
                 raise answer
             return answer
@@ -50,11 +51,18 @@ def test_the_queue_is_asked_for_all_tasks_and_a_banner_is_no_row(
 ) -> None:
     line = "7_1|RUNNING|None|g1|1:02|10:00|2|1700|me|yelp-train:a|b|/run/logs/slurm/train-1.sh|\n"
     asked = answering(f"Welcome | to the cluster\n{HEAD}{line}8|COMPLETED|None|g1|1:02|10:00|0|\n")
-    (row,) = slurm.queue(["7", "8"])
+    (row,) = slurm.queue(["7", "8"], patience=5.0)
     assert (row.job, row.restarts, row.submitted, row.user) == ("7_1", 2, 1700.0, "me")
     assert row.what == "yelp-train:a|b|/run/logs/slurm/train-1.sh"
     assert {"--array", "--states=all", "--jobs=7,8"} <= set(asked[0])
     assert slurm.queue([]) == [] and len(asked) == 1
+    fields = ("JobArrayID:|,State:|,Reason:|,NodeList:|,TimeUsed:|,TimeLimit:|,RestartCnt:|,"
+              "SubmitTime:|,UserName:|,Name:|,Command:|")  # fmt: skip
+    head = ["squeue", "--array", f"--Format={fields}", "--states=all"]
+    assert asked[0] == [*head, "--jobs=7,8", "epoch=True", "patience=5.0"]
+    ended = slurm.everything(["7", "8"], patience=3.0)[1]
+    assert (ended.job, ended.live, ended.runs) == ("8", False, False)
+    assert asked[1] == [*head, "--jobs=7,8", "epoch=True", "patience=3.0"]
     answering("Welcome\nUsage: rc-squeue [-m]\n")
     with pytest.raises(StageError, match="name the real one"):
         slurm.queue(["7"])
@@ -70,6 +78,103 @@ def test_a_queue_that_has_forgotten_the_only_job_is_empty_and_a_dead_one_an_erro
     with pytest.raises(StageError, match="Unable to contact"):
         slurm.queue(["7"])
     assert slurm.state_of("7") == "UNREACHABLE"
+
+
+def test_jobs_are_found_by_their_script_or_its_folder(
+    answering: Callable[[str | Exception], Asked], tmp_path: Path
+) -> None:
+    folder, link = tmp_path / "slurm", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    lines = [f"{n}|PENDING|None||0:00|1:00|0|5|me|a|b|{script}|\n" for n, script in enumerate((
+        folder / "train-1.sh", folder / "train-11.sh", f"{folder}-2/train-1.sh", "train-1.sh",
+        f"{folder}/train-1.sh.bak"))]  # fmt: skip
+    asked = answering(HEAD + "".join(lines))
+
+    def found(script: Path) -> list[str]:
+        return [row.job for row in slurm.of_script(script, patience=2.0)]
+
+    assert found(link) == found(folder) == ["0", "1", "4"]
+    (folder / "train-1.sh").touch()
+    assert found(link / "train-1.sh")[0] == found(folder / "train-1.sh")[0] == "0"
+    assert "1" not in found(folder / "train-1.sh")
+    assert found(tmp_path / "other.sh") == []
+    assert asked[0][3:] == ["--states=all", f"--user={site.user_name()}", "epoch=True",
+                            "patience=2.0"]  # fmt: skip
+
+
+def test_what_is_asked_of_a_job_and_what_is_asked_for_it(
+    answering: Callable[[str | Exception], Asked],
+) -> None:
+    told = "\nWelcome\nJobId=7 JobName=a b JobState=RUNNING Reason=None NodeList=g[1-2] Comment=\n"
+    asked = answering(told)
+    facts = slurm.facts_of("7_1", patience=4.0)
+    assert facts == {"JobId": "7", "JobName": "a", "JobState": "RUNNING", "Reason": "None",
+                     "NodeList": "g[1-2]", "Comment": ""}  # fmt: skip
+    assert slurm.state_of("7") == "RUNNING"
+    slurm.requeue("7_1")
+    slurm.cancel(["7", "8"])
+    slurm.cancel([])
+    show = ["scontrol", "-o", "show", "job"]
+    assert asked == [
+        [*show, "7_1", "epoch=True", "patience=4.0"],
+        [*show, "7", "epoch=True", "patience=10"],
+        ["scontrol", "requeue", "7_1"],
+        ["scancel", "7", "8", f"patience={site.PATIENCE}"],
+    ]
+    answering("JobId=7 UserId=me\n")
+    assert slurm.state_of("7") == "GONE"
+    answering(StageError("scontrol failed: slurm_load_jobs error: Invalid job id specified"))
+    assert slurm.facts_of("7") == {}
+    answering("Usage: scontrol\n")
+    with pytest.raises(StageError, match=r"scontrol .*Usage: scontrol"):
+        slurm.facts_of("7")
+    answering(RequestError("scontrol is not installed"))
+    assert slurm.state_of("7") == "UNREACHABLE"
+
+
+def test_the_name_of_the_cluster(
+    answering: Callable[[str | Exception], Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_CLUSTERS", "SBATCH_CLUSTERS"):
+        monkeypatch.delenv(name, raising=False)
+    asked = answering("Configuration data\nAccountingStorageClusterName = x\nClusterName = lab 2\n")
+    assert slurm.cluster_name() == "lab"
+    assert asked == [["scontrol", "show", "config"]]
+    answering("nothing\n")
+    assert slurm.cluster_name() == ""
+    for error in (DOWN, RequestError("scontrol is not installed")):
+        answering(error)
+        assert slurm.cluster_name() == ""
+    monkeypatch.setenv("SBATCH_CLUSTERS", "near")
+    assert slurm.cluster_name() == "near"
+    monkeypatch.setenv("SLURM_CLUSTERS", "far")
+    assert slurm.cluster_name() == "far"
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "never"),
+    [
+        ("None", "about to be scheduled", False),
+        ("(Priority)", "others are ahead of it in the queue", False),
+        ("(ReqNodeNotAvail, May be reserved)", "the nodes it asks for are down or reserved", False),
+        ("DependencyNeverSatisfied", "an earlier stage failed, so it will never start", True),
+        ("(launch failed requeued held)",
+         "failed to start and is held: scontrol release", True),
+        ("AssocMaxWallDurationPerJobLimit",
+         "over a limit of your association (AssocMaxWallDurationPerJobLimit); it will never start",
+         True),
+        ("QOSMinGRES", "over a limit of the qos (QOSMinGRES); it will never start", True),
+        ("QOSGrpCpuLimit", "over a limit of the qos (QOSGrpCpuLimit)", False),
+        ("AssocGrpCPUMinutesLimit",
+         "over a limit of your association (AssocGrpCPUMinutesLimit)", False),
+        ("(Odd_Reason, more)", "Odd_Reason, more", False),
+        ("partitiontimelimit", "partitiontimelimit", True),
+    ],
+)  # fmt: skip
+def test_why_a_job_waits(reason: str, words: str, never: bool) -> None:
+    assert slurm.reason_in_words(reason) == words
+    assert slurm.never_starts(reason) is never
 
 
 def test_a_job_id_alone_is_nobody() -> None:
@@ -88,6 +193,16 @@ def test_a_job_id_alone_is_nobody() -> None:
     requeued = Row(**{**vars(mine), "submitted": 1100.0, "restarts": 1})
     assert slurm.is_of(requeued, record)
     assert slurm.is_of(Row("7", "FAILED", user="me", what="yelp-train:a"), record)  # sacct
+    # what one of the two does not tell is no difference
+    for silent in ({"user": ""}, {"what": ""}, {"submitted": None}):
+        assert slurm.is_of(Row(**{**vars(mine), **silent}), record)
+    for key in ("user", "job_name", "submitted"):
+        assert slurm.is_of(mine, {k: v for k, v in record.items() if k != key})
+    assert slurm.is_of(mine, {**record, "submitted": "then"})
+    for moved, own in ((-2.0, False), (-1.9, True), (0.0, True), (1.9, True), (2.0, False)):
+        assert slurm.is_of(Row(**{**vars(mine), "submitted": 1000.0 + moved}), record) is own
+        again = Row(**{**vars(mine), "submitted": 1000.0 + moved, "restarts": 1})
+        assert slurm.is_of(again, record) is (moved > -2)
 
 
 def test_the_accounting_is_asked_as_every_version_can_answer(
@@ -96,7 +211,19 @@ def test_the_accounting_is_asked_as_every_version_can_answer(
     asked = answering("banner\n7|COMPLETED|c1|0:09|1:00|me|a name\n")
     (row,) = slurm.accounting(["7", "9"])
     assert (row.state, row.node, row.user, row.what) == ("COMPLETED", "c1", "me", "a name")
-    assert "--array" not in asked[0]  # Slurm 22.05 knows none
+    form = "--format=JobID,State,NodeList,Elapsed,Timelimit,User,JobName"
+    head = ["sacct", "--noheader", "--parsable2", "--allocations", form]  # 22.05: no --array
+    assert asked == [[*head, "--jobs=7,9", "timeout=20"]]
+    assert slurm.accounting([]) == []
+    (row, other) = slurm.parse_accounting(
+        "7_1|PENDING|None assigned|0:01|1:00|me|a|b|\n7_1|CANCELLED by 0|g1|0:02|1:00|me|a|b\n"
+        "7_[2-3]|PENDING|None assigned|0:00|1:00\n7.batch|FAILED|g1|0:01|1:00\n8|FAILED|g1|0\n"
+        "9|FAILED|g2|0:03|2:00\n"
+    )
+    assert row == Row("7_1", "CANCELLED", "", "g1", "0:02", "1:00", 0, None, "me", "a|b")
+    assert other == Row("9", "FAILED", "", "g2", "0:03", "2:00")
+    assert slurm.parse_accounting("7|PENDING|None assigned|0|1|")[0].node == ""
+    assert slurm.parse_accounting("7||g1|0:01|1:00")[0].state == ""
     answering(DOWN)
     with pytest.raises(StageError):
         slurm.accounting(["7"])
@@ -116,6 +243,24 @@ def test_the_end_of_a_job_is_what_slurm_counts_and_not_a_clock(
     there = {"SLURM_JOB_START_TIME": "100", "SLURM_JOB_END_TIME": "160"}
     assert 50 < slurm.TimeLimit("7", there).left <= 60
     assert slurm.seconds("02:03") == 123
+    assert slurm.seconds("7") == 7
+    assert slurm.seconds("1-02:03:04") == 86_400 + 7384
+    for wrong in ("", "soon", "1-", "1:x"):
+        with pytest.raises(ValueError):
+            slurm.seconds(wrong)
+    for unlimited in ("UNLIMITED", "Infinite"):
+        answering(told.replace("1-00:02:00", unlimited))
+        assert limit.ask() == math.inf
+    answering(told.replace("RUNNING", "PENDING"))  # it is requeued: nothing runs down
+    assert limit.ask() == math.inf
+    for none in (told.replace("RunTime=00:01:00", ""), told.replace("1-00:02:00", "Partition")):
+        answering(none)
+        assert limit.ask() == math.inf
+    answering(DOWN)
+    for there in ({"SLURM_JOB_START_TIME": "100"}, {"SLURM_JOB_END_TIME": "160"},
+                  {"SLURM_JOB_START_TIME": "100", "SLURM_JOB_END_TIME": "x"},
+                  {"SLURM_JOB_START_TIME": "x", "SLURM_JOB_END_TIME": "160"}):  # fmt: skip
+        assert slurm.TimeLimit("7", there).left == math.inf
 
 
 def test_a_client_gets_plain_times_and_whole_arrays_and_its_own_words_are_shown() -> None:
@@ -254,6 +399,14 @@ def test_tokens_are_left_out() -> None:
 
 
 def test_what_slurm_does_not_say_is_not_made_up() -> None:
+    assert [row.job for row in slurm.parse_queue(
+        "7|PENDING|None||0:00|1:00|0|\n8_[1-3%2]|PENDING|None||0:00|1:00|0|\n"
+        "9+1|PENDING|None||0:00|1:00|0|\n7x|PENDING|None||0:00|1:00|0|\n7|PENDING|a||0:00|1:00\n"
+    )] == ["7", "8_[1-3%2]", "9+1"]  # fmt: skip
+    (row,) = slurm.parse_queue("7 |RUNNING|None|g1|0:09|1:00|3|N/A|me|a | b|/s.sh||\n")
+    assert row == Row("7", "RUNNING", "None", "g1", "0:09", "1:00", 3, None, "me", "a|b|/s.sh")
+    (row,) = slurm.parse_queue("7|RUNNING|None|g1|0:09|1:00|3|170|me\n")
+    assert (row.submitted, row.user, row.what) == (170.0, "me", "")
     (row,) = slurm.parse_queue("7|PENDING|(Odd_Reason)||0:00|1:00|N/A|\n")
     assert row == Row("7", "PENDING", "(Odd_Reason)", "", "0:00", "1:00", 0)
     assert slurm.reason_in_words(row.reason) == "Odd_Reason"

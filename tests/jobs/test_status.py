@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,26 @@ def test_what_is_said_of_each_state() -> None:
     again = "interrupted; submit it again to go on"
     for verdict in ("stopped", "lost", ""):
         of(f"stopped: {again}", "train", attempts=(attempt(verdict),))
+    full = attempt("stopped", reason="the disk is full; submit again when there is room\nlog")
+    of("stopped: the disk is full; submit again when there is room", "train", attempts=(full,))
+    of(f"stopped: {again}", "train", attempts=(full, attempt("stopped", reason="saved", task=(1,))))
+    of(f"stopped: {again}", "train", attempts=(attempt("lost", reason="submit again"),))
+    of("running: suspended by Slurm", "train", rows=(Row("7", "SUSPENDED"), Row("8", "PENDING")))
+    of("running: ", "train", rows=(Row("7_1", "SUSPENDED"), Row("7_2", "RUNNING")))
+    of("waiting: submitted; squeue does not show it yet", "train", young=True)
+    of("failed: it never began: no such file", "train", said="no such file")
+    of("failed: Slurm says FAILED: no such file", "train", said="no such file",
+       accounting=(Row("7", "FAILED"),))  # fmt: skip
+    of(f"stopped: {again}", "train", attempts=(attempt("stopped", reason="saved"),),
+       accounting=(Row("7", "FAILED"),))  # fmt: skip
+    cancelled = {**SUBMITTED, "cancelled": True}
+    of("cancelled: cancelled; submit it again to go on", "train", submission=cancelled)
+    for state, words in {
+        "TIMEOUT": "the time limit came before it had saved: raise save_seconds",
+        "NODE_FAIL": "the node died and the job was not requeued",
+        "FAILED": "it failed before its supervisor could say why: see `logs`",
+    }.items():
+        of(f"failed: Slurm says {state}: {words}", "train", accounting=(Row("7", state),))
     of("unknown: submitted, but Slurm has no trace of it", "train", attempts=(attempt("done"),))
     of("absent: not submitted", "train", submission=None)
     of("running: ", "train", alive=True)
@@ -164,7 +185,16 @@ def test_a_line_is_put_together_from_what_runs_what_was_and_what_is_left() -> No
               attempts=(attempt("lost", "6", node="g1"),
                         attempt("lost", node="g2", started=10.0, ended=75.0)))  # fmt: skip
     assert (over.node, over.elapsed, over.limit, over.restarts) == ("g2", "0:01:05", "", 0)
+    assert over.gpu_hours == round(2 * (40 + 65) / 3600, 3) > 0
+    lost = of("stopped: interrupted; submit it again to go on", "train",
+              attempts=(attempt("lost", lost=20.0),))  # fmt: skip
+    assert (lost.gpu_hours, lost.gpu_hours_lost) == (0.022, 0.011)
     assert of("done: ", "train", done=True, training=log, steps=60).training == log
+    nothing = of("unknown: submitted, but Slurm has no trace of it", "train")
+    assert (nothing.node, nothing.elapsed, nothing.limit, nothing.restarts) == ("", "", "", 0)
+    told = of("failed: Slurm says BOOT_FAIL: the node did not start", "train",
+              accounting=(Row("7", "BOOT_FAIL", "", "g3", "0:07", "1:00"),))  # fmt: skip
+    assert (told.node, told.elapsed, told.limit) == ("g3", "0:07", "1:00")
     assert of("absent: not submitted", "train", submission=None).job == ""
     slow = of("running: 0/2 shards, 1 running, 5/20 rows", shards=2,
               rows=(Row("7_0", "RUNNING"),), shards_progress={0: {**shard("running", 5, 0.0),
@@ -208,6 +238,29 @@ def test_the_table_is_folded_to_the_terminal_and_loses_nothing() -> None:
     ):
         assert text in words
     assert render(LINES, width=200) == render(LINES)
+    widest = max(map(len, render(LINES).split("\n")))
+    assert render(LINES, width=widest) == render(LINES)
+    assert render(LINES, width=widest - 1) != render(LINES)
+
+
+def test_a_narrow_table_folds_the_job_and_the_details_alone() -> None:
+    lines = [replace(line, job="123456_[1-3,7-9,11-13]", restarts=2) for line in LINES]
+    assert render(lines, width=60) == NARROW.strip("\n")
+
+
+NARROW = """
+stage    state    job         elapsed/limit
+prepare  done     123456_[1-  0:12/10:00       c1; 2
+                  3,7-9,11-1                   restarts
+                  3]
+train    running  123456_[1-  1:02:03/8:00:00  step 30/60,
+                  3,7-9,11-1                   loss 1.2500,
+                  3]                           900 tokens/s,
+                                               ETA 0:01:01;
+                                               node-with-a-l
+                                               ong-name-7; 2
+                                               restarts
+"""
 
 
 def test_watch_shows_each_state_in_the_place_of_the_last() -> None:

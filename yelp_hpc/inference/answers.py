@@ -125,10 +125,7 @@ def _stated(line: str, task: TaskConfig) -> int | None:
     for text in (line, line[cue.end() :]) if cue else (line,):
         bare = text.strip(_AROUND)
         for said, texts in zip((bare, _folded(bare)), _spoken(task), strict=True):
-            found = texts.get(said, texts.get(said.rstrip(".,;:!?")))
-            if found is None:
-                found = _opens(said, texts)
-            if found is not None:
+            if (found := _opens(said, texts)) is not None:
                 return found if found >= 0 else None
         begun = {i for text, i in _spoken(task)[1].items() if text.startswith(_folded(bare))}
         if bare and len(begun) == 1:
