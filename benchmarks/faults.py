@@ -334,7 +334,8 @@ def main() -> int:
             env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_XET": "1"}
             env |= {"YELP_HPC_CACHE": f"{place}/cache", "TQDM_DISABLE": "1"}
             return subprocess.run([sys.executable, *sys.argv], env=env, check=False).returncode
-    from benchmarks.faults_units import heavy_units, light_units
+    from benchmarks.faults_small import light_units
+    from benchmarks.faults_units import heavy_units
 
     folder, started = Path(os.environ["YELP_HPC_FAULTS"]), time.monotonic()
     chosen = set(filter(None, options.only.split(",")))
