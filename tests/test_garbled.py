@@ -15,7 +15,9 @@ import pytest
 
 from tests.test_malformed import ROWS, call, folder, prepared, snapshot, write
 from yelp_hpc.config import load_config
+from yelp_hpc.errors import StageError
 from yelp_hpc.progress import plain
+from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import record_run
 
 __all__ = ["folder"]  # a fixture
@@ -105,6 +107,42 @@ def test_what_stages_read_before_they_work(
             path.unlink()
         else:
             path.write_bytes(there)
+
+
+@pytest.mark.parametrize("value", ["text", 3, [1]], ids=str)
+def test_a_section_of_the_record_that_is_none(
+    value: object, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every section of run.json, and every command that reads it."""
+    record_run(folder / "run", load_config(folder / "good.yaml"), "good.yaml", [])
+    path = folder / "run" / "run.json"
+    whole = json.loads(path.read_text())
+    for section in ("code", "packages", "lock_sha256", "image", "model", "data"):
+        path.write_text(json.dumps({**whole, section: value}))
+        for command in (
+            "status --run run",
+            "collect --run run",
+            "publish --run run --dry-run",
+            "verify --run run",
+            "reproduce --from run --run again",
+            "run infer --run run",
+            "doctor --run run",
+            "plan --run run",
+        ):
+            code, output = call(command.split(" "), monkeypatch, capfd)
+            check(output, code)
+            assert code in (1, 2) and f"{section}: input should be" in output, output
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for half in (b'"\\ud83d"', b'"\\uDE00"', b'{"\\ude00\\ud83d": 1}', b'"\xed\xa0\x80"'):
+        path.write_bytes(half)
+        with pytest.raises(StageError):
+            read_json(path)
+    for whole in (b'"\\ud83d\\ude00"', '\ufeff"\U0001f600"'.encode()):
+        path.write_bytes(whole)
+        assert read_json(path) == "\U0001f600"
 
 
 @pytest.mark.parametrize(

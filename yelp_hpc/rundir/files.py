@@ -28,6 +28,8 @@ MARKER = "complete.json"
 TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOTALL)
 """`.NAME.HOST.PID.tmp`; see `temporary_name`."""
 _DAY = 86_400.0
+_HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
+"""A half of a character beyond 16 bit, as it stands or escaped; two make a whole one."""
 _NOT_FLUSHABLE = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 """What some network file systems answer when a folder is to be flushed."""
 
@@ -223,15 +225,22 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text from a file that anybody may have changed.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply for a reader, or holds a number that no
-            float can (1e309, NaN, an integer of 400 digits).
+        ValueError: it is not JSON in UTF-8, is nested too deeply for a reader, holds a number that
+            no float can (1e309, NaN, an integer of 400 digits) or half a character, which no file
+            can be written with.
     """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
-        return json.loads(
+        value = json.loads(
             text, parse_float=_finite_float, parse_int=_finite_int, parse_constant=_refuse_constant
         )
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character") from None
 
 
 def _finite_float(text: str) -> float:

@@ -24,6 +24,7 @@ from yelp_hpc.rundir.changes import differences, refused_changes
 from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import Record
 from yelp_hpc.settings import check_values
 
 PACKAGES = (
@@ -54,12 +55,14 @@ def recorded_config(path: Path) -> Config:
         RequestError: the file is torn or holds none, or, as of a config file, all that is wrong.
     """
     try:
-        made = read_object(path).get("config")
+        record = read_object(path)
     except StageError as error:
         raise RequestError(str(error)) from None
+    made = record.get("config")
     values = made.get("resolved") if isinstance(made, dict) else None
     if not isinstance(values, dict):
         raise RequestError(f"{path} cannot be used: it is no run.json (it holds no configuration)")
+    check_values(Record, record, path)
     return check_values(Config, values, path, "config.resolved")
 
 
@@ -193,7 +196,11 @@ def code_state() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+                ["git", "-C", str(root), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                errors="replace",  # a changed file in another encoding
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
