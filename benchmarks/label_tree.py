@@ -47,8 +47,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     folder = model_folder()
-    tokenizer, model = load_tokenizer(folder), prepare_model(load_model(folder, "fp32").eval())
-    model.requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
+    # frozen first, as the infer stage does: only then the fused decoder takes it
+    model = prepare_model(load_model(folder, "fp32").eval().requires_grad_(False))
     # reviews of Yelp's lengths: several snippets each
     snippets = [text for text, _ in rated_snippets()]
     draw = random.Random(0)

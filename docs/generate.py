@@ -1,17 +1,21 @@
 """Pages that are made from the code, so that they cannot fall behind it: a hook of mkdocs.
 
 Replaces `<!-- keys: CLASS -->` by a table of a settings class's keys (`Config`, `ClusterConfig`)
-and `<!-- commands -->` by the help of every command.
+`<!-- commands -->` by the help of every command and `<!-- api -->` by the docstrings of what the
+package exports.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import sys
 import types
 import typing
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import yelp_hpc
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
+from yelp_hpc.explain import section_of
 from yelp_hpc.jobs.cluster import ClusterConfig
 
 SETTINGS: dict[str, type[BaseModel]] = {"Config": Config, "ClusterConfig": ClusterConfig}
@@ -34,16 +40,19 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(
         r"<!-- keys: (\w+) -->", lambda match: key_tables(SETTINGS[match[1]]), markdown
     )
-    return markdown.replace("<!-- commands -->", command_help())
+    for placeholder, made in (("<!-- commands -->", command_help), ("<!-- api -->", api_reference)):
+        if placeholder in markdown:
+            markdown = markdown.replace(placeholder, made())
+    return markdown
 
 
 def key_tables(model: type[BaseModel]) -> str:
     """A heading and a table for each section; keys outside of one come first."""
-    top = [(name, field) for name, field in model.model_fields.items() if not section(field)]
+    top = [(name, field) for name, field in model.model_fields.items() if not section_of(field)]
     parts = [table(top)] if top else []
     shown: dict[type[BaseModel], str] = {}
     for name, field in model.model_fields.items():
-        inner = section(field)
+        inner = section_of(field)
         if inner is None:
             continue
         if inner in shown:
@@ -62,14 +71,6 @@ def key_tables(model: type[BaseModel]) -> str:
 def anchor(model: type[BaseModel], name: str) -> str:
     """The id of a section's heading."""
     return f"{model.__name__.lower()}-{name}"
-
-
-def section(field: FieldInfo) -> type[BaseModel] | None:
-    """The settings class of a section; None for a plain key."""
-    for kind in (field.annotation, *typing.get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def table(rows: list[tuple[str, FieldInfo]]) -> str:
@@ -149,3 +150,74 @@ def command_help() -> str:
         )
         parts.append(f"## {name}\n\n```text\n{command.get_help(context).rstrip()}\n```")
     return "\n\n".join(parts)
+
+
+def api_reference() -> str:
+    """A section for each public name: signature, docstring, documented members."""
+    parts = []
+    for name in yelp_hpc.__all__:
+        value = getattr(yelp_hpc, name)
+        if not callable(value):
+            continue
+        parts.append(f"## {name}\n\n{signature(name, value)}\n\n{prose(value.__doc__)}")
+        for key, member in vars(value).items() if inspect.isclass(value) else ():
+            function = getattr(member, "fget", None) or getattr(member, "func", None) or member
+            if key[0] != "_" and inspect.isfunction(function):
+                called = member is function
+                gives = inspect.signature(function).return_annotation
+                head = f"```python\n{key}: {gives}\n```"
+                head = signature(key, member) if called else head
+                parts.append(f"### {name}.{key}\n\n{head}\n\n{prose(function.__doc__)}")
+        if fields := attribute_notes(value) if inspect.isclass(value) else "":
+            parts.append(f"**Attributes of a {name}:**\n\n{fields}")
+    return "\n\n".join(parts)
+
+
+def signature(name: str, value: Any) -> str:
+    """How something is called, a line if it fits."""
+    called = inspect.signature(value)
+    parameters: list[str] = []
+    for one in called.parameters.values():
+        if one.name == "self":
+            continue
+        if one.kind is inspect.Parameter.KEYWORD_ONLY and "*" not in parameters:
+            parameters.append("*")
+        default = "" if one.default is inspect.Parameter.empty else f" = {one.default!r}"
+        parameters.append(f"{one.name}: {one.annotation}{default}")
+    gives = "" if inspect.isclass(value) else f" -> {called.return_annotation}"
+    line = f"{name}({', '.join(parameters)}){gives}"
+    if len(line) > 88:
+        line = f"{name}(\n    " + ",\n    ".join(parameters) + f",\n){gives}"
+    return f"```python\n{line}\n```"
+
+
+def prose(docstring: str | None) -> str:
+    """A docstring as markdown: `Args:` and `Raises:` become lists."""
+    text = inspect.cleandoc(docstring or "")
+    lines: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        if line in ("Args:", "Raises:"):
+            lines += [f"**{line}**", ""]
+            inside = True
+        elif inside and (entry := re.match(r"    (\w+): (.*)", line)):
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        else:
+            inside = inside and line.startswith("    ")
+            lines.append(f"  {line.strip()}" if inside else line)
+    return "\n".join(lines)
+
+
+def attribute_notes(kind: type) -> str:
+    """The attributes of a class with the texts that stand below them."""
+    (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(kind))).body
+    body = tree.body if isinstance(tree, ast.ClassDef) else []
+    return "\n".join(
+        f"- `{one.target.id}`: {inspect.cleandoc(note.value.value)}"
+        for one, note in pairwise(body)
+        if isinstance(one, ast.AnnAssign)
+        and isinstance(one.target, ast.Name)
+        and isinstance(note, ast.Expr)
+        and isinstance(note.value, ast.Constant)
+        and isinstance(note.value.value, str)
+    )

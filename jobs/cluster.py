@@ -14,13 +14,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from yelp_hpc import synonyms
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.runtime import TOKENS
 from yelp_hpc.settings import Frozen, read_settings
+from yelp_hpc.synonyms import CLUSTER, SBATCH
 
 
 def _one_line(value: str) -> str:
@@ -51,6 +51,8 @@ def _expanded_bind(value: str) -> str:
 
 
 def _absolute(value: str) -> str:
+    if "://" in value:
+        raise ValueError(f"must be a file or a folder here; `apptainer pull FILE.sif {value}`")
     # the job starts in another folder
     return str(Path(_expanded(value)).absolute())
 
@@ -114,7 +116,7 @@ class Resources(Frozen):
     nodes: int | None = Field(default=None, ge=1, description="nodes of one job")
     cpus: int | None = Field(default=None, ge=1, description="CPUs a node")
     memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
-        default=None, description="memory a node, e.g. 64G"
+        default=None, description="memory a node: a number and K, M, G or T, as 64G"
     )
     time: Line | None = Field(default=None, description="time limit of a job, which is requeued")
     constraint: Line | None = Field(default=None, description="features that a node must have")
@@ -132,6 +134,8 @@ class Resources(Frozen):
     @classmethod
     def _memory(cls, value: Any) -> Any:
         # 64GB, 64GiB and 64g are all Slurm's 64G
+        if type(value) in (int, float):
+            raise ValueError("say the unit, as in 64G: Slurm reads a bare number as megabytes")
         found = re.fullmatch(r"(\d+)([KMGT])(?:i?B)?", str(value), re.IGNORECASE)
         return f"{found[1]}{found[2].upper()}" if found else value
 
@@ -184,7 +188,25 @@ class Container(Frozen):
 class ClusterConfig(Frozen):
     """Where and how the jobs of a run are run."""
 
-    synonyms: ClassVar[Mapping[str, str]] = synonyms.CLUSTER
+    synonyms: ClassVar[Mapping[str, str]] = CLUSTER
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("model", "data", "task", "prompt", "lora", "seed", "name"),
+            "it belongs into a config, which --config names",
+        ),
+        **dict.fromkeys(
+            ("slurm", "sbatch_options", "resources", "all", "default"),
+            "resources stand under `defaults:`, or under a stage's name",
+        ),
+        **{
+            name.replace("-", "_"): f"give it as an option of sbatch, `sbatch: {{{name}: VALUE}}`"
+            for name in SBATCH
+        },
+        **{
+            name.replace("-", "_"): "the launchers set it themselves; leave it out"
+            for name in _RESERVED
+        },
+    }
 
     defaults: Resources = Resources()
     prepare: Resources = Resources()

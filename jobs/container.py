@@ -6,11 +6,13 @@ The same argv is what `--dry-run` prints and what a person types to run a stage 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from yelp_hpc.cache import SEEN, repository, seen_folders, seen_hub
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.jobs.cluster import ClusterConfig, Container
@@ -141,13 +143,27 @@ def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterCon
         binds.append(f"{path}:{path}:ro")
     if problems:
         raise RequestError(all_problems("these cannot be bound into the image:", problems))
-    container = cluster.container.model_copy(update={"binds": (*cluster.container.binds, *binds)})
+    update = {"binds": (*cluster.container.binds, *binds)}
+    if seen_repository(config):
+        seen = ("--env", f"{SEEN}={seen_hub(os.environ)}")
+        update["extra_args"] = (*cluster.container.extra_args, *seen)
+    container = cluster.container.model_copy(update=update)
     return cluster.model_copy(update={"container": container})
+
+
+def seen_repository(config: Config) -> Path | None:
+    """The model in the cache of the Hub's own client; its token does not lie in there."""
+    if config.model.path.startswith("demo:") or Path(config.model.path).expanduser().is_dir():
+        return None
+    found = seen_folders(config.model.path, config.model.revision)
+    return repository(found[0]) if found else None
 
 
 def _inputs(config: Config) -> Iterator[Path]:
     """Local files that stages read, and where symbolic links among them lead (a Hub cache's)."""
     config = absolute_paths(config)
+    if seen := seen_repository(config):
+        yield seen
     named: Sequence[str | None] = (config.model.path, config.data.train, config.data.test)
     for path in (Path(name) for name in named if name and Path(name).is_absolute()):
         yield path

@@ -15,6 +15,7 @@ from typing import Any
 from yelp_hpc.config import Config
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.inference.provenance import wanted
+from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.collected import collected
 from yelp_hpc.rundir.files import is_complete, read_marker, read_object
@@ -64,7 +65,7 @@ def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[
     found = {}
     for shard in range(shards):
         with suppress(YelpHpcError, KeyError, TypeError, ValueError):
-            line = read_object(paths.shard_progress(model, shard, shards))
+            line = read_object(earlier.shard_progress(paths, model, shard, shards))
             numbers = [float(line[key] or 0) for key in ("rows", "done", "rows_per_second")]
             if isinstance(line["state"], str) and all(0 <= n < 1e15 for n in numbers):
                 found[shard] = line
@@ -121,9 +122,8 @@ def _progress_files(
         places = [paths.metrics, paths.report, paths.published]
     elif stage == "infer":
         names = [f"*shard-{shard:04d}*" for shard in task] or ["*"]
-        folder = paths.predictions(model)
-        places = [path for name in names for path in folder.glob(name)]
-        places += [path for name in names for path in folder.glob(f"partial/{name}")]
+        folders = (paths.predictions(model), paths.partials(model))
+        places = [path for name in names for folder in folders for path in folder.glob(name)]
     else:
         places = [paths.prepare if stage == "prepare" else paths.train]
     for place in places:

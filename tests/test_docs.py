@@ -26,11 +26,12 @@ import click
 import pytest
 from pydantic import BaseModel
 
+import yelp_hpc
 from tests.tiny import make_model, reviews
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
+from yelp_hpc.explain import dotted_keys
 from yelp_hpc.jobs.cluster import ClusterConfig
-from yelp_hpc.settings import dotted_keys
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -274,4 +275,7 @@ def test_the_site_builds_without_a_broken_link_and_shows_every_key(tmp_path: Pat
     assert [key for key, note in descriptions(ClusterConfig) if not note] == []
     shown = (tmp_path / "site" / "commands.html").read_text(encoding="utf-8")
     assert [name for name in cli.commands if f'id="{name}"' not in shown] == []
+    named = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    public = [name for name in yelp_hpc.__all__ if name[0] != "_"]
+    assert [name for name in public if f'id="{name.lower()}"' not in named] == []
     assert "fonts.googleapis.com" not in (tmp_path / "site" / "index.html").read_text()

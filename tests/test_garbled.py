@@ -43,7 +43,7 @@ RUN_FILES = (
     "submissions.jsonl",
     "train/log.jsonl",
     "logs/attempts/train/1-0.json",
-    "infer/base/progress/shard-0000-of-0001.json",
+    "infer/.progress/base/shard-0000-of-0001.json",
     "prepare/complete.json",
     "metrics.json",
     "published.json",

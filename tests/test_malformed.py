@@ -390,7 +390,7 @@ HARMLESS = [
         '{"name": "train", "job": "1", "restart": "x", "started": "y"}',
     ),
     ("logs/attempts/train/1-0.json", '{"unknown": 1}'),
-    ("infer/base/progress/shard-0000-of-0001.json", "{"),
+    ("infer/.progress/base/shard-0000-of-0001.json", "{"),
     ("metrics.json", "{"),
     ("prepare/complete.json", "[]"),
 ]

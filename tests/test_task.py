@@ -19,9 +19,8 @@ from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.paths import RunPaths
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("topics")
+def write_task(folder: Path) -> Path:
+    """A tiny model, the topics as a csv, and a configuration of both; its path."""
     make_model(folder / "model")
     topics = write_topics(folder / "topics.csv")
     config = {
@@ -34,8 +33,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "infer": {"shards": 2},
         "collect": {"bootstrap": 200},
     }  # fmt: skip
-    (folder / "c.json").write_text(json.dumps(config))
-    return folder
+    path = folder / "c.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("topics")).parent
 
 
 def submit(place: Path, name: str, *settings: str, stage: str = "all") -> RunPaths:

@@ -1,18 +1,39 @@
-"""The one cache folder of the toolkit: downloads, built images, and the model folders in it.
+"""Where downloads lie: our own cache folder, and the Hub's own, which is looked at and left alone.
 
 Looks only: nothing is fetched or made here.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+SEEN = "YELP_HPC_HUB"
+"""Names the Hub's own cache to a stage in the image, in which HF_HOME is another folder."""
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `YELP_HPC_CACHE`, or `~/.cache/yelp_hpc`."""
+    """Ours: `YELP_HPC_CACHE`, else `yelp_hpc` in `XDG_CACHE_HOME` or `~/.cache`."""
     named = os.environ.get("YELP_HPC_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "yelp_hpc"
+    return Path(named) if named else _user_caches(os.environ) / "yelp_hpc"
+
+
+def _user_caches(env: Mapping[str, str]) -> Path:
+    named = env.get("XDG_CACHE_HOME", "")
+    # a relative one is to be ignored (XDG Base Directory Specification)
+    return Path(named) if named.startswith("/") else Path.home() / ".cache"
+
+
+def seen_hub(env: Mapping[str, str]) -> Path:
+    """The cache of the Hub's own client, as it finds it: read and never written."""
+    for name in (SEEN, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if env.get(name):
+            return Path(env[name]).expanduser()
+    home = env.get("HF_HOME")
+    return (Path(home).expanduser() if home else _user_caches(env) / "huggingface") / "hub"
 
 
 DEMO_MODEL = "demo:smollm2-135m"
@@ -24,13 +45,62 @@ def demo_model_place() -> Path:
 
 
 def hub_folder() -> Path:
-    """The Hub's cache of models."""
+    """Our own copy of the Hub's cache of models, which `fetch` writes."""
     return cache_folder() / "hub"
 
 
 def cached_folders(path: str, revision: str | None = None) -> list[Path]:
-    """Folders of the demo model or a Hub model in the cache, whole or not; the newest first."""
+    """Folders of the demo model or a Hub model that lie here: whole ones of the Hub's own cache.
+
+    Then ours, whole or not. The commit that `revision` (None: main) names comes first, then the
+    newest.
+    """
     if path.startswith("demo:"):
         return [demo_model_place()] if path == DEMO_MODEL else []
-    hub = hub_folder() / f"models--{path.replace('/', '--')}" / "snapshots"
-    return sorted(hub.glob(f"{revision or '*'}*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    return [*seen_folders(path, revision), *_snapshots(hub_folder(), path, revision)]
+
+
+def seen_folders(path: str, revision: str | None = None) -> list[Path]:
+    """Whole folders of a Hub model in the cache of the Hub's own client."""
+    found = _snapshots(seen_hub(os.environ), path, revision)
+    return [folder for folder in found if not model_problem(folder)]
+
+
+def repository(folder: Path) -> Path | None:
+    """What holds a snapshot and the blobs that it links to; None for any other folder."""
+    return folder.parents[1] if folder.parent.name == "snapshots" else None
+
+
+def _snapshots(hub: Path, path: str, revision: str | None) -> list[Path]:
+    place = hub / f"models--{path.replace('/', '--')}"
+    commit = ""
+    with suppress(OSError, ValueError):
+        commit = (place / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+    try:
+        found = [p for p in (place / "snapshots").iterdir() if p.is_dir()]
+        found = [p for p in found if p.name == commit or p.name.startswith(revision or "")]
+        return sorted(found, key=lambda p: (p.name == commit, p.stat().st_mtime), reverse=True)
+    except OSError:
+        return []
+
+
+def model_problem(path: Path) -> str:
+    """What a model folder lacks, "" when it is whole as far as names and sizes tell."""
+    try:
+        names = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if "config.json" not in names:
+        return "it has no config.json"
+    needed = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
+    for index in [name for name in names if name.endswith(".index.json")]:
+        needed += _indexed(path / index)
+    missing = [name for name in dict.fromkeys(needed) if not names.get(name)]
+    if not needed:
+        return "it has no weights (*.safetensors or *.bin)"
+    return f"these are missing or empty: {', '.join(missing[:5])}" if missing else ""
+
+
+def _indexed(index: Path) -> Iterator[str]:
+    with suppress(ValueError, RecursionError, OSError, KeyError, TypeError, AttributeError):
+        yield from sorted(set(json.loads(index.read_bytes())["weight_map"].values()))

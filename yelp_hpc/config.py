@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from yelp_hpc import synonyms
 from yelp_hpc.own_files import shipped
 from yelp_hpc.settings import Frozen, read_settings
+from yelp_hpc.synonyms import CLUSTER, CONFIG, NO_KEY
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -36,6 +36,10 @@ def _as_text(value: Any) -> Any:
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_text)]
 Name = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v)]
+OnOff = Annotated[
+    Literal["auto", "on", "off"],  # YAML reads a bare on and off as truth values
+    BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v),
+]
 _STARS = re.compile(r"(\d+)\s*(?:stars?|[★⭐])", re.IGNORECASE)
 
 
@@ -229,7 +233,7 @@ class TrainConfig(Frozen):
     max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is cut to this norm")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of Adam's moments")
     adam_epsilon: float = Field(1e-8, gt=0, description="Adam's term against division by 0")
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+    gradient_checkpointing: OnOff = Field(
         "auto", description="compute layers twice to save memory; auto: only if it must be"
     )
     compile: bool = Field(False, description="torch.compile the model")
@@ -324,7 +328,14 @@ class PublishConfig(Frozen):
 class Config(Frozen):
     """Everything that a run's result depends on."""
 
-    synonyms: ClassVar[Mapping[str, str]] = synonyms.CONFIG
+    synonyms: ClassVar[Mapping[str, str]] = CONFIG
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("defaults", "container", "array_parallelism", "partition", "account", *CLUSTER),
+            "it belongs into a cluster file, which --cluster names",
+        ),
+        **NO_KEY,
+    }
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         "yelp", description="a short name: letters, digits, . _ -"

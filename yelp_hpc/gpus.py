@@ -1,11 +1,11 @@
-"""The GPUs that the toolkit knows: one table of names, memory, dense peak rates and capability.
+"""The GPUs that the toolkit knows: one table of names, memory and its rate, dense peak rates.
 
-Rates are TFLOP/s of dense matrix products with fp32 accumulation, from NVIDIA's data sheets and
-architecture white papers: H100, H200 (Hopper), A100, A40, A30, A10, RTX A6000, A5000, A4000 and
-GeForce RTX 3090 (Ampere; the GA102 white paper gives the 3090's 71 with fp32 accumulation), L40S,
-L40, L4, RTX 6000 Ada and GeForce RTX 4090 (Ada), Quadro RTX 8000 and 6000, GeForce RTX 2080 Ti and
-T4 (Turing), V100 (Volta). Where a sheet prints rates with sparsity, half of it stands here. fp32 is
-the rate without TF32. Reads and writes nothing.
+Rates are TFLOP/s of dense matrix products with fp32 accumulation, and GB/s of the memory, from
+NVIDIA's data sheets and architecture white papers: H100, H200 (Hopper), A100, A40, A30, A10, RTX
+A6000, A5000, A4000 and GeForce RTX 3090 (Ampere; the GA102 white paper gives the 3090's 71 with
+fp32 accumulation), L40S, L40, L4, RTX 6000 Ada and GeForce RTX 4090 (Ada), Quadro RTX 8000 and
+6000, GeForce RTX 2080 Ti and T4 (Turing), V100 (Volta). Where a sheet prints rates with sparsity,
+half of it stands here. fp32 is the rate without TF32. Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Card:
     fp16: float
     bf16: float | None
     fp32: float
+    bandwidth: float
+    """Of its memory, bytes a second."""
     capability: tuple[int, int]
     """CUDA's compute capability: (8, 6) is sm_86."""
     forms: tuple[str, ...] = ()
@@ -47,38 +49,46 @@ class Card:
 
 
 def _card(
-    name: str, gib: int, sixteen: float, fp32: float, capability: tuple[int, int], forms: str = ""
+    name: str,
+    gib: int,
+    sixteen: float,
+    fp32: float,
+    gigabytes: int,
+    capability: tuple[int, int],
+    forms: str = "",
 ) -> Card:
+    """`gigabytes`: that its memory gives in a second."""
     bf16 = sixteen if capability >= (8, 0) else None
-    return Card(name, gib * 2**30, sixteen, bf16, fp32, capability, tuple(forms.split()))
+    rates = (sixteen, bf16, fp32, gigabytes * 1e9)
+    return Card(name, gib * 2**30, *rates, capability, tuple(forms.split()))
 
 
 CARDS = (
-    _card("H200", 141, 989, 67, (9, 0), "sxm sxm5 hbm3e"),
-    _card("H100", 80, 989, 67, (9, 0), "sxm sxm5 hbm3"),
-    _card("H100 PCIe", 80, 756, 51, (9, 0), "pcie"),
-    _card("A100", 40, 312, 19.5, (8, 0), "sxm sxm4 pcie"),
-    _card("A100 80GB", 80, 312, 19.5, (8, 0), "sxm sxm4 pcie"),
-    _card("A40", 48, 149.7, 37.4, (8, 6), "pcie"),
-    _card("A30", 24, 165, 10.3, (8, 0), "pcie"),
-    _card("A10", 24, 125, 31.2, (8, 6), "pcie"),
-    _card("RTX A6000", 48, 154.8, 38.7, (8, 6)),
-    _card("RTX A5000", 24, 111.1, 27.8, (8, 6)),
-    _card("RTX A4000", 16, 76.7, 19.2, (8, 6)),
-    _card("L40S", 48, 362, 91.6, (8, 9), "pcie"),
-    _card("L40", 48, 181, 90.5, (8, 9), "pcie"),
-    _card("L4", 24, 121, 30.3, (8, 9), "pcie"),
-    _card("RTX 6000 Ada", 48, 364.2, 91.1, (8, 9)),
-    _card("RTX 4090", 24, 165.2, 82.6, (8, 9)),
-    _card("RTX 3090", 24, 71, 35.6, (8, 6)),
-    _card("Quadro RTX 8000", 48, 130.5, 16.3, (7, 5)),
-    _card("Quadro RTX 6000", 24, 130.5, 16.3, (7, 5)),
-    _card("RTX 2080 Ti", 11, 53.8, 13.4, (7, 5)),
-    _card("T4", 16, 65, 8.1, (7, 5), "pcie"),
-    _card("V100", 16, 125, 15.7, (7, 0), "sxm sxm2"),
-    _card("V100 32GB", 32, 125, 15.7, (7, 0), "sxm sxm2 sxm3"),
-    _card("V100 PCIe", 16, 112, 14, (7, 0), "pcie"),
-    _card("V100 PCIe 32GB", 32, 112, 14, (7, 0), "pcie"),
+    _card("H200", 141, 989, 67, 4800, (9, 0), "sxm sxm5 hbm3e"),
+    _card("H100", 80, 989, 67, 3350, (9, 0), "sxm sxm5 hbm3"),
+    _card("H100 PCIe", 80, 756, 51, 2000, (9, 0), "pcie"),
+    _card("A100", 40, 312, 19.5, 1555, (8, 0), "sxm sxm4 pcie"),
+    _card("A100 80GB", 80, 312, 19.5, 2039, (8, 0), "sxm sxm4 pcie"),
+    _card("A40", 48, 149.7, 37.4, 696, (8, 6), "pcie"),
+    _card("A30", 24, 165, 10.3, 933, (8, 0), "pcie"),
+    _card("A10", 24, 125, 31.2, 600, (8, 6), "pcie"),
+    _card("RTX A6000", 48, 154.8, 38.7, 768, (8, 6)),
+    _card("RTX A5000", 24, 111.1, 27.8, 768, (8, 6)),
+    _card("RTX A4000", 16, 76.7, 19.2, 448, (8, 6)),
+    _card("L40S", 48, 362, 91.6, 864, (8, 9), "pcie"),
+    _card("L40", 48, 181, 90.5, 864, (8, 9), "pcie"),
+    _card("L4", 24, 121, 30.3, 300, (8, 9), "pcie"),
+    _card("RTX 6000 Ada", 48, 364.2, 91.1, 960, (8, 9)),
+    _card("RTX 4090", 24, 165.2, 82.6, 1008, (8, 9)),
+    _card("RTX 3090", 24, 71, 35.6, 936, (8, 6)),
+    _card("Quadro RTX 8000", 48, 130.5, 16.3, 672, (7, 5)),
+    _card("Quadro RTX 6000", 24, 130.5, 16.3, 672, (7, 5)),
+    _card("RTX 2080 Ti", 11, 53.8, 13.4, 616, (7, 5)),
+    _card("T4", 16, 65, 8.1, 320, (7, 5), "pcie"),
+    _card("V100", 16, 125, 15.7, 900, (7, 0), "sxm sxm2"),
+    _card("V100 32GB", 32, 125, 15.7, 900, (7, 0), "sxm sxm2 sxm3"),
+    _card("V100 PCIe", 16, 112, 14, 900, (7, 0), "pcie"),
+    _card("V100 PCIe 32GB", 32, 112, 14, 900, (7, 0), "pcie"),
 )
 """Of several with one name, the first is meant where neither memory nor form is said."""
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from yelp_hpc.errors import RequestError, all_problems, nearest
+from yelp_hpc.explain import explain
 
 
 class Frozen(BaseModel):
@@ -26,6 +26,27 @@ class Frozen(BaseModel):
     )
     synonyms: ClassVar[Mapping[str, str]] = {}
     """What people write → the key that they mean: dotted, or of the section that it stands in."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What people write that is no key here → what there is instead."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads true as 1, and YAML reads on and yes as true
+        if isinstance(value, bool) and _kinds(cls.model_fields[str(info.field_name)].annotation) & {
+            int,
+            float,
+        }:
+            raise ValueError("must be a number, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows, those in a list aside."""
+    if get_origin(annotation) is tuple:
+        return set()
+    inside = get_args(annotation)
+    return {annotation}.union(*map(_kinds, inside)) if inside else {annotation}
 
 
 Settings = TypeVar("Settings", bound=Frozen)
@@ -65,7 +86,7 @@ def read_settings(
     try:
         settings = model.model_validate(given)
     except ValidationError as error:
-        problems += list(_explain(model, error, origin))
+        problems += list(explain(model, error, origin))
         raise RequestError(all_problems(f"{path} cannot be used:", problems)) from None
     if problems:
         raise RequestError(all_problems(f"{path} cannot be used:", problems))
@@ -81,7 +102,7 @@ def check_values(model: type[Settings], values: Any, path: Path, section: str = 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = list(_explain(model, error, _lines(path, section)))
+        problems = list(explain(model, error, _lines(path, section)))
         raise RequestError(all_problems(f"{path} cannot be used:", problems)) from None
 
 
@@ -126,7 +147,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        what = getattr(error, "problem", None) or str(error)
+        what = str(getattr(error, "problem", None) or error)
+        what = what.replace("character '\\t'", "a tab (indent with spaces)")
         raise RequestError(f"{where} is not YAML: {what}") from None
     except RecursionError:
         raise RequestError(f"{path} is nested too deeply") from None
@@ -144,6 +166,8 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, origin: dict[str, str
     for key, value in node.value:
         dotted = f"{prefix}{key.value}"
         where = f"{path}:{key.start_mark.line + 1}"
+        if re.match(r"\w+:\S", str(key.value)):
+            yield f"{where}: needs a space after the colon of {key.value}"
         if dotted in origin:
             yield f"{where}: {dotted} is written twice (first at {origin[dotted]})"
         origin[dotted] = where
@@ -174,60 +198,3 @@ def _apply_override(given: dict[str, Any], origin: dict[str, str], override: str
         del origin[known]
     origin[key] = "--set"
     return []
-
-
-def _explain(
-    model: type[BaseModel], error: ValidationError, origin: dict[str, str]
-) -> Iterator[str]:
-    for item in error.errors(include_url=False):
-        parts = [str(part) for part in item["loc"]]
-        dotted = ".".join(parts)
-        named = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        where = next((origin[key] for key in named if key in origin), None)
-        place = f"{where}: " if where else ""
-        if item["type"] == "extra_forbidden":
-            yield f"{place}unknown key {dotted}{_nearest(model, parts)}"
-        elif item["type"] == "missing":
-            yield f"{place}{dotted} is missing"
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "string_type" and isinstance(item["input"], int | float | date):
-                # YAML reads 0123 as 83: what stood there is gone
-                message = "put it in quotes: YAML reads it as a number or a date"
-            value = item["input"]
-            shown = "" if isinstance(value, dict) else f" (got {value!r})"
-            yield f"{place}{dotted or 'the file'}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every leaf key of a settings class, dotted."""
-    for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from dotted_keys(section, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _nearest(model: type[BaseModel], parts: list[str]) -> str:
-    """Name the nearest valid key: in the same section first, then anywhere."""
-    section: Any = model
-    for part in parts[:-1]:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        section = field.annotation if field else None
-        section = next((k for k in get_args(section) if hasattr(k, "model_fields")), section)
-    local = list(section.model_fields) if hasattr(section, "model_fields") else []
-    meant = getattr(model, "synonyms", {}).get(parts[-1].lower().replace("-", "_"), "")
-    if meant in local:
-        return f"; did you mean {'.'.join([*parts[:-1], meant])}?"
-    if meant in dotted_keys(model):
-        return f"; did you mean {meant}?"
-    near = nearest(parts[-1], local, cutoff=0.6)
-    if near:
-        return f"; did you mean {'.'.join([*parts[:-1], near])}?"
-    everywhere = list(dotted_keys(model))
-    same = [key for key in everywhere if key.rsplit(".", 1)[-1] == parts[-1]]
-    near = same[0] if same else nearest(".".join(parts), everywhere)
-    if near:
-        return f"; did you mean {near}?"
-    return f"; valid here: {', '.join(local)}" if local else ""

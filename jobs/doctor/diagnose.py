@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc import __version__
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -47,7 +46,7 @@ from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.preflight import MODULES, missing_modules, on_host_python
 from yelp_hpc.jobs.site.client import client, use_programs
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
-from yelp_hpc.own_files import own_module
+from yelp_hpc.own_files import own_module, version
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import lock_hashes, recorded_config
@@ -185,7 +184,7 @@ def _host_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
         yield from check_run(request)
     if request.cluster.container:
         facts = image(Path(request.cluster.container.image))
-        yield from check_image(facts, request, lock_hashes(), __version__)
+        yield from check_image(facts, request, lock_hashes(), version())
     if found:
         yield from check_inputs(found, request)
     yield from check_sense(request)

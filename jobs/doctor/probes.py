@@ -7,6 +7,7 @@ image. Writes a few small files into each folder that it is told to look at, and
 from __future__ import annotations
 
 import fcntl
+import glob
 import importlib.metadata
 import os
 import platform
@@ -332,31 +333,14 @@ def image(path: Path) -> Image:
     return Image(path=str(path), sha256=image_sha256(path), labels=labels)
 
 
-def model_problem(path: Path) -> str:
-    """What a model folder lacks, "" when it is whole as far as names and sizes tell."""
-    try:
-        names = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    if "config.json" not in names:
-        return "it has no config.json"
-    needed = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
-    for index in [name for name in names if name.endswith(".index.json")]:
-        with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
-            needed += sorted(set(parse_json((path / index).read_bytes())["weight_map"].values()))
-    missing = [name for name in dict.fromkeys(needed) if not names.get(name)]
-    if not needed:
-        return "it has no weights (*.safetensors or *.bin)"
-    return f"these are missing or empty: {', '.join(missing[:5])}" if missing else ""
-
-
-def data_columns(path: Path) -> list[str] | None:
-    """Columns of a csv or jsonl file by its first line, None for another kind."""
+def data_columns(path: Path, header: bool) -> list[str] | None:
+    """Columns of a csv, tsv or jsonl file by its first line, None for another kind."""
     import csv
 
-    if path.suffix == ".csv":
+    if path.suffix in (".csv", ".tsv"):
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            return next(csv.reader(file), [])
+            fields = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
+            return fields if header else [str(i) for i in range(len(fields))]
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8", errors="replace") as file:
             with suppress(ValueError):
@@ -364,6 +348,13 @@ def data_columns(path: Path) -> list[str] | None:
                 return list(record) if isinstance(record, dict) else []
             return []
     return None
+
+
+def first_file(place: Path) -> Path | None:
+    """The first file of a folder or a glob, None where there is none; prepare reads all of them."""
+    pattern = place / "*" if is_folder(place) else place
+    names = (Path(name) for name in sorted(glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
+    return next((path for path in names if seen(path) == "file" and path.suffix), None)
 
 
 def cached_model(path: str) -> Path | None:

@@ -5,16 +5,23 @@ Pure but for `inputs`, which looks at the model and the data.
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import cache_folder, model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
-from yelp_hpc.jobs.doctor.probes import cached_model, data_columns, is_folder, model_problem, seen
+from yelp_hpc.jobs.doctor.probes import (
+    cached_model,
+    data_columns,
+    first_file,
+    is_folder,
+    seen,
+)
 from yelp_hpc.models.checkpoint import check_kind
 from yelp_hpc.models.door import ask
 from yelp_hpc.settings import Frozen
@@ -69,6 +76,7 @@ class DataFile(Frozen):
     key: str
     path: str
     state: str
+    """`file`, or what is wrong with it."""
     near: str = ""
     columns: tuple[str, ...] | None = None
 
@@ -94,18 +102,7 @@ def inputs(config: Config) -> Inputs:
     for name in ("train", "test"):
         value = getattr(config.data, name)
         if config.data.source == "file" and value:
-            path = Path(value).expanduser()
-            state = seen(path)
-            columns = data_columns(path) if state == "file" else None
-            data.append(
-                DataFile(
-                    key=f"data.{name}",
-                    path=value,
-                    state=state,
-                    near="" if state == "file" else _sibling(path),
-                    columns=None if columns is None else tuple(columns),
-                )
-            )
+            data.append(_data_file(f"data.{name}", value, config.data.header))
     found: dict[str, Any] = {"data": tuple(data)}
     local = Path(config.model.path).expanduser()
     if is_folder(local):
@@ -117,7 +114,32 @@ def inputs(config: Config) -> Inputs:
         return Inputs(**found)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not is_folder(local.parent):
         return Inputs(remote=True, **found)
+    if seen(local) == "file":
+        return Inputs(problem="is a file; name its folder", near=str(local.parent), **found)
+    if page := re.search(r"//(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", config.model.path):
+        return Inputs(problem="is the address of a page", near=page[1], **found)
     return Inputs(problem="there is no such folder", near=_sibling(local), **found)
+
+
+def _data_file(key: str, value: str, header: bool) -> DataFile:
+    """A data file, or the first of a folder's or a glob's, with its columns."""
+    path = Path(value).expanduser()
+    state = seen(path)
+    if "://" in value:
+        return DataFile(key=key, path=value, state="is an address; download it")
+    if state == "folder" or (state == "missing" and glob.has_magic(value)):
+        found = first_file(path)
+        if found is None:
+            return DataFile(key=key, path=value, state="holds no data file")
+        path, state = found, seen(found)
+    columns = data_columns(path, header) if state == "file" else None
+    return DataFile(
+        key=key,
+        path=value,
+        state=state,
+        near="" if state == "file" else _sibling(path),
+        columns=None if columns is None else tuple(columns),
+    )
 
 
 def _judged(config: Config, folder: Path) -> dict[str, Any]:

@@ -36,6 +36,45 @@ TYPED = [
     (f"{SUBMIT} --train.epochs 1", "--set train.epochs=VALUE"),
     (f"{SUBMIT} --hub_model_id a/b", "--set publish.repo_id=VALUE"),
     (f"{SUBMIT} --shards 4", "--set infer.shards=VALUE"),
+    (f"{SUBMIT} --model x", "--set model.path=VALUE"),
+    (f"{SUBMIT} --adam_beta1 0.9", "--set train.adam_betas=VALUE"),
+    (f"{SUBMIT} --eval_strategy steps", "--set train.evaluate_every=VALUE"),
+    # flags for which there is something else
+    (f"{SUBMIT} --stage sft", "submit train"),
+    (f"{SUBMIT} --do_train", "submit train"),
+    (f"{SUBMIT} --finetuning_type lora", "lora.rank"),
+    (f"{SUBMIT} --output_dir out", "--run DIR"),
+    (f"{SUBMIT} --overwrite_output_dir", "name another --run DIR"),
+    (f"{SUBMIT} --resume_from_checkpoint last", "submit it again with the same --run"),
+    (f"{SUBMIT} --quantization_bit 4", "train.precision"),
+    (f"{SUBMIT} --deepspeed ds.json", "train.nproc"),
+    (f"{SUBMIT} --plot_loss", "train/loss.png"),
+    (f"{SUBMIT} --packing", "always; leave it out"),
+    (f"{SUBMIT} --load_best_model_at_end", "after the last step"),
+    (f"{SUBMIT} --run_name x", "--set name="),
+    # the cluster's, and our own spelt otherwise
+    (f"{SUBMIT} --partition gpu", "`partition: VALUE` under `defaults:`"),
+    (f"{SUBMIT} --mem 64G", "`memory: VALUE` under `defaults:`"),
+    (f"{SUBMIT} --gres gpu:1", "`gpus: VALUE` under `defaults:`"),
+    (f"{SUBMIT} --reservation x", "`sbatch: {reservation: VALUE}`"),
+    (f"{SUBMIT} -p gpu", "`partition: VALUE`"),
+    (f"{SUBMIT} --dryrun", "did you mean --dry-run?"),
+    (f"{SUBMIT} --follow", "did you mean --wait?"),
+    ("submit all -c c.yaml --run run", "did you mean --config FILE?"),
+    ("submit all --config c.yaml --out run", "did you mean --run DIR?"),
+    ("submit all --config c.yaml --run run --local", "did you mean --executor local?"),
+    ("submit all --config c.yaml --run run --set train.epochs 3", "`--set train.epochs=3`"),
+    ("submit train infer --config c.yaml --run run", "one stage at a time"),
+    ("submit train,infer --config c.yaml --run run", "one at a time"),
+    ("collect --config c.yaml --run run", "the run directory holds its configuration"),
+    ("status run", "write `--run run`"),
+    ("cancel", "--run DIR is missing"),
+    ("plan c.yaml", "`--config c.yaml`"),
+    ("submit --config c.yaml --run run", "submit needs one of prepare, train"),
+    ("logs --follow --run run", "status --run DIR --watch"),
+    ("submit all --config c.yaml --run run --executor apptainer", "did you mean local?"),
+    ("submit training --config c.yaml --run run", "did you mean train?"),
+    ("submit evaluate --config c.yaml --run run", "did you mean collect?"),
     # keys that are called otherwise
     (f"{SHOW} train.lr=1", "did you mean train.learning_rate?"),
     (f"{SHOW} train.batch=1", "did you mean train.global_batch?"),
@@ -46,6 +85,22 @@ TYPED = [
     (f"{SHOW} data.max_length=4", "did you mean data.cutoff?"),
     (f"{SHOW} train.seed=4", "did you mean seed?"),
     (f"{SHOW} learning_rate=4", "did you mean train.learning_rate?"),
+    (f"{SHOW} lora.bias=none", "a plain LoRA adapter is trained"),
+    (f"{SHOW} train.optim=adamw_8bit", "the optimizer is AdamW"),
+    (f"{SHOW} defaults.time=3", "it belongs into a cluster file"),
+    # values
+    (f"{SHOW} train.precision=float16", "input should be fp32 or bf16 or fp16; did you mean fp16?"),
+    (f"{SHOW} train.epochs=0.5", "train.epochs: input should be a whole number (got 0.5)"),
+    (f"{SHOW} train.epochs=yes", "must be a number, not true or false"),
+    (f"{SHOW} train.learning_rate=0,001", "with a decimal point"),
+    (f"{SHOW} train.max_steps=-1", "null for none"),
+    (f"{SHOW} train.warmup_steps=0.1", "input should be auto, or a whole number"),
+    (f"{SHOW} lora.target=q_proj,v_proj", "input should be a list: [q_proj, v_proj]"),
+    (f"{SHOW} infer.models=[finetuned]", "did you mean tuned?"),
+    (f"{SHOW} data.source=csv", "did you mean file?"),
+    (f"{SHOW} data.source=huggingface", "did you mean hub?"),
+    (f"{SHOW} infer.mode=greedy", "did you mean generate?"),
+    (f"{SHOW} model=chatglm3", "model: is a section"),
     # commands
     ("train --config c.yaml --run run", "submit train --config FILE --run DIR"),
     ("infer --run run", "run infer --run DIR"),
@@ -54,6 +109,10 @@ TYPED = [
     ("kill --run run", "python -m yelp_hpc cancel"),
     ("download --config c.yaml", "python -m yelp_hpc fetch"),
     ("finetune", "python -m yelp_hpc submit train"),
+    ("sumbit all", "python -m yelp_hpc submit`"),
+    ("upload --run run", "python -m yelp_hpc publish`"),
+    ("help", "python -m yelp_hpc --help"),
+    ("version", "python -m yelp_hpc --version"),
     # the request
     ("submit publish --config c.yaml --run run --executor local", "--set publish.repo_id="),
     ("submit collect --config c.yaml --run run --executor local", "submit infer"),
@@ -64,6 +123,10 @@ TYPED = [
     (f"{SUBMIT} --set data.train=rewiews.csv", "did you mean reviews.csv?"),
     (f"{SUBMIT} --set data.label_column=stars", "it has: label, text"),
     (f"{SUBMIT} --cluster gone.yaml", "gone.yaml does not exist"),
+    (f"{SUBMIT} --cluster c.yaml", "it belongs into a config, which --config names"),
+    (f"{SUBMIT} --set model.path=model/config.json", "is a file; name its folder"),
+    (f"{SUBMIT} --set model.path=https://huggingface.co/a/b", "model.path: a/b"),
+    (f"{SUBMIT} --set data.train=https://x.org/r.csv", "is an address; download it"),
 ]
 CLUSTERS = [
     ("defaults: {account: 0123}", "defaults.account: put it in quotes: YAML reads it as a number"),
@@ -75,6 +138,18 @@ CLUSTERS = [
     ("defaults: {queue: gpu}", "did you mean defaults.partition?"),
     ("container: {sif: x.sif}", "did you mean container.image?"),
     ("container: {image: gone.sif}", "image build"),
+    ("container: {image: docker://a/b}", "apptainer pull FILE.sif docker://a/b"),
+    ("container: x.sif", "container: is a section"),
+    ("setup: module load apptainer", "input should be a list: [module load apptainer]"),
+    ("defaults: {memory: 64}", "say the unit, as in 64G"),
+    ("defaults: {memory: 64 GB}", "as 64G"),
+    ("defaults: {time: 12h}", "H:M:S"),
+    ("defaults: {gpus: 'rtx3090:4'}", "input should be a whole number"),
+    ("defaults: {partition: [a, b]}", "input should be one text"),
+    ("defaults: {nodelist: n1}", "`sbatch: {nodelist: VALUE}`"),
+    ("defaults: {job_name: x}", "the launchers set it themselves"),
+    ("defaults:\n\ttime: 30", "a tab (indent with spaces)"),
+    ("slurm: {partition: gpu}", "resources stand under `defaults:`"),
 ]
 
 
@@ -136,3 +211,14 @@ def test_memory_is_taken_as_people_write_it(
     for text in ("64GB", "64GiB", "64g", "64G"):
         (folder / "cl.yaml").write_text(f"defaults: {{memory: {text}}}\n")
         assert load_cluster(folder / "cl.yaml").defaults.memory == "64G"
+
+
+def test_a_folder_and_a_glob_of_data_are_no_mistake(folder: Path) -> None:
+    from yelp_hpc.config import load_config
+    from yelp_hpc.jobs.doctor.request import inputs
+
+    (folder / "rows").mkdir()
+    (folder / "rows" / "a.tsv").write_text("label\ttext\n0\tbad\n")
+    for place in ("rows", "rows/*.tsv"):
+        (found,) = inputs(load_config("c.yaml", (f"data.train={place}",)).config).data
+        assert (found.state, found.columns) == ("file", ("label", "text"))

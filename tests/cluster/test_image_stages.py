@@ -23,6 +23,7 @@ from tests.cluster.conftest import Cluster, copy_run, read, wait_ended, wait_for
 from tests.cluster.test_interruptions import write_config
 from tests.hub.server import serving
 from tests.hub.state import Hub
+from tests.test_task import write_task
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.executor import freeze_cluster
@@ -124,6 +125,21 @@ def test_all_five_stages_run_in_the_image(outcome: Outcome) -> None:
         == (run.adapter / "adapter_model.safetensors").read_bytes()
     )
     assert read(run.run_json)["image"]["sha256"] == sha256_file(outcome.image)
+
+
+def test_a_task_of_twenty_labels_gives_in_the_image_what_it_gives_here(outcome: Outcome) -> None:
+    """Labels of several tokens, through every stage on Slurm and beside it."""
+    folder = outcome.folder / "topics"
+    folder.mkdir()
+    config = str(write_task(folder))
+    on_slurm, here = RunPaths(folder / "slurm"), RunPaths(folder / "here")
+    place = ["--cluster", str(outcome.cluster("reference")), "--wait"]
+    yelp_hpc("submit", "all", "--config", config, *place, "--run", str(on_slurm.root))
+    yelp_hpc("submit", "all", "--config", config, "--executor", "local", "--run", str(here.root))
+    assert "apptainer exec" in on_slurm.stage_log("train").read_text()
+    made = read(on_slurm.metrics)
+    assert len(made["models"]["tuned"]["confusion"]) == 20
+    assert made["models"] == read(here.metrics)["models"]
 
 
 def test_the_token_is_written_nowhere(outcome: Outcome) -> None:

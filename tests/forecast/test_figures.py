@@ -24,6 +24,7 @@ from yelp_hpc.forecast.memory import (
     activation_bytes,
     choose_budget,
     infer_memory,
+    traffic_bytes,
     training_memory,
 )
 from yelp_hpc.forecast.model_shape import ModelShape, model_shape
@@ -77,9 +78,14 @@ def sizes_of_models() -> dict[str, Any]:
             "adapter": {name: shape.adapter_parameters([name], 8) for name in TARGETS},
             "adapter by default": shape.adapter_parameters(None, 3),
             "activations": [
-                activation_bytes(shape, precision, cuda)
+                activation_bytes(shape, settings(train={"precision": precision}), cuda)
                 for precision in ("fp32", "fp16", "bf16")
                 for cuda in (False, True)
+            ],
+            "traffic": [
+                traffic_bytes(shape, precision, train)
+                for precision in ("fp32", "bf16")
+                for train in (False, True)
             ],
         }
         for kind, shape in shapes().items()

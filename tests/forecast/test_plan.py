@@ -120,16 +120,16 @@ def test_the_budget_of_the_reports_run_keeps_its_activations_on_a_3090() -> None
         return max(budget, 1024)
 
     budget, recompute = choose_budget(CHATGLM3, config, card.memory, True, largest)
-    assert 1900 < budget < 2200 and not recompute
+    assert 3300 < budget < 3600 and not recompute
     memory = training_memory(CHATGLM3, config, budget, recompute, cuda=True)
     assert memory.weights == 2 * CHATGLM3.parameters
     assert memory.adapter == 16 * 1_949_696
     assert 0.85 * card.memory < memory.total < 0.93 * card.memory
     # more asked for than fits: the layers are computed twice
-    fixed = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["train.max_tokens=4096"]).config
-    assert choose_budget(CHATGLM3, fixed, card.memory, True, largest) == (4096, True)
+    fixed = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["train.max_tokens=8000"]).config
+    assert choose_budget(CHATGLM3, fixed, card.memory, True, largest) == (8000, True)
     # the longest sequence alone does not fit with everything kept
-    tight = round(memory.total - 0.6 * memory.activations)
+    tight = round(memory.total - 0.75 * memory.activations)
     budget, recompute = choose_budget(CHATGLM3, config, tight, True, largest)
     assert recompute and budget > 1024
     roomy = choose_budget(CHATGLM3, config, find_card("h100").memory, True, largest)

@@ -19,13 +19,14 @@ from tests.hub.server import serving
 from tests.hub.state import Hub
 from tests.jobs.fake_site import DISK, WEIGHTS, Site, complaints, partition
 from tests.tiny import make_model
+from yelp_hpc.cache import model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, command, lines, ok
 from yelp_hpc.jobs.doctor.machine import check_machine
-from yelp_hpc.jobs.doctor.probes import folder, model_problem, quotas, seen
+from yelp_hpc.jobs.doctor.probes import folder, quotas, seen
 from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request
 from yelp_hpc.jobs.doctor.run import binds_line, check_inputs, check_visit
 from yelp_hpc.rundir.files import MARKER, write_json

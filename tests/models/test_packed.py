@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from yelp_hpc.data.packing import plan_microbatches
-from yelp_hpc.models.packed import attention
-from yelp_hpc.models.packed.attention import Layout, attend, attend_varlen
+from yelp_hpc.models.packed.attention import Layout, attend
 from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
 from yelp_hpc.models.packed.dropout import use_sequence_dropout
 from yelp_hpc.models.packed.masks import keep_mask, token_keys
+from yelp_hpc.models.packed.varlen import attend_varlen, varlen_kernel
 
 VOCAB = 97
 SIZES: dict[str, Any] = {
@@ -257,7 +257,7 @@ def test_padded_rows_and_variable_length_arguments_agree(prefix_length: int) -> 
     torch.manual_seed(3)
     query = torch.randn(layout.total, 6, 8, dtype=torch.float64)
     key, value = (torch.randn(layout.total, 2, 8, dtype=torch.float64) for _ in range(2))
-    expected = attend_varlen(varlen_reference, query, key, value, layout, scale=0.3)
+    expected = attend_varlen(varlen_reference, query, key, value, layout.varlen, scale=0.3)
     torch.testing.assert_close(attend(query, key, value, layout, scale=0.3), expected)
 
 
@@ -265,9 +265,8 @@ def test_a_variable_length_kernel_that_does_not_run_is_said_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On a CPU torch has the function and no kernel behind it."""
-    kernel = attention._varlen_kernel
-    kernel.cache_clear()
-    found = [kernel(torch.device("cpu"), 8, torch.float16) for _ in range(2)]
+    varlen_kernel.cache_clear()
+    found = [varlen_kernel(torch.device("cpu"), 8, torch.float16) for _ in range(2)]
     assert found == [None, None]
     assert capsys.readouterr().err.count("variable-length kernel does not run: ") == 1
 

@@ -165,3 +165,19 @@ def test_collecting_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_the_table_is_shown_where_nothing_can_be_written(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    run, _ = make_run(tmp_path / "run")
+    (run.report / "in the way").mkdir(parents=True)  # root may write into every folder
+    done = command("collect", "--run", str(run.root), *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "metrics.json and report.html were not written" in done.stderr
+    assert str(run.report) in done.stderr and not run.metrics.exists()
+    if flags:
+        assert json.loads(done.stdout)["models"]["tuned"]
+    else:
+        assert "F1 macro" in done.stdout

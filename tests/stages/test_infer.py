@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,7 @@ from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.inference.answers import parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.shard_files import parts_of, provenance_of, read_windows
+from yelp_hpc.jobs.progress import shards_progress
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 from yelp_hpc.models.load import load_model, load_tokenizer
 from yelp_hpc.models.packed.batch import prepare_model
@@ -376,10 +378,48 @@ def test_finished_work_is_left_alone(
     infer.run(run, config, "base")
     assert [(path.stat().st_mtime_ns, path.stat().st_ino) for path in files] == before
     assert "nothing to do" in "".join(capsys.readouterr())
-    assert not list(run.predictions("base").glob("partial/*"))
+    assert not list(run.partials("base").glob("*"))
     progress = json.loads(run.shard_progress("base", 1, 2).read_text())
     assert progress["state"] == "complete"
     assert progress["done"] == progress["rows"] == pq.read_metadata(files[1]).num_rows
+
+
+def test_the_folder_of_a_model_is_one_table_for_pandas_even_while_a_shard_is_at_work(
+    run: RunPaths, model_folder: Path
+) -> None:
+    config = configured(model_folder, shards=2, max_tokens=64)
+    infer.run(run, config, "base", shard=0)
+    process = started(run, config, shard=1, shards=2, parts=1)
+    process.kill()
+    process.communicate()
+    folder = run.predictions("base")
+    assert [path.name for path in folder.iterdir()] == [run.shard("base", 0, 2).name]
+    first = pandas.read_parquet(folder)
+    infer.run(run, config, "base")
+    whole = pandas.read_parquet(folder)
+    assert whole["row"].tolist() == pq.read_table(run.split("test"))["row"].to_pylist()
+    assert whole.iloc[: len(first)]["prediction"].tolist() == first["prediction"].tolist()
+
+
+def test_parts_and_progress_that_lie_among_the_shards_are_moved_and_used(
+    run: RunPaths, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As run directories of 0.1 have them."""
+    config = configured(model_folder, max_tokens=64)
+    process = started(run, config)
+    process.kill()
+    process.communicate()
+    folder = run.predictions("base")
+    folder.mkdir(parents=True, exist_ok=True)
+    run.partials("base").rename(folder / "partial")
+    run.progress("base").rename(folder / "progress")
+    said = shards_progress(run, "base", 1)
+    assert said[0]["state"] == "running"
+    capsys.readouterr()
+    infer.run(run, config, "base")
+    assert "goes on after" in "".join(capsys.readouterr())
+    assert [path.name for path in folder.iterdir()] == [run.shard("base", 0, 1).name]
+    assert shards_progress(run, "base", 1)[0]["state"] == "complete"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "doubled"])
@@ -481,20 +521,23 @@ def slow(*args):  # long enough that a signal comes in the middle
     time.sleep(0.05)
     return real(*args)
 predictor.label_scores = slow
+config = config_from_dict(json.loads(sys.argv[2]))
 try:
-    infer.run(RunPaths(sys.argv[1]), config_from_dict(json.loads(sys.argv[2])), "base")
+    infer.run(RunPaths(sys.argv[1]), config, "base", int(sys.argv[3]))
 except SavedForRequeue as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 """
 
 
-def started(run: RunPaths, config: Config) -> subprocess.Popen[bytes]:
-    """The stage in a process of its own, at work and with at least two parts written."""
-    command = [sys.executable, "-c", CHILD, str(run.root), config.model_dump_json()]
+def started(
+    run: RunPaths, config: Config, shard: int = 0, shards: int = 1, parts: int = 2
+) -> subprocess.Popen[bytes]:
+    """The stage in a process of its own, at work and with at least so many parts written."""
+    command = [sys.executable, "-c", CHILD, str(run.root), config.model_dump_json(), str(shard)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    folder = run.partial("base", 0, 1)
-    while len(list(folder.glob("part-*"))) < 2:
+    folder = run.partial("base", shard, shards)
+    while len(list(folder.glob("part-*"))) < parts:
         assert process.poll() is None, process.stderr and process.stderr.read().decode()
         time.sleep(0.02)
     return process

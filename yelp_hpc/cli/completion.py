@@ -17,7 +17,7 @@ def complete_settings(
 ) -> list[click.shell_completion.CompletionItem]:
     """Keys of the configuration for `--set`."""
     from yelp_hpc.config import Config
-    from yelp_hpc.settings import dotted_keys
+    from yelp_hpc.explain import dotted_keys
 
     return _items(f"{key}=" for key in dotted_keys(Config) if key.startswith(incomplete))
 

@@ -33,7 +33,7 @@ def config_show(config_file: str, overrides: tuple[str, ...], as_json: bool) -> 
       python -m yelp_hpc config show --config configs/demo.yaml --set lora.rank=16
     """
     from yelp_hpc.config import Config, load_config
-    from yelp_hpc.settings import dotted_keys
+    from yelp_hpc.explain import dotted_keys
 
     loaded = load_config(config_file, overrides)
     values = loaded.config.model_dump(mode="json")

@@ -70,7 +70,8 @@ def named_container(arguments: Sequence[str]) -> Container | None:
 
     if cluster := option(arguments, "--cluster"):
         return load_cluster(cluster).container
-    run = option(arguments, "--run")
+    runs = (a for a in arguments[1:] if (Path(a) / "run.json").is_file())  # of `compare`
+    run = option(arguments, "--run") or next(runs, None)
     if run is None:
         return None
     paths = RunPaths(Path(run).absolute())

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.cli.across import compare
 from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
 from yelp_hpc.cli.image import image
+from yelp_hpc.cli.meant import Words
 from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
 from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.record import export, reproduce, verify
@@ -52,7 +54,9 @@ class Commands(click.Group):
         except click.UsageError as error:
             from yelp_hpc.cli.meant import command_meant
 
-            raise click.UsageError(command_meant(args[0]) or error.message, ctx) from None
+            raise click.UsageError(
+                command_meant(args[0], self.commands) or error.message, ctx
+            ) from None
 
 
 def _spell_help_as_called() -> None:
@@ -99,13 +103,11 @@ cli.add_command(plan)
 
 
 @cli.command()
-@click.argument("stage", type=click.Choice([*STAGES, "all"]))
+@click.argument("stage", type=Words([*STAGES, "all"]))
 @CONFIG
 @RUN
 @SET
-@click.option(
-    "--executor", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True
-)
+@click.option("--executor", type=Words(["slurm", "local"]), default="slurm", show_default=True)
 @click.option(
     "--cluster",
     metavar="FILE",
@@ -154,9 +156,9 @@ def submit(
 
 
 @cli.command("run")
-@click.argument("stage", type=click.Choice(STAGES))
+@click.argument("stage", type=Words(STAGES))
 @RUN
-@click.option("--model", type=click.Choice(MODELS), help="infer: which model (default: each)")
+@click.option("--model", type=Words(MODELS), help="infer: which model (default: each)")
 @click.option("--shard", type=click.IntRange(0), help="infer: which shard (default: all)")
 def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) -> None:
     """Run one stage here, in this process: what the container executes.
@@ -196,14 +198,15 @@ def collect(run_dir: str, as_json: bool) -> None:
       python -m yelp_hpc collect --run runs/demo
       python -m yelp_hpc collect --run runs/demo --json | jq .models.tuned.f1.macro
     """
-    from yelp_hpc.rundir.files import read_json
+    from yelp_hpc.rundir.collected import write_collected
     from yelp_hpc.rundir.manifest import load_run
     from yelp_hpc.stages import collect as stage
 
     run, config = load_run(run_dir)
     if as_json:
-        stage.collect(run, config)
-        click.echo(json.dumps(read_json(run.metrics)))
+        metrics, page = stage.compute(run, config)
+        click.echo(json.dumps(metrics))
+        write_collected(run, metrics, page)
     else:
         stage.run(run, config)
 
@@ -228,7 +231,7 @@ def status(run_dir: str, as_json: bool, watch: bool) -> None:
 
 @cli.command()
 @RUN
-@click.argument("stage", required=False, type=click.Choice(STAGES))
+@click.argument("stage", required=False, type=Words(STAGES))
 @click.option("--lines", default=40, show_default=True, type=click.IntRange(1))
 def logs(run_dir: str, stage: str | None, lines: int) -> None:
     """Show the end of the right log: the last failure's first.
@@ -318,6 +321,7 @@ def publish(run_dir: str, dry_run: bool) -> None:
     stage.run(run, config, dry_run=dry_run)
 
 
+cli.add_command(compare)
 cli.add_command(export)
 cli.add_command(verify)
 cli.add_command(reproduce)
@@ -349,10 +353,10 @@ def main() -> None:
     except click.exceptions.Abort:
         click.echo(interrupted(sys.argv[1:]), err=True)
         sys.exit(130)
-    except click.NoSuchOption as error:
-        from yelp_hpc.cli.meant import option_meant
+    except click.UsageError as error:
+        from yelp_hpc.cli.meant import usage_meant
 
-        meant = option_meant(error.option_name)
+        meant = usage_meant(error, sys.argv[1:])
         (click.UsageError(meant, error.ctx) if meant else error).show()
         sys.exit(2)
     except click.ClickException as error:

@@ -1,34 +1,154 @@
-"""What was meant by a command or an option that is not there: the next command to type."""
+"""What was meant by a command, an option or a word that is not there: what to type instead."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
+import click
+
+from yelp_hpc.errors import nearest
 from yelp_hpc.rundir.paths import STAGES
-from yelp_hpc.synonyms import COMMANDS, key_of
+from yelp_hpc.synonyms import CLUSTER, COMMANDS, NO_KEY, OPTIONS, SBATCH, key_of
 
 
-def command_meant(word: str) -> str | None:
+def command_meant(word: str, commands: Iterable[str]) -> str | None:
     """The message for a word that is no command, None when nothing like it is known."""
-    if word in STAGES:
-        return (
-            f"there is no command {word}; it is a stage: "
-            f"`python -m yelp_hpc submit {word} --config FILE --run DIR`, or in this process "
-            f"`python -m yelp_hpc run {word} --run DIR`"
-        )
-    meant = COMMANDS.get(word.lower().replace("_", "-"))
+    known = list(commands)
+    name = word.lower().replace("_", "-")
+    meant = name if name in STAGES else COMMANDS.get(name)
+    meant = meant or nearest(name, [*known, *STAGES], cutoff=0.65)
+    if meant is None:
+        return None
+    if meant not in STAGES or meant in known:
+        return f"No such command {word!r}; did you mean `python -m yelp_hpc {meant}`?"
     return (
-        f"there is no command {word}; did you mean `python -m yelp_hpc {meant}`?" if meant else None
+        f"No such command {word!r}; {meant} is a stage: "
+        f"`python -m yelp_hpc submit {meant} --config FILE --run DIR`, or in this process "
+        f"`python -m yelp_hpc run {meant} --run DIR`"
     )
 
 
-def option_meant(option: str) -> str | None:
-    """The message for an option that is a key of the configuration, None when it is none."""
+def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None:
+    """A better message than click's for a line that it refused, None when there is none.
+
+    Args:
+        arguments: the whole line, without the program's name.
+    """
+    if error.ctx is None:
+        return None
+    if isinstance(error, click.NoSuchOption):
+        return option_meant(error.option_name, error.ctx.command)
+    if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Argument):
+        words = getattr(error.param.type, "choices", None)
+        return f"{error.ctx.command.name} needs one of {', '.join(words)}" if words else None
+    if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+        option = f"{error.param.opts[0]} {error.param.metavar or ''}".strip()
+        word = next(iter(_left_over(error.ctx.command, arguments)), None)
+        hint = f"; write `{error.param.opts[0]} {word}`" if word else f": {error.param.help}"
+        return f"{option} is missing{hint}"
+    if error.message.startswith("Got unexpected extra argument"):
+        return _extra_meant(error.ctx.command, arguments)
+    return None
+
+
+def _options(command: click.Command) -> list[str]:
+    return [name for option in command.params for name in option.opts if name.startswith("--")]
+
+
+def _left_over(command: click.Command, arguments: Sequence[str]) -> list[str]:
+    """The words of a line that are neither the command, nor an option or its value."""
+    with click.Context(command, info_name=command.name) as context:
+        own = list(arguments)
+        own = own[own.index(str(command.name)) + 1 :] if command.name in own else own
+        try:
+            return list(command.make_parser(context).parse_args(own)[1])
+        except click.UsageError:
+            return []
+
+
+def _extra_meant(command: click.Command, arguments: Sequence[str]) -> str | None:
+    """What a word too many was meant to be."""
+    words = _left_over(command, arguments)
+    if not words:
+        return None
+    place = arguments.index(words[0])
+    if arguments[place - 2 : place - 1] == ["--set"]:
+        key = arguments[place - 1].strip(":=")
+        return f"write `--set {key}={words[0]}`, with = and without a space"
+    options = _options(command)
+    if words[0] in (*STAGES, "all") and "--dry-run" in options:
+        return f"one stage at a time, or all of them: `{command.name} all`; {words[0]} is one more"
+    if "--config" in options and words[0].endswith((".yaml", ".yml")):
+        return f"a file needs its option: `--config {words[0]}`"
+    if "--run" in options:
+        return f"a run directory needs its option: `--run {words[0]}`"
+    return None
+
+
+def option_meant(option: str, command: click.Command) -> str | None:
+    """What was meant by an option that `command` does not take, None when it is not known."""
     from yelp_hpc.config import Config
-    from yelp_hpc.settings import dotted_keys
+    from yelp_hpc.explain import dotted_keys
 
     name = option.lstrip("-").lower().replace("-", "_")
+    own = _options(command)
+    for taken in own:
+        if name == taken.strip("-").replace("-", "_"):
+            return f"there is no option {option}; did you mean {taken}?"
+    for meant, typed in OPTIONS.items():
+        if name in typed.split() and meant.split()[0] in own:
+            return f"there is no option {option}; did you mean {meant}?"
+    if name in ("config", "set") and command.name in ("demo", "init"):
+        return f"{command.name} takes no {option}: it brings or writes one"
+    if name in ("config", "set") and "--run" in own:
+        return f"{command.name} takes no {option}: the run directory holds its configuration"
     keys = list(dotted_keys(Config))
     same = [key for key in keys if name in (key, key.rpartition(".")[2])]
-    meant = next(iter(same), None) or key_of(name)
-    if meant is None:
-        return None
-    return f"there is no option {option}; it is a key of the config: --set {meant}=VALUE"
+    near = [taken for taken in own if nearest(name, [taken.strip("-")], cutoff=0.75)]
+    resource = CLUSTER.get(name, name if name in set(CLUSTER.values()) else "")
+    key = next(iter(same), None) or (None if resource in _SITE else key_of(name))
+    if key and "--set" in own:
+        return f"there is no option {option}; it is a key of the config: --set {key}=VALUE"
+    if near:
+        return f"there is no option {option}; did you mean {near[0]}?"
+    if key:
+        return (
+            f"there is no option {option}; it is a key of the config, {key}: "
+            "change it there, and submit again"
+        )
+    resource = resource or _SHORT.get(option, "")
+    if resource or name.replace("_", "-") in SBATCH:
+        line = f"{resource}: VALUE" if resource else f"sbatch: {{{name.replace('_', '-')}: VALUE}}"
+        return (
+            f"there is no option {option}; it is a key of the cluster file, which --cluster names: "
+            f"`{line}` under `defaults:`"
+        )
+    return f"there is no option {option}: {NO_KEY[name]}" if name in NO_KEY else None
+
+
+_SHORT = {"-p": "partition", "-A": "account", "-t": "time", "-N": "nodes", "-C": "constraint",
+          "-q": "qos", "-G": "gpus", "-x": "exclude"}  # fmt: skip
+_SITE = frozenset({"gpus", "gpu_type", "nodes", "cpus", "memory", "time", "partition", "account"})
+
+
+class Words(click.Choice[str]):
+    """One of some words in any letter case; another one's message names the word that is meant."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(words, case_sensitive=False)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word; fails with the nearest."""
+        from yelp_hpc.synonyms import word_meant
+
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            several = [w for w in re.split(r"[,+; ]+", str(value)) if w in self.choices]
+            words = ", ".join(self.choices)
+            if len(several) > 1:
+                self.fail(f"{value!r}: one at a time, of {words}", param, ctx)
+            meant = word_meant(value, self.choices)
+            hint = f"did you mean {meant}? It is " if meant else ""
+            self.fail(f"{value!r} is not known; {hint}one of {words}", param, ctx)

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 @click.option("--probe", is_flag=True, help="measure 20 steps on this machine first (minutes)")
 @click.option("--tokens", type=click.FloatRange(8), help="mean tokens of a prompt, where not known")
 @click.option(
-    "--efficiency", type=click.FloatRange(0.01, 1), help="share of the card's peak (default 0.35)"
+    "--efficiency",
+    type=click.FloatRange(0.01, 1),
+    help="share of the card's rate of matrix products (default 0.7)",
 )
 @click.option("--mtbf", type=click.FloatRange(0.1), help="hours between failures of a node")
 @click.option("--compare", is_flag=True, help="put the forecast beside what happened in --run")

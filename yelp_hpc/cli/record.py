@@ -12,20 +12,37 @@ from yelp_hpc.progress import plain
 
 @click.command()
 @RUN
-@click.option("--merged", is_flag=True, required=True, help="adapter and base as one model")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(), help="folder to write")
-def export(run_dir: str, merged: bool, out: str) -> None:
-    """Write the tuned model as a folder of its own.
+@click.option("--merged", is_flag=True, help="the model: adapter and base as one")
+@click.option("--out", metavar="DIR", type=click.Path(), help="folder to write the model to")
+@click.option(
+    "--predictions",
+    metavar="FILE",
+    type=click.Path(),
+    help="csv, jsonl or parquet: review, truth, each model's answer and probabilities",
+)
+def export(run_dir: str, merged: bool, out: str | None, predictions: str | None) -> None:
+    """Write the tuned model as a folder of its own, or the predictions as one file.
 
     \b
       python -m yelp_hpc export --run runs/demo --merged --out tuned-model
+      python -m yelp_hpc export --run runs/demo --predictions demo.csv
     """
-    from yelp_hpc.publishing.export import export_merged
+    from yelp_hpc.errors import RequestError
     from yelp_hpc.rundir.manifest import load_run
 
+    if merged != (out is not None) or not (merged or predictions):
+        raise RequestError("name what to export: --merged --out DIR, or --predictions FILE")
     run, config = load_run(run_dir)
-    export_merged(run, config, Path(out))
-    click.echo(out)
+    if predictions:
+        from yelp_hpc.evaluation.joined import export_predictions
+
+        export_predictions(run, config, Path(predictions))
+        click.echo(predictions)
+    if out:
+        from yelp_hpc.publishing.export import export_merged
+
+        export_merged(run, config, Path(out))
+        click.echo(out)
 
 
 @click.command()

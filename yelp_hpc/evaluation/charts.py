@@ -258,3 +258,30 @@ def timeline(starts: Sequence[Attempt]) -> str:
         f"{name}, {interrupted} of them interrupted or failed; the table below lists them"
     )
     return _svg(bottom + 38, label, body)
+
+
+def forest(title: str, rows: Sequence[tuple[str, float, Sequence[float] | None]]) -> str:
+    """A row a model: its figure as a dot, the interval as a line; the first row stands on top."""
+    high, top, left, right = 24.0, 8.0, 128.0, 344.0
+    ends = [x for _, value, pair in rows for x in (value, *(pair or ()))]
+    low, most = min(ends), max(ends)
+    pad = 0.05 * (most - low) or 0.05
+    low, most = low - pad, most + pad
+    bottom = top + high * len(rows)
+
+    def px(x: float) -> float:
+        return left + (x - low) / (most - low) * (right - left)
+
+    body = []
+    for x in ticks(low, most, 4):
+        body.append(f'<path class="grid" d="M{px(x):.1f} {top}V{bottom:.1f}"/>')
+        body.append(_text(px(x), bottom + 15, f"{x:.3g}", "tick"))
+    said = []
+    for i, (name, value, pair) in enumerate(rows):
+        y = top + (i + 0.5) * high
+        body.append(_text(left - 8, y + 4, _cut(name, 19), "tick", "end"))
+        if pair:
+            body.append(f'<path class="line s0" d="M{px(pair[0]):.1f} {y}H{px(pair[1]):.1f}"/>')
+        body.append(f'<circle class="dot s0" cx="{px(value):.1f}" cy="{y}" r="4"/>')
+        said.append(f"{name} {value:.3f}" + (f" ({pair[0]:.3f} to {pair[1]:.3f})" if pair else ""))
+    return _svg(bottom + 24, f"{title}, with 95 % intervals. " + "; ".join(said), body)

@@ -64,8 +64,11 @@ class TestSet:
         return [int(row) for row in inverse[positions]]
 
 
-def read_test_set(path: Path, classes: int = 5) -> TestSet:
+def read_test_set(path: Path, classes: int = 5, labelled: bool = True) -> TestSet:
     """Read row ids and labels.
+
+    Args:
+        labelled: without it, a label may be anything.
 
     Raises:
         StageError: the file is missing, torn or empty, an id is there twice, a label is no class.
@@ -88,7 +91,7 @@ def read_test_set(path: Path, classes: int = 5) -> TestSet:
         raise StageError(f"{path} cannot be read ({_first_line(error)}); {mend}") from None
     if not total:
         raise StageError(f"{path} holds no rows; {mend}")
-    if labels.min() < 0 or labels.max() >= classes:
+    if labelled and (labels.min() < 0 or labels.max() >= classes):
         raise StageError(f"{path} holds labels outside 0-{classes - 1}; {mend}")
     if np.array_equal(ids, np.arange(ids[0], ids[0] + total)):
         return TestSet(classes, labels, int(ids[0]), None, None, path)

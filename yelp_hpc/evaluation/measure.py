@@ -99,7 +99,7 @@ def why_conventions_differ(task: TaskConfig) -> str:
 def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
     """One model's part of metrics.json."""
     tally, task = counting.tally(), config.task
-    values = {name: _number(value) for name, value in headline(tally.counts, task.ordinal).items()}
+    values = {name: number(value) for name, value in headline(tally.counts, task.ordinal).items()}
     outside = tally.counts[:, tally.classes + 1 :]
     confusion = tally.counts[:, : tally.classes + 1]
     columns = [*task.labels, "unparsed"]
@@ -157,13 +157,13 @@ def comparison(base: Counting, tuned: Counting, config: Config) -> dict[str, Any
         **pairs,
         "mcnemar": mcnemar(pairs["only_base_right"], pairs["only_tuned_right"]),
         "difference": {
-            name: {"value": _number(value), "ci95": ends[name]}
+            name: {"value": number(value), "ci95": ends[name]}
             for name, value in paired_statistics(joint, ordinal).items()
         },
     }
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A float for JSON, null where it is undefined."""
     number = float(value)
     return None if np.isnan(number) else number

@@ -103,9 +103,12 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     """What the most frequent label alone would get, and which labels no test row has."""
     task, test = metrics["task"], metrics["test"]
     best = test["majority"]
-    name = task["names"][best["label"]]
+    names, support = task["names"], test["support"]
+    name, rows = names[best["label"]], sum(support)
+    rarest = min(range(len(support)), key=lambda label: (support[label] == 0, support[label]))
     text = (
-        f"Always answering {name!r}, the most frequent label, gets accuracy "
+        f"Always answering {name!r}, the most frequent label ({max(support) / rows:.1%} of the "
+        f"rows; the rarest, {names[rarest]!r}, {support[rarest] / rows:.1%}), gets accuracy "
         f"{best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
     )
     if test["absent"]:

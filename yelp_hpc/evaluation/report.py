@@ -1,7 +1,7 @@
 """report.html: one file that shows a run's outcome, read with no network and no script.
 
 Reads what `collect` computed, `train/log.jsonl`, `submissions.jsonl`, `logs/attempts/`,
-`infer/*/progress/` and `run.json`; what is not there is left out. Text from data is
+`infer/.progress/` and `run.json`; what is not there is left out. Text from data is
 escaped: `report_page.html` beside this module is a Jinja2 template with autoescape, and everything
 but the charts' SVG comes to it as plain values.
 """
@@ -33,7 +33,6 @@ from yelp_hpc.rundir.paths import RunPaths
 Examples = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 _LISTED = 200
 """Starts of jobs that the timeline shows; a long array has thousands."""
-_PAGE = "report_page.html"
 _ENDS = (
     ("done", "done"),
     ("again", "interrupted, ran again"),
@@ -51,16 +50,10 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         examples: by model, `mistakes` and `unparsed`: lists of `row`, `label`,
             `prediction`, `confidence`, `review`, `answer`.
     """
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     record = _read(run.run_json)
     resolved = (record.get("config") or {}).get("resolved") or {}
-    return pages.get_template(_PAGE).render(
+    return page(
+        "report_page.html",
         name=str(resolved.get("name") or run.root.name),
         subject=_subject(metrics["task"]),
         model=str((resolved.get("model") or {}).get("path") or ""),
@@ -73,6 +66,18 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         mistakes=[mistakes(model, found, metrics["task"]) for model, found in examples.items()],
         provenance=provenance(record),
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page as HTML: `template`, of this folder, filled with plain values, which are escaped."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template(template).render(**values)
 
 
 def _subject(task: Mapping[str, Any]) -> str:
@@ -117,15 +122,22 @@ def outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def per_class(metrics: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """By model, a row for each class: name, precision, recall, F1, rows."""
+    """By model, a row for each class: name, precision, recall, F1, rows and their share."""
     keys = ("precision", "recall", "f1", "support")
     return {
-        name: [[item["name"], *(figure(item[key]) for key in keys)] for item in model["per_class"]]
+        name: [
+            [
+                item["name"],
+                *(figure(item[key]) for key in keys),
+                f"{item['support'] / model['rows']:.1%}",
+            ]
+            for item in model["per_class"]
+        ]
         for name, model in metrics["models"].items()
     }
 
 
-def _picture(title: str, chart: str, note: str = "") -> dict[str, Any]:
+def picture(title: str, chart: str, note: str = "") -> dict[str, Any]:
     """A chart, whose own texts are escaped in it, under a title."""
     return {"title": title, "chart": Markup(chart), "note": note}
 
@@ -136,12 +148,12 @@ def pictures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, model in metrics["models"].items():
         columns = [*names, *model["confusion_columns"][len(names) :]]
         chart = charts.confusion(name, model["confusion"], columns)
-        drawn.append(_picture(f"Confusion, {name}", chart, "Rows: truth. Shade: share of row."))
+        drawn.append(picture(f"Confusion, {name}", chart, "Rows: truth. Shade: share of row."))
     for name, model in metrics["models"].items():
         if model.get("calibration"):
             chart = charts.calibration(name, model["calibration"])
             note = f"ECE {model['ece']:.3f}. Faint bars stand on few rows; dashes: perfect."
-            drawn.append(_picture(f"Calibration, {name}", chart, note))
+            drawn.append(picture(f"Calibration, {name}", chart, note))
     return drawn
 
 
@@ -158,7 +170,7 @@ def training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "Training speed": {"tokens a second": series("tokens_per_second")},
     }
     return [
-        _picture(title, chart)
+        picture(title, chart)
         for title, lines in drawn.items()
         if (chart := charts.lines(title, lines, "optimizer step"))
     ]
@@ -218,9 +230,9 @@ def throughput(run: RunPaths) -> list[list[str]]:
             for key in ("examples_per_second", "tokens_per_second")
         )
         rows.append(["train", f"{examples:,.2f}", f"{tokens:,.0f}"])
-    infer = run.root / "infer"
-    for model in sorted(infer.iterdir()) if infer.is_dir() else ():
-        shards = [_read(path) for path in sorted(model.glob("progress/*.json"))]
+    progress = run.progress("").parent
+    for model in sorted(progress.iterdir()) if progress.is_dir() else ():
+        shards = [_read(path) for path in sorted(model.glob("*.json"))]
         rates = [s["rows_per_second"] for s in shards if _is_number(s.get("rows_per_second"))]
         if rates:
             rows.append([f"infer {model.name}, a shard", f"{sum(rates) / len(rates):,.2f}", "–"])

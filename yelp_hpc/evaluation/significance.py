@@ -1,4 +1,4 @@
-"""How sure the metrics are: seeded bootstrap intervals and McNemar's test (numpy only).
+"""How sure the metrics are: seeded bootstrap, McNemar's test, Holm's correction (numpy only).
 
 Resampling n rows with replacement is one multinomial draw over the cells of their confusion
 matrix, so a thousand resamples of 50,000 rows are a thousand draws over some thirty cells.
@@ -7,7 +7,7 @@ matrix, so a thousand resamples of 50,000 rows are a thousand draws over some th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,15 +67,26 @@ def bootstrap_intervals(
 ) -> dict[str, list[float] | None]:
     """Percentile bootstrap intervals of functions of a table of counts.
 
-    Args:
-        cells: int64 table of any shape, how often each outcome was seen.
-        statistics: from `[resamples, *cells.shape]` to named `[resamples]` arrays.
-        resamples: number of resamples (1,000 or more for a 95 % interval).
-        seed: the same seed gives the same interval.
+    Args: as `bootstrap_draws`.
 
     Returns:
         `[low, high]` by name, None where the statistic is undefined in every resample. Single
         resamples in which it is undefined (no answer was parsed) are left out of the percentiles.
+    """
+    drawn = bootstrap_draws(cells, statistics, resamples=resamples, seed=seed)
+    return {name: percentiles(values, level) for name, values in drawn.items()}
+
+
+def bootstrap_draws(
+    cells: Counts, statistics: Callable[[Counts], Statistics], *, resamples: int, seed: int
+) -> dict[str, Floats]:
+    """Functions of resamples of a table of counts, `[resamples]` by name.
+
+    Args:
+        cells: int64 table of any shape, how often each outcome was seen.
+        statistics: from `[resamples, *cells.shape]` to named `[resamples]` arrays.
+        resamples: number of resamples (1,000 or more for a 95 % interval).
+        seed: the same seed gives the same resamples.
     """
     total = int(cells.sum())
     occupied = np.flatnonzero(cells)
@@ -90,14 +101,38 @@ def bootstrap_intervals(
             batch[:, occupied] = generator.multinomial(total, share, size=size)
         for name, values in statistics(batch.reshape(size, *cells.shape)).items():
             drawn.setdefault(name, []).append(values)
+    return {name: np.concatenate(parts) for name, parts in drawn.items()}
+
+
+def percentiles(values: Floats, level: float = 0.95) -> list[float] | None:
+    """`[low, high]` of resampled values `[resamples]`, NaN left out; None where all are."""
+    values = values[~np.isnan(values)]
     tail = (1 - level) / 2
-    intervals: dict[str, list[float] | None] = {}
-    for name, parts in drawn.items():
-        values = np.concatenate(parts)
-        values = values[~np.isnan(values)]
-        ends = np.quantile(values, [tail, 1 - tail]).tolist() if len(values) else None
-        intervals[name] = ends
-    return intervals
+    ends: list[float] | None = (
+        np.quantile(values, [tail, 1 - tail]).tolist() if len(values) else None
+    )
+    return ends
+
+
+def bootstrap_p(values: Floats) -> float:
+    """Two-sided p value that a difference is 0, from its resamples `[resamples]`.
+
+    Twice the smaller share of resamples on one side of 0, one counted in addition on either side
+    (Davison and Hinkley 1997, eq. 4.12), so that it is never 0; 1 where none is defined.
+    """
+    values = values[~np.isnan(values)]
+    below, above = int((values <= 0).sum()), int((values >= 0).sum())
+    return min(1.0, 2 * (1 + min(below, above)) / (1 + len(values)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of a family of tests, adjusted by Holm's step-down method (Holm 1979), in order."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 @dataclass(frozen=True)

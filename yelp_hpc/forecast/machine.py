@@ -12,14 +12,15 @@ from yelp_hpc.forecast.memory import (
     BYTES,
     Memory,
     activation_bytes,
+    traffic_bytes,
 )
 from yelp_hpc.forecast.model_shape import ModelShape
 from yelp_hpc.forecast.work import Load, Work
 from yelp_hpc.gpus import OLDEST_CARD, OLDEST_DRIVER, Card
 
-# Share of a card's dense peak that training reaches. An assumption: `--efficiency` changes it, a
-# probe replaces it.
-EFFICIENCY = 0.35
+# Shares of a card's rates that are reached, of dense matrix products and of its memory: assumed.
+# `--efficiency` changes the first, a probe replaces both.
+EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.8
 START_SECONDS = 40.0  # interpreter, imports, CUDA; and the weights at …
 READ_RATE = 1e9  # … bytes a second
 
@@ -85,7 +86,7 @@ def on_card(
     infer: Memory,
     efficiency: float,
 ) -> Times:
-    """On a card of the table, at a share of its peak."""
+    """On a card of the table: matrix products at its rate, all else at that of its memory."""
     notes = []
     if card.capability < OLDEST_CARD:
         notes.append(
@@ -98,7 +99,10 @@ def on_card(
     for rate, key in zip(rates, ("train.precision", "infer.precision"), strict=True):
         if rate is None:
             notes.append(f"a {card.name} has no bf16: set {key} to fp16 or fp32")
-    notes.append(f"{efficiency:.0%} of the card's peak is an assumption; --probe measures")
+    notes.append(
+        f"{efficiency:.0%} of the card's rate in matrix products and {MEMORY_EFFICIENCY:.0%} of "
+        "its memory's in all else are assumptions; --probe measures"
+    )
     for what, memory in (("train", train), ("infer", infer)):
         if memory.total > 0.95 * card.memory:
             notes.append(
@@ -107,17 +111,31 @@ def on_card(
             )
     start = START_SECONDS + BYTES[config.model.precision] * shape.parameters / READ_RATE
     work, (trains, infers) = load.training, rates
-    training = None
+    training = scoring = None
+
+    def moved(tokens: float, precision: str, train: bool) -> float:
+        """Seconds of what is no matrix product."""
+        bytes_ = tokens * shape.layers * traffic_bytes(shape, precision, train)
+        if train and load.training.recompute:
+            bytes_ += tokens * shape.layers * traffic_bytes(shape, precision, False)
+        return bytes_ / (card.bandwidth * MEMORY_EFFICIENCY)
+
     if trains:
         steps = work.critical * (load.train_flops / work.tokens)
-        checks = load.validation_tokens / load.ranks * load.forward_flops / work.tokens
+        checked = load.validation_tokens / load.ranks
+        checks = checked * load.forward_flops / work.tokens
         training = start + (steps + checks) / (trains * efficiency)
+        training += moved(work.critical, config.train.precision, True)
+        training += moved(checked, config.train.precision, False)
+    if infers:
+        scoring = load.infer_flops / (infers * efficiency)
+        scoring += moved(load.models * load.scored_tokens, config.infer.precision, False)
     return Times(
         machine=f"{load.ranks} × {card.label}",
         train_memory=train,
         infer_memory=infer,
         train_seconds=training,
-        infer_seconds=load.infer_flops / (infers * efficiency) if infers else None,
+        infer_seconds=scoring,
         start_seconds=start if infers else None,
         notes=tuple(notes),
     )
@@ -136,7 +154,7 @@ def _extrapolated(shape: ModelShape, config: Config, work: Work, probe: Probe) -
     new size of batch, fewer and fewer of them as their caches fill: the growth over the measured
     steps goes on with the 0.7th power of the number of sizes (fitted to two runs; no law).
     """
-    per_token = activation_bytes(shape, config.train.precision, probe.cuda) * shape.layers
+    per_token = activation_bytes(shape, config, probe.cuda) * shape.layers
     beyond = max(0, work.largest - probe.train_largest) * per_token
     grown = probe.train_memory - probe.train_first
     if not probe.cuda:

@@ -38,24 +38,58 @@ class Memory:
         return self.weights + self.adapter + self.activations + self.runtime
 
 
-def activation_bytes(shape: ModelShape, precision: str, cuda: bool) -> float:
-    """Bytes a token that a layer keeps for its backward pass.
+def kept_numbers(shape: ModelShape, config: Config, cuda: bool) -> float:
+    """Numbers that a layer keeps of a token for its backward pass.
 
-    Elements as counted from the tensors that autograd saves (packed batches, LoRA on q, k and v):
-    16 bit: 11.3 h + 2.3 k + 3 f for ChatGLM3, 15.4 h + 2.3 k + 3 f for other decoders; fp32 on a
-    CPU: 6.3 h + 2.3 k + 3 f, and 5.6 h + 2.3 k + 2 f for Llama's kin, whose dropout mask of a
-    byte is 0.3 h of it (h: hidden, k: keys or values, f: MLP). These keep the attention's
-    probabilities too (models/rows.py): of each head, for rows of 200 tokens, about 130.
-    SmolLM2-135M grew by 28 to 30 kB a token and layer where this says 32.
+    As counted from the tensors that are held when a forward pass ends (packed batches; h: hidden,
+    k: keys or values, f: MLP). Fused on a GPU (`packed/fused_gpu.py`): 2 h before the norms, q and
+    the attention's result, 2.3 k, 2 f; and what LoRA reads with a mask of a byte, 1.5 h for q, k
+    and v. On a CPU in fp32, Llama's kin: 5.6 h + 2.3 k + 2 f and the attention's probabilities, of
+    each head about 130 in rows of 200 tokens; SmolLM2-135M grew by 28 to 30 kB a token and layer
+    where this says 32. By the model's own code: 11.3 h + 2.3 k + 3 f for ChatGLM3 (fp32 on a CPU:
+    6.3 h), 15.4 h + 2.3 k + 3 f for others.
     """
     chatglm = shape.model_type == "chatglm"
-    if precision == "fp32" and not cuda:
-        hidden, inner, seen = (6.3, 3, 0) if chatglm else (5.6, 2, 130)
-    else:
-        hidden, inner, seen = (11.3, 3, 0) if chatglm else (15.4, 3, 0)
+    hidden, inner = shape.hidden, shape.inner
     keys = 2.3 * shape.groups * shape.head_dim
-    shares = seen * shape.heads
-    return BYTES[precision] * (hidden * shape.hidden + keys + inner * shape.inner + shares)
+    if cuda and fused_on_gpu(shape):
+        query = shape.heads * shape.head_dim
+        adapted = {shape.reads(name) for name in shape.lora_names(config.lora.target)}
+        seen = {"hidden": 1.5 * hidden, "context": 0.5 * query, "mlp": 1.5 * hidden}
+        lora = sum((seen | {"inner": 1.5 * inner})[what] for what in adapted)
+        return 2 * hidden + 2 * query + keys + 2 * inner + lora
+    if config.train.precision != "fp32" or cuda:
+        return (11.3 if chatglm else 15.4) * hidden + keys + 3 * inner
+    if chatglm:
+        return 6.3 * hidden + keys + 3 * inner
+    return 5.6 * hidden + keys + 2 * inner + 130 * shape.heads
+
+
+def fused_on_gpu(shape: ModelShape) -> bool:
+    """Whether a GPU computes the model's layers in the fused forms."""
+    return shape.model_type in ("chatglm", "llama", "qwen2")
+
+
+def activation_bytes(shape: ModelShape, config: Config, cuda: bool) -> float:
+    """Bytes a token that a layer keeps for its backward pass."""
+    return BYTES[config.train.precision] * kept_numbers(shape, config, cuda)
+
+
+def traffic_bytes(shape: ModelShape, precision: str, train: bool) -> float:
+    """Bytes a token and layer that a GPU's memory moves outside of matrix products.
+
+    Elements as counted from what each operation reads and writes in a step (norms and attention as
+    one kernel each): forward and backward 90 h + 35 k + 17 f fused, of which 30 h draw LoRA's
+    masks; scoring 21 h + 9 k + 5 f. By the model's own code 380 h + 70 k + 14 f and 80 h + 40 k +
+    5 f, as Llama's.
+    """
+    keys = shape.groups * shape.head_dim
+    if fused_on_gpu(shape):
+        parts = (90, 35, 17) if train else (21, 9, 5)
+    else:
+        parts = (380, 70, 14) if train else (80, 40, 5)
+    numbers = parts[0] * shape.hidden + parts[1] * keys + parts[2] * shape.inner
+    return BYTES[precision] * numbers
 
 
 def training_memory(
@@ -67,11 +101,13 @@ def training_memory(
     # fp32 weights, gradients and Adam's two moments
     adapter = 16 * shape.adapter_parameters(config.lora.target, config.lora.rank)
     runtime = RUNTIME_BYTES["cuda" if cuda else "cpu"]
-    layer = activation_bytes(shape, precision, cuda) * tokens
+    layer = activation_bytes(shape, config, cuda) * tokens
     kept = layer * shape.layers
     if recompute:
         kept = layer + BYTES[precision] * tokens * shape.layers * shape.hidden
-    working = BYTES[precision] * tokens * (4 * shape.hidden + 4 * shape.inner)
+    # the backward pass of an MLP; the last one has the answer's positions alone
+    each = 2 if cuda and fused_on_gpu(shape) and not recompute else 4
+    working = BYTES[precision] * tokens * each * (shape.hidden + shape.inner)
     return Memory(weights, adapter, round(kept + working), runtime, recompute)
 
 

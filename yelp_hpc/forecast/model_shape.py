@@ -95,14 +95,25 @@ class ModelShape:
             "dense_h_to_4h": h + (2 if self.gated else 1) * f, "dense_4h_to_h": f + h,
             "c_attn": h + q + 2 * kv,
         }  # fmt: skip
+        return self.layers * rank * sum(sizes.get(name, 0) for name in self.lora_names(target))
+
+    def lora_names(self, target: Sequence[str] | None) -> list[str]:
+        """The last part of each adapted module's name; without `target` the architecture's own."""
         default: dict[str, Sequence[str]] = {
             "chatglm": ("query_key_value",),
             "gpt2": ("c_attn",),
         }
-        names: Sequence[str] = target or default.get(
-            self.model_type, ("q_proj", "k_proj", "v_proj")
-        )
-        return self.layers * rank * sum(sizes.get(name.rpartition(".")[2], 0) for name in names)
+        own = default.get(self.model_type, ("q_proj", "k_proj", "v_proj"))
+        return [name.rpartition(".")[2] for name in target or own]
+
+    @staticmethod
+    def reads(module: str) -> str:
+        """What a module of a layer reads: hidden states, attention's context, the MLP's two."""
+        inputs = {
+            "o_proj": "context", "dense": "context", "gate_proj": "mlp", "up_proj": "mlp",
+            "dense_h_to_4h": "mlp", "down_proj": "inner", "dense_4h_to_h": "inner",
+        }  # fmt: skip
+        return inputs.get(module, "hidden")
 
     @property
     def _query_key_value(self) -> int:

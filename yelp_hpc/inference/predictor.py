@@ -6,7 +6,7 @@ Reads the model's folder and, for the tuned model, the adapter; writes nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,32 @@ class Predictor:
     """Predictions, scores and texts of one batch of prompts."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, prepared to be asked."""
+
+    model: Any
+    folder: Path
+    device: torch.device
+    generate: Way | None
+    """How it generates; None: as it scores."""
+
+
 def load_predictor(
     config: Config,
     adapter: Path | None,
-    tokens: dict[str, Any],
+    tokens: Mapping[str, Any],
     take_the_way: Callable[[Any, Path], Way | None] | None = None,
 ) -> Predictor:
+    """Load the model as `load` does, for prompts that begin with the prefix of `tokens`."""
+    return predictor_of(load(config, adapter, take_the_way), config, tokens)
+
+
+def load(
+    config: Config,
+    adapter: Path | None,
+    take_the_way: Callable[[Any, Path], Way | None] | None = None,
+) -> Loaded:
     """Load the model, with `adapter` unless None, onto the GPU if there is one.
 
     `take_the_way`: prepares it and says how it generates (None: as it scores); without it the model
@@ -58,30 +78,38 @@ def load_predictor(
         loaded = with_adapter(loaded, adapter, merge=config.infer.precision == "fp32")
     # frozen, as peft leaves the tuned model: only frozen weights get the faster arithmetic
     loaded = loaded.to(device).eval().requires_grad_(False)
-    prefix, lead = tokens["prefix"], tokens.get("lead", [])
-    start, budget = len(prefix), config.infer.max_tokens
     generate = None
     if take_the_way is None:
         prepare_model(loaded)
     else:
         generate = take_the_way(loaded, folder)
+    return Loaded(loaded, folder, device, generate)
+
+
+def predictor_of(loaded: Loaded, config: Config, tokens: Mapping[str, Any]) -> Predictor:
+    """What a loaded model answers to prompts that begin with the prefix of `tokens`.
+
+    `tokens`: the content of tokens.json.
+    """
+    start, budget, lead = len(tokens["prefix"]), config.infer.max_tokens, tokens.get("lead", [])
     if config.infer.mode == "score":
-        return score_predictor(loaded, start, scored_answers(tokens), budget, device)
-    ends = loaded.generation_config.eos_token_id
+        answers = scored_answers(tokens)
+        return score_predictor(loaded.model, start, answers, budget, loaded.device)
+    ends = loaded.model.generation_config.eos_token_id
     eos_ids = {tokens["eos_id"], *(ends if isinstance(ends, list) else [ends])} - {None}
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(loaded.folder)
 
     def text(answer: list[int]) -> str:
         return str(tokenizer.decode([*lead, *answer], skip_special_tokens=True))
 
     decoder = GreedyDecoder(
-        loaded,
+        loaded.model,
         start,
         eos_ids,
         config.infer.max_new_tokens,
         decided=lambda answer: is_decided(text(answer), config.task),
-        device=device,
-        way=generate,
+        device=loaded.device,
+        way=loaded.generate,
     )
     return generate_predictor(decoder, text, budget, config.task)
 

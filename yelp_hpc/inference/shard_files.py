@@ -4,7 +4,7 @@ A part holds whole batches of one window of rows; its name ends with its own SHA
 torn or altered part is known without a list beside it. The finished shard is merged window by
 window (its size bounds the memory) and carries page checksums and the provenance of its predictions
 as schema metadata. Reads the prepared test set; reads and writes `infer/MODEL/shard-*.parquet` and
-`infer/MODEL/partial/`.
+`infer/.partial/MODEL/`.
 """
 
 from __future__ import annotations

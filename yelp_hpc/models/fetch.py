@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from yelp_hpc.cache import seen_folders
 from yelp_hpc.data.hub import hub_error
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.progress import say
 
 
 def fetch_model(
@@ -45,14 +48,29 @@ def fetch_model(
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise hub_error("model", path_or_id, revision, error) from error
-    damaged = [path for path in sorted(folder.rglob("*")) if not _intact(path)]
-    if damaged:
+    if damaged := damaged_blobs(folder):
         for path in damaged:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
         names = ", ".join(path.name for path in damaged)
         raise StageError(f"checksum of {names} is wrong; removed: run it again to download anew")
     return folder
+
+
+def seen_model(path_or_id: str, revision: str | None = None) -> Path | None:
+    """A whole Hub model in the cache of the Hub's own client, which is left as it is."""
+    for folder in seen_folders(path_or_id, revision):
+        with suppress(OSError):  # not all of it may be read
+            if not (damaged := damaged_blobs(folder)):
+                return folder
+            names = ", ".join(path.name for path in damaged)
+            say(f"{folder}: checksum of {names} is wrong; left as it is, another copy is taken")
+    return None
+
+
+def damaged_blobs(folder: Path) -> list[Path]:
+    """Files of a snapshot that are not what their blob's name says."""
+    return [path for path in sorted(folder.rglob("*")) if not _intact(path)]
 
 
 def _intact(path: Path) -> bool:

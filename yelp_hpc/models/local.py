@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
 def model_folder(model: ModelConfig) -> Path:
     """The local folder of the configured model, fetched or made on first use.
 
+    A Hub model is looked for in the cache of the Hub's own client first.
+
     Raises:
         RequestError: the demo model's name is unknown, or the folder or Hub id cannot be used.
         StageError: it could not be fetched.
@@ -32,9 +34,10 @@ def model_folder(model: ModelConfig) -> Path:
     local = Path(model.path).expanduser()
     if local.is_dir():  # before the slow import of what downloads
         return local
-    from yelp_hpc.models.fetch import fetch_model
+    from yelp_hpc.models.fetch import fetch_model, seen_model
 
-    return fetch_model(model.path, model.revision, hub_folder())
+    seen = seen_model(model.path, model.revision)
+    return seen or fetch_model(model.path, model.revision, hub_folder())
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -6,6 +6,7 @@ run directory with the same configuration. `compare` reads two run directories.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.changes import differences
-from yelp_hpc.rundir.files import read_json, read_jsonl, read_marker, write_bytes
+from yelp_hpc.rundir.files import json_bytes, read_json, read_jsonl, read_marker, write_bytes
 from yelp_hpc.rundir.manifest import (
     code_state,
     package_versions,
@@ -24,6 +25,7 @@ from yelp_hpc.rundir.manifest import (
     recorded_config,
     update_run,
 )
+from yelp_hpc.rundir.origin import WEIGHTS
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
 
 CONFIG_NAME = "reproduce.yaml"
@@ -141,8 +143,8 @@ def compare(first: RunPaths, second: RunPaths) -> Comparison:
     tokens = RunPaths("").tokens.name
     names = [RunPaths("").split(name).name for name in SPLITS] + [tokens]
     _compare_marked(first.prepare, second.prepare, names, found)
-    weights = ["adapter_model.safetensors", "adapter_config.json"]
-    _compare_marked(first.adapter, second.adapter, weights, found)
+    _compare_marked(first.adapter, second.adapter, [WEIGHTS], found)
+    _note(found, "adapter/adapter_config.json", *map(_shape, (first, second)))
     for model in config.infer.models:
         _compare_predictions(first, second, config, other, model, found)
     _compare_metrics(first, second, found)
@@ -163,6 +165,15 @@ def _compare_marked(first: Path, second: Path, names: list[str], found: Comparis
     for name in names:
         a, b = ((m or {"files": {}})["files"].get(name) for m in (one, two))
         _note(found, f"{first.name}/{name}", a, b)
+
+
+def _shape(run: RunPaths) -> str | None:
+    """SHA-256 of what adapter_config.json says, but for where the base model lies."""
+    path = run.adapter / "adapter_config.json"
+    if not path.is_file():
+        return None
+    values = {k: v for k, v in read_json(path).items() if k != "base_model_name_or_path"}
+    return hashlib.sha256(json_bytes(values)).hexdigest()
 
 
 def _note(found: Comparison, what: str, a: Any, b: Any) -> None:

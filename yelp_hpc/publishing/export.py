@@ -1,7 +1,8 @@
 """The tuned model as one folder that needs no PEFT: base weights with the adapter added in.
 
 Reads the base model's folder and `train/adapter/`; writes a model folder (safetensors, config,
-tokenizer) that any tool loads.
+tokenizer) that any tool loads, with the public record of the run, by which `Classifier` knows the
+prompt and the labels.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from pathlib import Path
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.models.local import TOKENIZER_FILES
-from yelp_hpc.publishing.public import allowed_folders, refuse_links
-from yelp_hpc.rundir.files import atomic_folder, damaged_files, sweep, write_marker
+from yelp_hpc.publishing.public import allowed_folders, public_record, refuse_links
+from yelp_hpc.rundir.files import (
+    atomic_folder,
+    damaged_files,
+    read_object,
+    sweep,
+    write_json,
+    write_marker,
+)
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -47,6 +55,8 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
     with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         load_tokenizer(base).save_pretrained(temporary)
+        record = read_object(run.run_json) if run.run_json.is_file() else {}
+        write_json(temporary / run.run_json.name, public_record(record, config))
         write_marker(
             temporary,
             [path.name for path in temporary.iterdir()],

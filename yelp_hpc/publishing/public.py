@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import cache_folder, repository
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.models.local import TOKENIZER_FILES
@@ -111,8 +111,8 @@ def refuse_links(content: Mapping[str, Path | bytes], folders: Sequence[Path]) -
 def allowed_folders(run: Path, model: Path) -> list[Path]:
     """Where files that are uploaded may lie: the run, the base model and our cache."""
     folders = [run, model, cache_folder()]
-    if model.parent.name == "snapshots":  # a cache of the Hub's client: links into its blobs
-        folders.append(model.parents[1] / "blobs")
+    if place := repository(model):  # links lead into its blobs
+        folders.append(place / "blobs")
     return folders
 
 

@@ -50,7 +50,7 @@ def settings_of(config: Config, stage: str) -> dict[str, Any]:
     """Dotted key → value, as JSON holds it, of what `stage` reads and no earlier stage locks."""
     return {
         key: value
-        for key, value in _leaves(config.model_dump(mode="json"))
+        for key, value in dotted(config.model_dump(mode="json"))
         if stage in readers(key) and not set(readers(key)) & set(_LOCKING)
     }
 
@@ -97,9 +97,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
         yield prefix.removesuffix("."), old, new
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested dicts: dotted key and value."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{prefix}{key}.")
+            yield from dotted(item, f"{prefix}{key}.")
     else:
         yield prefix.removesuffix("."), value

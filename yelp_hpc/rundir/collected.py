@@ -10,6 +10,7 @@ import hashlib
 import re
 from contextlib import suppress
 
+from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import json_bytes, sha256_file, write_bytes
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -18,11 +19,18 @@ _END = 200  # bytes of a page that hold its last line
 
 
 def write_collected(paths: RunPaths, metrics: object, page: str) -> None:
-    """Write report.html, then metrics.json. Raises `StageError` as `write_bytes` does."""
+    """Write report.html, then metrics.json.
+
+    Raises:
+        StageError: as `write_bytes` does; it says what was not written.
+    """
     content = json_bytes(metrics)
     sign = f"<!-- of metrics.json sha256:{hashlib.sha256(content).hexdigest()} -->\n"
-    write_bytes(paths.report, f"{page.rstrip()}\n{sign}".encode())
-    write_bytes(paths.metrics, content)
+    try:
+        write_bytes(paths.report, f"{page.rstrip()}\n{sign}".encode())
+        write_bytes(paths.metrics, content)
+    except StageError as error:
+        raise StageError(f"metrics.json and report.html were not written: {error}") from error
 
 
 def collected(paths: RunPaths) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from yelp_hpc.errors import StageError
+from yelp_hpc.rundir.modes import let_umask_rule
 
 MARKER = "complete.json"
 TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOTALL)
@@ -92,6 +93,7 @@ def atomic_folder(folder: Path, as_good: Callable[[Path], bool] | None = None) -
         remove(temporary)
         temporary.mkdir(parents=True)
         yield temporary
+        let_umask_rule(temporary)
         for inner in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
             sync_directory(inner)
         there = os.path.lexists(folder)
@@ -146,10 +148,7 @@ def write_failure(path: Path, error: OSError, replaced: bool = False) -> str:
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a crash of the node.
-
-    Some network file systems cannot flush a folder, and say EINVAL: that is let pass.
-    """
+    """Flush a directory's entries, if the file system can: a rename then survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -377,10 +376,7 @@ def leads_out(name: str) -> bool:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """What is wrong with a marked folder: one line for a missing, torn or altered file.
-
-    An empty list means complete and whole. A folder without a marker is reported as such.
-    """
+    """What is wrong with a marked folder, a line a file; [] means complete and whole."""
     marker = read_marker(folder)
     if marker is None:
         with suppress(StageError, AttributeError, TypeError):
@@ -390,10 +386,13 @@ def damaged_files(folder: Path) -> list[str]:
     problems = []
     for name, digest in marker["files"].items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif sha256_file(path) != digest:
-            problems.append(f"{path} is not what was written (SHA-256 differs)")
+        try:
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif sha256_file(path) != digest:
+                problems.append(f"{path} is not what was written (SHA-256 differs)")
+        except PermissionError:
+            problems.append(f"{path} may not be read by you; its owner can: chmod a+rX {folder}/*")
     return problems
 
 

@@ -133,13 +133,21 @@ class RunPaths:
         """Predictions of one shard of `shards`, counted from 0."""
         return self.predictions(model) / f"shard-{shard:04d}-of-{shards:04d}.parquet"
 
+    def partials(self, model: str) -> Path:
+        """The parts of the model's unfinished shards, where no reader of shards looks."""
+        return self.root / "infer" / ".partial" / model
+
     def partial(self, model: str, shard: int, shards: int) -> Path:
         """Folder of the parts of an unfinished shard; gone when the shard is whole."""
-        return self.predictions(model) / "partial" / f"shard-{shard:04d}-of-{shards:04d}"
+        return self.partials(model) / f"shard-{shard:04d}-of-{shards:04d}"
+
+    def progress(self, model: str) -> Path:
+        """How far each of the model's shards is."""
+        return self.root / "infer" / ".progress" / model
 
     def shard_progress(self, model: str, shard: int, shards: int) -> Path:
         """How far a shard is, for `status`."""
-        return self.predictions(model) / "progress" / f"shard-{shard:04d}-of-{shards:04d}.json"
+        return self.progress(model) / f"shard-{shard:04d}-of-{shards:04d}.json"
 
     # collect and publish
     @property

@@ -7,6 +7,7 @@ before every test row is there exactly once for each model that the config names
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from yelp_hpc.config import Config
@@ -14,14 +15,21 @@ from yelp_hpc.evaluation.examples import examples_of
 from yelp_hpc.evaluation.measure import measure
 from yelp_hpc.evaluation.outcome import print_outcome
 from yelp_hpc.progress import say
+from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.collected import write_collected
 from yelp_hpc.rundir.files import sweep
 from yelp_hpc.rundir.paths import RunPaths
 
 
 def run(paths: RunPaths, config: Config) -> None:
-    """Collect and print the table of base against tuned."""
-    print_outcome(collect(paths, config))
+    """Collect and print the table of base against tuned, also where nothing can be written.
+
+    Raises:
+        StageError: as `compute` and `write_collected` do.
+    """
+    metrics, page = compute(paths, config)
+    print_outcome(metrics)
+    write_collected(paths, metrics, page)
     say(f"wrote {paths.metrics} and {paths.report}")
 
 
@@ -33,14 +41,25 @@ def collect(paths: RunPaths, config: Config) -> dict[str, Any]:
         it again from the same shards gives the same bytes.
 
     Raises:
+        StageError: as `compute` and `write_collected` do.
+    """
+    metrics, page = compute(paths, config)
+    write_collected(paths, metrics, page)
+    return metrics
+
+
+def compute(paths: RunPaths, config: Config) -> tuple[dict[str, Any], str]:
+    """The content of metrics.json and of report.html; neither is written.
+
+    Raises:
         StageError: a test row is missing or doubled, a shard is torn or of another test set; the
-            message names them and the commands that mend it. Nothing is written then.
+            message names them and the commands that mend it.
     """
     from yelp_hpc.evaluation.report import report_page
 
     sweep(paths.root)
+    with suppress(OSError):  # a folder that one may only read: they are read where they lie
+        earlier.move_in(paths)
     metrics, counted = measure(paths, config)
     examples = {name: examples_of(paths, counting) for name, counting in counted.items()}
-    page = report_page(paths, metrics, examples)
-    write_collected(paths, metrics, page)
-    return metrics
+    return metrics, report_page(paths, metrics, examples)

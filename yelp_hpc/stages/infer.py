@@ -2,8 +2,8 @@
 
 Reads `prepare/test.parquet`, `prepare/tokens.json`, the model's folder and, for the tuned model,
 `train/adapter`. Writes `infer/MODEL/shard-KKKK-of-NNNN.parquet`; while a shard runs, its parts in
-`infer/MODEL/partial/` and its progress in `infer/MODEL/progress/`. A shard that was killed goes on
-from its parts with the same batches, so its file is the one of an undisturbed run.
+`infer/.partial/MODEL/` and its progress in `infer/.progress/MODEL/`. A shard that was killed goes
+on from its parts with the same batches, so its file is the one of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from yelp_hpc.inference.shard_files import (
 )
 from yelp_hpc.inference.shards import plan_shards, plan_windows
 from yelp_hpc.progress import say, track
+from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.files import (
     damaged_files,
     read_json,
@@ -78,7 +79,8 @@ def run(
     lengths = read_lengths(paths.split("test"))
     plan = plan_shards(lengths, shards)
     asked = range(shards) if shard is None else [shard]
-    sweep(paths.predictions(model), paths.shard_progress(model, 0, shards).parent)
+    earlier.move_in(paths)
+    sweep(paths.predictions(model), paths.progress(model))
     unfinished = [k for k in asked if not _is_finished(paths, model, k, plan, provenance)]
     if not unfinished:
         what = "all shards are" if shard is None else f"shard {shard} is"

@@ -87,17 +87,7 @@ def run(paths: RunPaths, config: Config) -> None:
     check_lengths(config, folder, sets.longest + 1)
     sets.write_info()
     prefix = sets.prefix()
-    tokens = {
-        "prefix": prefix,
-        "label_ids": prompt.label_ids,
-        **({"end_scored": True} if prompt.end_scored else {}),
-        **({"lead": prompt.lead} if prompt.lead else {}),
-        "eos_id": end,
-        "pad_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        "labels": list(config.task.labels),
-        "cutoff": config.data.cutoff,
-    }
-    write_json(paths.tokens, tokens)
+    write_json(paths.tokens, tokens_of(config, prompt, tokenizer, end, prefix))
     names = [paths.split(n).name for n in SPLITS] + [paths.alpaca(n).name for n in SPLITS]
     summary: dict[str, Any] = {
         "rows": sets.rows,
@@ -163,6 +153,25 @@ def _unusable(train: Table, tested: Table) -> Callable[[list[int]], NDArray[np.b
         return out
 
     return found
+
+
+def tokens_of(
+    config: Config, prompt: Prompt, tokenizer: Any, end: int, prefix: list[int]
+) -> dict[str, Any]:
+    """The content of tokens.json: the ids that later stages share.
+
+    `end`: what ends a sequence; `prefix`: what every prompt begins with.
+    """
+    return {
+        "prefix": prefix,
+        "label_ids": prompt.label_ids,
+        **({"end_scored": True} if prompt.end_scored else {}),
+        **({"lead": prompt.lead} if prompt.lead else {}),
+        "eos_id": end,
+        "pad_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "labels": list(config.task.labels),
+        "cutoff": config.data.cutoff,
+    }
 
 
 def bind_prompt(config: Config, tokenizer: Any) -> Prompt:

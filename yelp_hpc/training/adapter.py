@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from yelp_hpc.cache import DEMO_MODEL, demo_model_place
 from yelp_hpc.config import Config
 from yelp_hpc.models.load import lora_targets
 from yelp_hpc.models.packed.masks import derive_seed
@@ -38,10 +39,14 @@ def add_lora(model: Any, config: Config) -> Any:
 
 
 def adapter_config(model: Any, config: Config) -> dict[str, Any]:
-    """The content of adapter_config.json; equal settings give equal bytes (PEFT's sets do not)."""
+    """The content of adapter_config.json; equal settings give equal bytes (PEFT's sets do not).
+
+    The base model is named as PEFT's Auto classes load it: a Hub id or a folder.
+    """
     values = model.peft_config["default"].to_dict()
+    demo = config.model.path == DEMO_MODEL
     values |= {
-        "base_model_name_or_path": config.model.path,
+        "base_model_name_or_path": str(demo_model_place()) if demo else config.model.path,
         "revision": config.model.revision,
         "inference_mode": True,
     }

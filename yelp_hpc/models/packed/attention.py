@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from yelp_hpc.progress import say
+from yelp_hpc.models.packed.varlen import attend_varlen, varlen_kernel
 
 IMPLEMENTATION = "yelp_packed"
 
@@ -296,10 +296,10 @@ def attend(
     half = query.dtype in (torch.float16, torch.bfloat16)
     fits = dropout == 0.0 and plain and not layout.tree and not (band and band.chunked)
     if query.is_cuda and half and fits and key.shape[-1] == value.shape[-1]:
-        kernel = _varlen_kernel(query.device, query.shape[-1], query.dtype)
+        kernel = varlen_kernel(query.device, query.shape[-1], query.dtype)
         if kernel is not None:
             window = None if band is None else band.size
-            return attend_varlen(kernel, query, key, value, layout, scale, window)
+            return attend_varlen(kernel, query, key, value, layout.varlen, scale, window)
     heads = query.shape[1]
     gqa = heads != key.shape[1]
     outputs = []
@@ -353,56 +353,6 @@ def attend_explicitly(
     if sinks is not None:
         share = share[..., :-1]
     return F.dropout(share, dropout) @ value
-
-
-def attend_varlen(
-    kernel: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    scale: float | None,
-    window: int | None = None,
-) -> Tensor:
-    """The same through a kernel with `torch.nn.attention.varlen.varlen_attn`'s signature.
-
-    With a `window` a query sees itself and the `window - 1` keys before it.
-    """
-    key_tokens, cu_q, cu_k, max_q, max_k = layout.varlen
-    if key_tokens is not None:
-        key, value = key.index_select(0, key_tokens), value.index_select(0, key_tokens)
-    out: Tensor = kernel(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out
-
-
-@cache
-def _varlen_kernel(device: torch.device, head_dim: int, dtype: torch.dtype) -> Any:
-    """torch's variable-length attention, or None where it does not run; tried once a process."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-        made = torch.zeros(8, 2, head_dim, dtype=dtype, device=device, requires_grad=True)
-        options: Any = {"scale": 1.0, "window_size": (-1, 0), "enable_gqa": False}
-        kernel: Any = varlen_attn
-        with torch.enable_grad():
-            kernel(made, made, made, ends, ends, 5, 5, **options).sum().backward()
-    except Exception as error:  # the import, the signature, the card, the head size, the format
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        say(f"attention: padded rows, for torch's variable-length kernel does not run: {reason}")
-        return None
-    return varlen_attn
 
 
 def _packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:

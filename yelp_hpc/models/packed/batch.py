@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from yelp_hpc.models.packed.attention import IMPLEMENTATION, Layout, register, use_layout
 from yelp_hpc.models.packed.fused import FusedDecoder
+from yelp_hpc.models.packed.fused_gpu import GpuDecoder
 from yelp_hpc.models.packed.linear import frozen_linear, speed_up_linears
 from yelp_hpc.models.packed.unpacked import forward_rows
 
@@ -137,8 +138,11 @@ def prepare_model(model: ModelT, *, fused: bool = True, way: Way = "packed") -> 
     register()
     base.config._attn_implementation = IMPLEMENTATION
     # Held outside of the module's state: it is no parameter, and deep copies must make their own.
+    on_gpu = base.get_input_embeddings().weight.is_cuda
     if fused and FusedDecoder.supports(base):
         _decoders[base] = FusedDecoder(base.get_decoder())
+    elif fused and on_gpu and GpuDecoder.supports(base):
+        _decoders[base] = GpuDecoder(base)
     else:
         _decoders.pop(base, None)
         if fused:
@@ -146,7 +150,7 @@ def prepare_model(model: ModelT, *, fused: bool = True, way: Way = "packed") -> 
     return model
 
 
-_decoders: WeakKeyDictionary[nn.Module, FusedDecoder] = WeakKeyDictionary()
+_decoders: WeakKeyDictionary[nn.Module, FusedDecoder | GpuDecoder] = WeakKeyDictionary()
 _ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
 _own_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -180,8 +184,8 @@ def forward_selected(
     decoder = _decoders.get(base)
     if decoder is not None:
         hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select)
-        rows = base.lm_head.weight if vocabulary is None else base.lm_head.weight[vocabulary]
-        return frozen_linear(hidden, rows)
+        weight = base.get_output_embeddings().weight
+        return frozen_linear(hidden, weight if vocabulary is None else weight[vocabulary])
     with use_layout(layout):
         output = base(
             input_ids=batch.input_ids.unsqueeze(0),
@@ -206,7 +210,7 @@ def prefill(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, list[tuple[Te
     decoder = _decoders.get(base)
     if decoder is not None:
         hidden = decoder(batch.input_ids, batch.position_ids, layout, batch.select, states)
-        return frozen_linear(hidden, base.lm_head.weight), states
+        return frozen_linear(hidden, base.get_output_embeddings().weight), states
     cache = DynamicCache()
     with use_layout(layout):
         output = base(

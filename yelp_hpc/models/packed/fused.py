@@ -54,25 +54,8 @@ class FusedDecoder:
     @staticmethod
     def supports(base: Any) -> bool:
         """Whether this class computes the model, on a device and in a dtype that it is fast on."""
-        decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-        if type(decoder).__name__ not in _ARCHITECTURES or not hasattr(base, "lm_head"):
-            return False
-        config = base.config
-        plain = config.hidden_act == "silu" and not config.attention_dropout
-        windows = getattr(config, "layer_types", None) or ["full_attention"]
-        if not plain or set(windows) != {"full_attention"}:
-            return False
-        frozen = all(
-            not parameter.requires_grad or "lora_" in name
-            for name, parameter in base.named_parameters()
-        )
-        head = base.lm_head
-        if type(head) is not nn.Linear or head.bias is not None:
-            return False
-        weight = decoder.embed_tokens.weight
-        return (
-            frozen and available(weight.device, weight.dtype) and all(map(_plain, decoder.layers))
-        )
+        weight = base.get_input_embeddings().weight
+        return available(weight.device, weight.dtype) and is_llama(base)
 
     def __call__(
         self,
@@ -97,29 +80,52 @@ class FusedDecoder:
             zip(decoder.layers, self.layers, strict=True)
         ):
             attention = layer.self_attn
-            mixed = qkv(_norm(hidden, layer.input_layernorm))
+            mixed = qkv(norm(hidden, layer.input_layernorm))
             if states is not None:
                 states.append(_keys_values(mixed, angle, plan))
             context = _RotatedAttention.apply(mixed, angle, plan, attention.scaling)
             if i == last:
                 context, hidden = context.index_select(0, select), hidden.index_select(0, select)
             hidden = hidden + o(context)
-            hidden = hidden + down(
-                _SwiGLU.apply(gate_up(_norm(hidden, layer.post_attention_layernorm)))
-            )
-        return _norm(hidden, decoder.norm)
+            hidden = hidden + down(swiglu(gate_up(norm(hidden, layer.post_attention_layernorm))))
+        return norm(hidden, decoder.norm)
+
+
+def is_llama(base: Any) -> bool:
+    """Whether a model is Llama or one of its like, with frozen weights, LoRA aside."""
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    if type(decoder).__name__ not in _ARCHITECTURES or not hasattr(base, "lm_head"):
+        return False
+    config = base.config
+    plain = config.hidden_act == "silu" and not config.attention_dropout
+    windows = getattr(config, "layer_types", None) or ["full_attention"]
+    if not plain or set(windows) != {"full_attention"}:
+        return False
+    head = base.lm_head
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    return is_frozen(base) and all(map(_plain, decoder.layers))
+
+
+def is_frozen(base: nn.Module) -> bool:
+    """Whether nothing of a model is trained but LoRA."""
+    return not any(p.requires_grad and "lora_" not in name for name, p in base.named_parameters())
 
 
 def _plain(layer: Any) -> bool:
-    """Whether the layer is of the kind that FusedDecoder computes."""
+    """Whether the layer is of the kind that is computed here."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = [getattr(attention, f"{name}_proj") for name in "qkvo"]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return all(map(Projection.supports, linears)) and not hasattr(attention, "q_norm")
 
 
-def _norm(x: Tensor, module: nn.Module) -> Tensor:
-    result: Tensor = _RMSNorm.apply(x, module.weight, module.variance_epsilon)
+def norm(x: Tensor, module: Any) -> Tensor:
+    """Root mean square norm of `[T, hidden]` (Zhang & Sennrich 2019), in fp32, rounded once."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    if x.is_cuda:  # one kernel
+        return F.rms_norm(x, (x.shape[-1],), module.weight, eps)
+    result: Tensor = _RMSNorm.apply(x, module.weight, eps)
     return result
 
 
@@ -128,22 +134,30 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        result: Tensor = (x * scale).mul_(weight)
-        return result
+        result: Tensor = (wide * scale).mul_(weight)
+        return result.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        dx = dy * weight
-        along = (dx * x).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
-        return dx.mul_(scale).addcmul_(x, along), None, None
+        wide = x.to(scale.dtype)
+        dx = dy.to(scale.dtype) * weight
+        along = (dx * wide).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+        return dx.mul_(scale).addcmul_(wide, along).to(x.dtype), None, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[T, 2 * inner]`, gate first (Shazeer 2020)."""
+    result: Tensor = _SwiGLU.apply(gate_up)
+    return result
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` of `[T, 2 * inner]`, gate first (Shazeer 2020); keeps its input alone."""
+    """Keeps its input alone."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

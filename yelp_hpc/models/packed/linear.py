@@ -1,15 +1,17 @@
-"""Frozen linear layers with LoRA, as fast as this CPU has them.
+"""Frozen linear layers with LoRA, layers that read the same input as one product.
 
 torch multiplies fp32 matrices with MKL, which on processors of other makers reaches less than half
-of their rate; oneDNN, which torch carries too, does not have that gap. Frozen weights are laid out
-for it once, for the forward and for the backward product, and no gradient of theirs is ever made.
-Reads and writes tensors only.
+of their rate; oneDNN, which torch carries too, does not have that gap. There frozen weights are
+laid out for it once, for the forward and for the backward product. Elsewhere, as on a GPU, the
+product is torch's own and the weights stay where they are. No gradient of theirs is ever made, and
+LoRA is computed in the number format of its input. Reads and writes tensors only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,18 +23,22 @@ from yelp_hpc.models.packed.masks import keep_mask, token_keys
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`; `weight` is `[out, in]`, packed by `pack_weight` or not."""
+    if not available(x.device, x.dtype):
+        return F.linear(x, weight, bias)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """`[out, in]` in the layout that `matmul` is fastest with; a copy."""
+    """`[out, in]` in the layout that `matmul` is fastest with: a copy, or where it is."""
+    if not available(weight.device, weight.dtype):
+        return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return packed
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `matmul` works here: fp32 on a CPU, in a torch built with oneDNN's linear layers."""
+    """Whether `matmul` is oneDNN's: fp32 on a CPU, in a torch built with its linear layers."""
     return (
         device.type == "cpu"
         and dtype == torch.float32
@@ -71,11 +77,11 @@ class Branch:
         """Of all parts together."""
         return self.parts[-1].ranks.stop if self.parts else 0
 
-    def down(self) -> Tensor:
+    def down(self, dtype: torch.dtype) -> Tensor:
         """Every A below each other, `[rank, in]`."""
-        return torch.cat([part.a.detach() for part in self.parts])
+        return torch.cat([part.a.detach() for part in self.parts]).to(dtype)
 
-    def up(self, features: int) -> Tensor:
+    def up(self, features: int, dtype: torch.dtype) -> Tensor:
         """Every scaled B in its own rows and columns, `[features, rank]`, zero elsewhere.
 
         A few multiplications by zero cost less than one thin product for each part.
@@ -83,14 +89,14 @@ class Branch:
         up = self.parts[0].b.new_zeros(features, self.rank)
         for part in self.parts:
             torch.mul(part.b.detach(), part.scaling, out=up[part.columns, part.ranks])
-        return up
+        return up.to(dtype)
 
 
 class Projection:
     """Linear layers that read the same input, as one product; peft's LoRA on any of them.
 
     Holds laid-out copies of the frozen weights, made anew if a weight changes (as when an adapter
-    is merged into it).
+    is merged into it); where there is no layout for them, several weights become views of one.
     """
 
     def __init__(
@@ -119,11 +125,7 @@ class Projection:
 
     def _prepare(self) -> None:
         bases = [_base(module) for module in self.modules]
-        key = tuple(
-            (base.weight.data_ptr(), base.weight._version, tuple(getattr(m, "merged_adapters", ())))
-            for base, m in zip(bases, self.owners, strict=True)
-        )
-        if key == self._key:
+        if self._state(bases) == self._key:
             return
         with torch.no_grad(), torch.inference_mode(False):
             self.forward_weight = pack_weight(self._weight())
@@ -134,7 +136,13 @@ class Projection:
                     b.weight.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases
                 ]
                 self.bias = self.ordered(torch.cat(biases))
-        self._key = key
+        self._key = self._state(bases)
+
+    def _state(self, bases: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(
+            (base.weight.data_ptr(), base.weight._version, tuple(getattr(m, "merged_adapters", ())))
+            for base, m in zip(bases, self.owners, strict=True)
+        )
 
     def backward_weight(self) -> Tensor:
         """The transposed weight, laid out when a gradient first asks for it: scoring never does."""
@@ -143,8 +151,22 @@ class Projection:
         return self._backward_weight
 
     def _weight(self) -> Tensor:
-        weight = torch.cat([_base(module).weight.detach() for module in self.modules])
-        return self.ordered(weight)
+        bases = [_base(module) for module in self.modules]
+        weights = [base.weight.detach() for base in bases]
+        if available(weights[0].device, weights[0].dtype):
+            return self.ordered(torch.cat(weights))
+        if len(weights) == 1:
+            return self.ordered(weights[0])
+        sizes = [len(weight) for weight in weights]
+        first, start = weights[0], weights[0].data_ptr()
+        places = [start + first[0].nbytes * before for before in accumulate(sizes, initial=0)]
+        if [weight.data_ptr() for weight in weights] == places[:-1]:  # already one
+            whole = first.as_strided((sum(sizes), first.shape[1]), first.stride())
+        else:
+            whole = torch.cat(weights)
+            for base, part in zip(bases, whole.split(sizes), strict=True):
+                base.weight.data = part
+        return self.ordered(whole)
 
     def ordered(self, rows: Tensor) -> Tensor:
         """`[sum of out, ...]` in the order of the result."""
@@ -215,7 +237,8 @@ class _Projection(torch.autograd.Function):
             if branch.kept is not None:
                 folded = branch.kept.to(torch.int8)
                 seen, branch.kept = branch.kept.mul_(x), folded
-            down, up = branch.down(), projection.ordered(branch.up(y.shape[1]))
+            down = branch.down(x.dtype)
+            up = projection.ordered(branch.up(y.shape[1], x.dtype))
             low = matmul(seen, down)
             y.addmm_(low, up.t())
             saved += [low, down, up]
@@ -247,8 +270,9 @@ class _Projection(torch.autograd.Function):
             # the few rows first: four times faster than the other way round
             dup = ctx.projection.unordered(low.t() @ dy)
             for part in branch.parts:
-                gradients.append(ddown[part.ranks])
-                gradients.append((dup[part.ranks, part.columns] * part.scaling).t())
+                gradients.append(ddown[part.ranks].to(part.a.dtype))
+                scaled = dup[part.ranks, part.columns] * part.scaling
+                gradients.append(scaled.to(part.b.dtype).t())
         return dx, None, None, *gradients
 
 

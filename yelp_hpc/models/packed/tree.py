@@ -16,6 +16,7 @@ from yelp_hpc.models.packed.batch import base_model, forward_selected, pack
 
 # Logits `[rows, vocabulary]` in fp32 that are held at once.
 _LOGIT_BYTES = 512 * 1024**2
+_NORMED_AT_ONCE = 16
 
 
 def answer_scores(
@@ -42,7 +43,10 @@ def answer_scores(
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
         batch = pack(part, prefix_length, tree=tree.parents, tree_tokens=tree.tokens).to(device)
-        logits = forward_selected(model, batch).view(len(part), tree.rows_per_prompt, -1).float()
-        chances = logits[:, nodes, tokens] - logits.logsumexp(-1)[:, nodes]
+        logits = forward_selected(model, batch).float()
+        # a few rows at a time: what it makes of each stays in a processor's cache
+        norm = torch.cat([rows.logsumexp(-1) for rows in logits.split(_NORMED_AT_ONCE)])
+        norm = norm.view(len(part), -1)[:, nodes]
+        chances = logits.view(len(part), tree.rows_per_prompt, -1)[:, nodes, tokens] - norm
         scores[start : start + at_once].index_add_(1, owners, chances.index_select(1, used))
     return scores

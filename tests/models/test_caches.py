@@ -1,0 +1,132 @@
+"""The ecosystem's folders: the Hub's own cache is looked at first and left as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from yelp_hpc.cache import cache_folder, cached_folders, seen_hub
+from yelp_hpc.config import ModelConfig, config_from_dict
+from yelp_hpc.errors import StageError
+from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import inside, with_inputs
+from yelp_hpc.models.local import model_folder
+from yelp_hpc.rundir.files import atomic_folder, damaged_files, write_marker
+
+COMMITS = ("a" * 40, "b" * 40)
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
+
+
+def downloaded(hub: Path, commit: str, files: dict[str, bytes] = FILES) -> Path:
+    """A model as the Hub's client leaves it: links to blobs that are named after their hash."""
+    repo = hub / "models--some--model"
+    snapshot = repo / "snapshots" / commit
+    for folder in (repo / "blobs", snapshot, repo / "refs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(Path("../../blobs") / blob.name)
+    (repo / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("YELP_HPC_HUB", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("YELP_HPC_CACHE", str(tmp_path / "ours"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text("hf_secret")
+    return tmp_path / "hf"
+
+
+def test_the_hubs_own_cache_is_taken_first_and_left_as_it_is(home: Path) -> None:
+    ours = downloaded(cache_folder() / "hub", COMMITS[0])
+    assert model_folder(ModelConfig(path="some/model")) == ours
+    old, new = (downloaded(home / "hub", commit) for commit in COMMITS)
+    before = everything(home)
+    assert model_folder(ModelConfig(path="some/model")) == new  # refs/main names it
+    assert model_folder(ModelConfig(path="some/model", revision=COMMITS[0][:7])) == old
+    assert cached_folders("some/model") == [new, old, ours]
+    assert everything(home) == before
+
+
+def test_what_is_partial_or_damaged_there_is_not_taken_and_not_touched(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = downloaded(home / "hub", COMMITS[0], {"config.json": FILES["config.json"]})
+    assert cached_folders("some/model") == []
+    with pytest.raises(StageError, match="not in the cache"):
+        model_folder(ModelConfig(path="some/model"))
+    damaged = downloaded(home / "hub", COMMITS[1])
+    (damaged / "model.safetensors").resolve().write_bytes(b"altered")
+    before = everything(home)
+    ours = downloaded(cache_folder() / "hub", COMMITS[1])
+    assert model_folder(ModelConfig(path="some/model")) == ours
+    assert "checksum of model.safetensors is wrong; left as it is" in capsys.readouterr().err
+    assert everything(home) == before and partial.is_dir()
+
+
+def test_the_image_sees_the_model_in_it_read_only_and_not_the_token(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded(home / "hub", COMMITS[0])
+    settings = {"container": {"image": "i.sif", "cache": str(tmp_path / "room")}}
+    cluster = ClusterConfig.model_validate(settings)
+    config = config_from_dict({"model": {"path": "some/model"}, "data": {"source": "demo"}})
+    container = with_inputs(cluster, config, tmp_path / "run").container
+    assert container is not None
+    repo = home / "hub" / "models--some--model"
+    assert container.binds == (f"{repo}:{repo}:ro",)
+    argv = inside(container, tmp_path / "run", ["true"], {"HF_HOME": str(home)})
+    assert f"YELP_HPC_HUB={home / 'hub'}" in argv and "token" not in shlex.join(argv)
+    # in the image HF_HOME is another folder: the variable leads to the same snapshot
+    values = dict(word.split("=", 1) for word in argv if "=" in word)
+    for name in ("HF_HOME", "YELP_HPC_HUB", "YELP_HPC_CACHE"):
+        monkeypatch.setenv(name, values[name])
+    assert values["HF_HOME"] != str(home)
+    assert model_folder(ModelConfig(path="some/model")).is_relative_to(repo)
+
+
+def test_where_the_folders_are(tmp_path: Path) -> None:
+    assert seen_hub({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}) == Path("/a")
+    assert seen_hub({"HF_HOME": "/b"}) == Path("/b/hub")
+    assert seen_hub({"XDG_CACHE_HOME": "/c"}) == Path("/c/huggingface/hub")
+    assert seen_hub({"XDG_CACHE_HOME": "c"}) == Path.home() / ".cache/huggingface/hub"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("YELP_HPC_CACHE", raising=False)
+        patch.setenv("XDG_CACHE_HOME", "/c")
+        assert cache_folder() == Path("/c/yelp_hpc")
+        patch.delenv("XDG_CACHE_HOME")
+        assert cache_folder() == Path.home() / ".cache" / "yelp_hpc"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_may_be_read_as_the_umask_says(tmp_path: Path, mask: int, mode: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps({}))
+            write_marker(folder, ["model.safetensors", "config.json"])
+    finally:
+        os.umask(before)
+    made = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()}
+    assert made == dict.fromkeys(("model.safetensors", "config.json", "complete.json"), mode)
+    assert damaged_files(tmp_path / "model") == []

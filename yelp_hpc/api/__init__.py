@@ -1,0 +1,1 @@
+"""What `from yelp_hpc import …` gives: a classifier, a run, a submission. Nothing heavy."""

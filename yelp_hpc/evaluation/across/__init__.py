@@ -1,0 +1,1 @@
+"""Several runs: on the rows that they share, compared and ranked; no torch."""

@@ -1,0 +1,156 @@
+"""What is wrong with a settings file, in the words of people who know YAML and not pydantic.
+
+Pure: a settings class, pydantic's errors and the places of the keys in, lines of text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from yelp_hpc.errors import nearest
+from yelp_hpc.synonyms import word_meant
+
+
+def explain(
+    model: type[BaseModel], error: ValidationError, origin: Mapping[str, str]
+) -> Iterator[str]:
+    """Every problem that pydantic found in a settings file, a line each, for people.
+
+    Args:
+        origin: dotted key → where it was given.
+    """
+    wrong: dict[str, tuple[Any, list[str]]] = {}
+    for item in error.errors(include_url=False):
+        parts = [str(part) for part in item["loc"]]
+        dotted = ".".join(parts)
+        if item["type"] == "extra_forbidden":
+            yield f"{_place(parts, origin)}unknown key {dotted}{_nearest(model, parts)}"
+        elif item["type"] == "missing":
+            yield f"{_place(parts, origin)}{dotted} is missing"
+        else:  # the ways in which one value could be right are one problem
+            names, field = _field(model, parts)
+            message = in_words(item, field)
+            wrong.setdefault(".".join(names), (item["input"], []))[1].append(message)
+    for dotted, (value, messages) in wrong.items():
+        shown = "" if isinstance(value, dict) else f" (got {value!r})"
+        said = ", or ".join(dict.fromkeys(messages)).replace(", or input should be", ", or")
+        yield f"{_place(dotted.split('.'), origin)}{dotted or 'the file'}: {said}{shown}"
+
+
+def _place(parts: Sequence[str], origin: Mapping[str, str]) -> str:
+    """`FILE:LINE: ` of a key, or of the nearest one above that was given."""
+    named = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    where = next((origin[key] for key in named if key in origin), None)
+    return f"{where}: " if where else ""
+
+
+def _field(model: type[BaseModel], parts: Sequence[str]) -> tuple[list[str], FieldInfo | None]:
+    """The key that `parts` of pydantic lead to, and its field; places in a list are kept."""
+    names: list[str] = []
+    field = None
+    inner: Any = model
+    for part in parts:
+        if inner is not None and part in inner.model_fields:
+            field = inner.model_fields[part]
+            inner = section_of(field)
+        elif inner is not None or not part.isdecimal():
+            continue  # a way in which a union could be right
+        names.append(part)
+    return names, field
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The settings class of a section; None for a plain key."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+
+
+def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
+    """What is wrong with a value, for people who know YAML and not pydantic."""
+    kind, value = item["type"], item["input"]
+    context = item.get("ctx", {})
+    optional = field is not None and type(None) in get_args(field.annotation)
+    null = "; null for none" if optional and value is not None else ""
+    if kind == "string_type" and isinstance(value, int | float | date):
+        # YAML reads 0123 as 83: what stood there is gone
+        return "put it in quotes: YAML reads it as a number or a date"
+    if kind == "string_type":
+        return f"input should be one text{null}"
+    if kind in ("tuple_type", "list_type"):
+        entries = [part.strip() for part in str(value).split(",")]
+        return f"input should be a list: [{', '.join(entries)}]"
+    if kind in ("model_type", "dict_type"):
+        return "is a section: its keys stand below it, indented, each as `key: value`"
+    if kind == "invalid_key":
+        return "must be a key; a number is written without separators: 10000 or 10_000"
+    if kind == "literal_error":
+        words = [word for word in _words(field) if word] or [str(context["expected"])]
+        meant = word_meant(value, words)
+        hint = f"; did you mean {meant}?" if meant and len(words) > 1 else ""
+        return f"input should be {' or '.join(words)}{hint}"
+    if kind.startswith("int"):
+        return f"input should be a whole number{null}"
+    if kind.startswith("float"):
+        return f"input should be a number, with a decimal point{null}"
+    if kind.startswith("bool"):
+        return "input should be true or false"
+    if kind == "string_pattern_mismatch" and field is not None and field.description:
+        return f"must fit: {field.description}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:] + (null if kind.startswith("greater") else "")
+
+
+def _words(field: FieldInfo | None) -> list[str]:
+    """The words that a key takes, those in a list or beside another type too."""
+    found: list[str] = []
+
+    def look(kind: Any) -> None:
+        for part in get_args(kind):
+            if isinstance(part, str):
+                found.append(part)
+            else:
+                look(part)
+
+    look(field.annotation if field else None)
+    return found
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every leaf key of a settings class, dotted."""
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from dotted_keys(section, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _nearest(model: type[BaseModel], parts: list[str]) -> str:
+    """Name the nearest valid key: in the same section first, then anywhere."""
+    section: Any = model
+    for part in parts[:-1]:
+        field = section.model_fields.get(part) if section else None
+        section = section_of(field) if field else None
+    local = list(section.model_fields) if section else []
+    name = parts[-1].lower().replace("-", "_")
+    meant = getattr(model, "synonyms", {}).get(name, "")
+    if meant in local:
+        return f"; did you mean {'.'.join([*parts[:-1], meant])}?"
+    if meant in dotted_keys(model):
+        return f"; did you mean {meant}?"
+    if said := getattr(model, "elsewhere", {}).get(name):
+        return f": {said}"
+    near = nearest(name, local, cutoff=0.65)
+    if near:
+        return f"; did you mean {'.'.join([*parts[:-1], near])}?"
+    everywhere = list(dotted_keys(model))
+    same = [key for key in everywhere if key.rsplit(".", 1)[-1] == name]
+    near = same[0] if same else nearest(".".join([*parts[:-1], name]), everywhere, cutoff=0.65)
+    if near:
+        return f"; did you mean {near}?"
+    return f"; valid here: {', '.join(local)}" if local else ""
