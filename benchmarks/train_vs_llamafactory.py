@@ -110,8 +110,7 @@ def install_peer(venv: Path) -> Path:
     print(f"installing LLaMA-Factory into {venv}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraint:
-        constraint.write(TORCH + "\n")
-        constraint.flush()
+        print(TORCH, file=constraint, flush=True)
         pip = [str(python), "-m", "pip"]
         subprocess.run([*pip, "install", "-q", "-c", constraint.name, TORCH, *PEER], check=True)
     # The registry's builds of these do not load beside a CPU torch and break `import transformers`;
@@ -161,7 +160,7 @@ def compare(
             memory = answer["peak_rss_mb"]
             losses["peer"].append(answer["loss"])
             losses["ours"].append(loss)
-            size = sum(len(ours.sequences[row]) for row in answer["rows"])
+            size = sum(len(ours.rows.sequence(row)) for row in answer["rows"])
             if step:
                 tokens_taken.append(size)
                 times["peer"].append(answer["seconds"])
@@ -184,9 +183,7 @@ def compare(
         f"peak memory {mine:.0f} against {memory:.0f} MB"
     )
     return {
-        "ratio": ratio,
-        "max_tokens": budget,
-        "cpu_time_ratio": busy_ratio,
+        **{"ratio": ratio, "max_tokens": budget, "cpu_time_ratio": busy_ratio},
         "examples_per_s": speed,
         "peak_rss_mb": {"ours": mine, "peer": memory},
         "tokens": tokens_taken,
@@ -310,6 +307,34 @@ def peer_worker(request: dict[str, Any]) -> None:
     run_exp(request["flags"], callbacks=[InTurn()])
 
 
+def as_rows(rows: list[dict[str, list[int]]]) -> Any:
+    """The peer's tokens as the engine reads rows.
+
+    The template supervises the same few tokens at the end of every row: the stars, the end of text
+    and a line feed, which is only ever a target.
+    """
+    import numpy as np
+
+    from yelp_hpc.training.data import Rows
+
+    last = sum(label != -100 for label in rows[0]["labels"])
+    if any(row["labels"][-last - 1] != -100 or -100 in row["labels"][-last:] for row in rows):
+        raise SystemExit(f"expected {last} supervised tokens at the end of every row")
+    answers = [tuple(row["labels"][-last:]) for row in rows]
+    known = sorted(set(answers))
+    prompts = [row["input_ids"][:-last] for row in rows]
+    alike = [len(set(column)) == 1 for column in zip(*prompts, strict=False)]
+    prefix = min([*alike, False].index(False), min(map(len, prompts)) - 1)
+    return Rows(
+        np.concatenate([np.array(prompt, np.int32) for prompt in prompts]),
+        np.cumsum([0, *map(len, prompts)]),
+        [known.index(answer) for answer in answers],
+        [list(answer[:-1]) for answer in known],
+        known[0][-1],
+        prefix,
+    )
+
+
 class Ours:
     """The engine on the peer's tokens: a step of the training stage without its files."""
 
@@ -320,40 +345,28 @@ class Ours:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
+        from yelp_hpc.data.packing import default_pieces
         from yelp_hpc.models.packed.batch import prepare_model
         from yelp_hpc.models.packed.dropout import use_sequence_dropout
+        from yelp_hpc.ranks.rank import StopRequest
+        from yelp_hpc.ranks.world import World
+        from yelp_hpc.training.budget import Budget
+        from yelp_hpc.training.gradients import Gradients
+        from yelp_hpc.training.throughput import Meter
 
         torch.set_num_threads(args.threads)
         torch.manual_seed(42)
-        # The template supervises the same few tokens at the end of every row (the stars, the end
-        # of text and a line feed); the last one is only ever a target.
-        self.last = sum(label != -100 for label in rows[0]["labels"])
-        for row in rows:
-            if [label != -100 for label in row["labels"][-self.last - 1 :]] != [False] + [
-                True
-            ] * self.last:
-                raise SystemExit(f"expected {self.last} supervised tokens at the end of every row")
-        self.sequences = [row["input_ids"][:-1] for row in rows]
-        self.targets = [row["labels"][-self.last :] for row in rows]
-        first = self.sequences[0]
-        self.prefix = 0
-        while all(
-            len(row) > self.prefix + self.last and row[self.prefix] == first[self.prefix]
-            for row in self.sequences
-        ):
-            self.prefix += 1
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        self.rows = as_rows(rows)
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         lora = LoraConfig(
-            r=8,
-            lora_alpha=16,
-            lora_dropout=0.08,
-            target_modules=["q_proj", "k_proj", "v_proj"],
+            r=8, lora_alpha=16, lora_dropout=0.08, target_modules=["q_proj", "k_proj", "v_proj"],
             task_type="CAUSAL_LM",
-        )
-        adapted = get_peft_model(model, lora)
-        self.dropout = use_sequence_dropout(adapted, seed=42)
-        self.model = prepare_model(adapted).train()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        )  # fmt: skip
+        adapted = get_peft_model(base, lora)
+        dropout = use_sequence_dropout(adapted, seed=42)
+        model = prepare_model(adapted).train()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=0.0)
         total = args.steps + 1
 
@@ -363,32 +376,24 @@ class Ours:
             return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, total - WARM_UP)))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.max_tokens = max_tokens
+        mean = sum(map(self.rows.own_length, range(len(rows)))) / len(rows)
+        pieces = default_pieces(BATCH * mean, self.rows.prefix_length, BATCH)
+        self.budget = Budget(0, max_tokens, pieces, recompute=False, threads=args.threads)
+        cpu, scaler = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+        self.gradients = Gradients(
+            "fp32", 42, World(0, 1, cpu), model, dropout, scaler, self.rows, StopRequest(),
+            Meter(model, cpu, "fp32"), trained,
+        )  # fmt: skip
 
     def step(self, rows: list[int]) -> float:
         """One optimizer step over these rows; returns the mean loss of their supervised tokens."""
-        import torch
-        from torch.nn import functional as F
+        from torch.nn.utils import clip_grad_norm_
 
-        from yelp_hpc.data.packing import plan_microbatches
-        from yelp_hpc.models.packed.batch import forward_selected, pack
-
-        lengths = [len(self.sequences[row]) - self.prefix for row in rows]
-        total = 0.0
-        for group in plan_microbatches(lengths, self.max_tokens, self.prefix):
-            taken = [rows[i] for i in group]
-            batch = pack([self.sequences[row] for row in taken], self.prefix, self.last)
-            targets = torch.tensor([self.targets[row] for row in taken]).flatten()
-            with self.dropout.batch(self.schedule.last_epoch, taken, batch):
-                logits = forward_selected(self.model, batch)
-                loss = F.cross_entropy(logits, targets, reduction="sum") / (self.last * len(rows))
-                loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        summed = self.gradients.of(self.schedule.last_epoch, tuple(rows), self.budget)
+        clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
-        return total
+        return summed.loss
 
 
 if __name__ == "__main__":

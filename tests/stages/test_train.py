@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,13 +17,17 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import make_model, prepare_run, tiny_config
-from yelp_hpc.config import Config
+from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.models.packed.batch import forward_selected
+from yelp_hpc.models.packed.dropout import SequenceDropout
+from yelp_hpc.models.packed.masks import keep_mask
+from yelp_hpc.proof.reproduce import reproduce
 from yelp_hpc.publishing.export import export_merged
 from yelp_hpc.ranks.launch import first_host, rendezvous
 from yelp_hpc.ranks.rank import StopRequest, deadline
 from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl, read_marker, write_json
+from yelp_hpc.rundir.manifest import record_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import train
 from yelp_hpc.training.checkpoint import read_checkpoint
@@ -261,6 +267,62 @@ def test_a_step_that_does_not_fit_the_memory_is_repeated_in_smaller_parts(
     assert losses(calm) == pytest.approx(losses(first), abs=1e-5)
     weights = [run.adapter / "adapter_model.safetensors" for run in (first, second, calm)]
     assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_out_of_memory_at_any_micro_batch_changes_no_row_and_no_mask(
+    seed: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hand is needed, and a reproduction with the recorded budgets has the same bytes."""
+    settings = {"micro_batches": 2, "max_tokens": 400, "max_steps": 6, "evaluate_every": 99}
+    (tmp_path / "reviews.csv").touch()  # prepared already
+    data = {"train": str(tmp_path / "reviews.csv")}
+    values = tiny_config(model, train=settings, data=data).model_dump(mode="json")
+    config = config_from_dict(values)
+
+    def new(name: str) -> RunPaths:
+        run = prepare_run(tmp_path / name, model)
+        return record_run(run.root, LoadedConfig(config, values, {}), "x.yaml", [])
+
+    computed: list[dict[Any, Any]] = []
+    calls = 0
+    fails_at = Random(seed).randrange(12)  # of two a step
+
+    def played(model: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        modules = [m for m in model.modules() if isinstance(m, SequenceDropout)]
+        keys = modules[0].context.keys
+        assert keys is not None
+        rows = {}
+        sizes = [batch.prefix_length, *batch.lengths]
+        for own, tokens in zip(keys.split(sizes), batch.input_ids.split(sizes), strict=True):
+            masks = [keep_mask(own, m.layer, 32, m.p, torch.uint8) for m in modules]
+            rows[tuple(own.tolist())] = (tokens.tolist(), [mask.tolist() for mask in masks])
+        computed.append(rows)
+        if calls == fails_at + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward_selected(model, batch)
+
+    def go(run: RunPaths, fails: bool) -> dict[Any, Any]:
+        """Train; what was computed of each step's rows, and of its prefix."""
+        nonlocal calls
+        computed.clear()
+        calls = 0 if fails else 100
+        train_here(run, config)
+        return {key: value for rows in computed for key, value in rows.items()}
+
+    monkeypatch.setattr(FORWARD, played)
+    calm, struck = new("calm"), new("struck")
+    assert go(calm, fails=False) == go(struck, fails=True)
+    assert [entry["max_tokens"] < 400 for entry in read_json(struck.budgets)] == [False, True]
+    assert read_json(struck.budgets)[1]["step"] == fails_at // 2
+    second = reproduce(struck.run_json, tmp_path / "again").run
+    shutil.copytree(struck.prepare, second.prepare)
+    go(second, fails=False)
+    weights = [run.adapter / "adapter_model.safetensors" for run in (struck, second, calm)]
+    assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
+    assert losses(calm) == pytest.approx(losses(struck), abs=1e-5)
 
 
 def test_a_sequence_that_never_fits_ends_with_what_to_do(
