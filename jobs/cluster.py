@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.jobs.site.client import user_name
@@ -69,6 +69,18 @@ def _no_token(value: str) -> str:
     return value
 
 
+def _nodes(value: Any) -> int | str | None:
+    if value is None:
+        return None
+    least, range_, most = str(value).partition("-")
+    most = most if range_ else least
+    if not (least.isdecimal() and most.isdecimal()) or int(least) < 1:
+        raise ValueError("must be a number of nodes, or the least and the most of them as in 1-4")
+    if int(most) < int(least):
+        raise ValueError(f"must not be at most {most} where it is at least {least}")
+    return int(least) if int(most) == int(least) else f"{int(least)}-{int(most)}"
+
+
 Line = Annotated[str, AfterValidator(_one_line)]
 LocalPath = Annotated[Line, AfterValidator(_absolute)]
 Expanded = Annotated[Line, AfterValidator(_expanded)]
@@ -113,7 +125,9 @@ class Resources(Frozen):
     qos: Line | None = Field(default=None, description="quality of service")
     gpu_type: Line | None = Field(default=None, description="type in --gres=gpu:TYPE:N; null: any")
     gpus: int | None = Field(default=None, ge=0, description="GPUs a node")
-    nodes: int | None = Field(default=None, ge=1, description="nodes of one job")
+    nodes: Annotated[int | str | None, BeforeValidator(_nodes)] = Field(
+        default=None, description="nodes of one job; 1-4: as many of them as the queue gives"
+    )
     cpus: int | None = Field(default=None, ge=1, description="CPUs a node")
     memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
         default=None, description="memory a node: a number and K, M, G or T, as 64G"
@@ -129,6 +143,11 @@ class Resources(Frozen):
         description="seconds before the limit to save at",
     )
     sbatch: dict[str, Expanded] = Field(default={}, description="other sbatch options: value or ''")
+
+    @property
+    def least_nodes(self) -> int:
+        """Nodes that one job has at least."""
+        return int(str(self.nodes or 1).partition("-")[0])
 
     @field_validator("memory", mode="before")
     @classmethod

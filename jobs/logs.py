@@ -15,6 +15,9 @@ from yelp_hpc.jobs.submission import records
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.runtime import open_log
+
+TAIL_LINES = 25
 
 
 def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
@@ -86,3 +89,14 @@ def show_logs(run_dir: str | Path, stage: str | None = None, lines: int = 40) ->
     print("\n".join(plain(first.read_text(errors="replace")).splitlines()[-lines:]))
     if others:
         print(f"also: {', '.join(path.name for path in others[:8])}")
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, with where to find the rest."""
+    try:
+        with open_log(log) as file:
+            file.seek(max(0, log.stat().st_size - 16_384))
+            lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    except OSError:
+        return f"(no log at {log})"
+    return "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])

@@ -261,6 +261,24 @@ def requeue(job: str) -> None:
     client(["scontrol", "requeue", job])
 
 
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """Have a job that waits, as after a requeue, go elsewhere than to `nodes`.
+
+    Raises:
+        StageError: it was refused, or its partition has not nodes enough beside them.
+    """
+    facts = facts_of(job, patience=10)
+    before = facts.get("ExcNodeList", "(null)")
+    partition = facts.get("Partition", "").partition(",")[0]
+    text = client(["scontrol", "-o", "show", "partition", partition])
+    there = re.search(r"\bTotalNodes=(\d+)", text)
+    needed = int(facts.get("NumNodes", "1").partition("-")[0])
+    if there and int(there[1]) - len(nodes) < needed:
+        raise StageError(f"partition {partition} has {there[1]} nodes and no other to go to")
+    every = ",".join([*([] if before == "(null)" else [before]), *nodes])
+    client(["scontrol", "update", f"JobId={job}", f"ExcNodeList={every}"])
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs; ones that have ended are no error."""
     if job_ids:

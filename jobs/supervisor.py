@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -27,17 +27,18 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv, stage_environment
 from yelp_hpc.jobs.image import ready_image
 from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.logs import tail
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
 from yelp_hpc.jobs.site.client import NoAnswer, use_programs
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings
-from yelp_hpc.jobs.train import rendezvous
 from yelp_hpc.jobs.verdict import Verdict, judge
-from yelp_hpc.publishing.token import find_token, login_file
+from yelp_hpc.publishing.token import hub_token
 from yelp_hpc.ranks.child import die_with_parent
-from yelp_hpc.ranks.launch import first_host
+from yelp_hpc.ranks.launch import rendezvous
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.runtime import open_log
 
@@ -46,7 +47,6 @@ POLL = 0.2
 LAST_CALL = 10.0
 """Seconds before the time limit at which a stage that is still saving is given up: Slurm refuses to
 requeue a job that the limit has ended."""
-TAIL_LINES = 25
 
 
 class Stop:
@@ -128,6 +128,7 @@ def _attempt(
     limit = slurm.TimeLimit(attempt.job, os.environ) if on_slurm() else None
     if leader:
         attempts.write(paths, attempt)
+    known = len(read_faults(paths))
     try:
         if attempt.stalled > cluster.requeue_cap:
             verdict = Verdict("failed", f"started {attempt.stalled} times without any progress")
@@ -138,6 +139,9 @@ def _attempt(
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
+    if new := [fault for fault in read_faults(paths)[known:] if verdict.action != "done"]:
+        why = f"{verdict.reason}; node {new[-1]['node']} failed: {new[-1]['what']}"
+        verdict = replace(verdict, reason=why)
     if leader:
         after = fingerprint(paths, job.stage, job.model, job.tasks[0])
         attempt.ended, attempt.verdict, attempt.reason = time.time(), verdict.action, verdict.reason
@@ -179,8 +183,9 @@ def _run(
     """Run the stage's process, or one for each shard, until done, stopped or failed."""
     env = {**os.environ}
     if on_slurm():
-        if job.stage == "train" and env.get("SLURM_JOB_NUM_NODES", "1") != "1":
-            env |= rendezvous(env, first_host(env["SLURM_JOB_NODELIST"]))
+        if job.stage == "train":  # whatever the user's shell says of a master is another's
+            place = rendezvous({name: env[name] for name in env if name.startswith("SLURM_")})
+            env |= place.handed_on()
         # by the controller's clock, and fixed while the limit moves: the supervisor tells the stage
         env.pop("SLURM_JOB_END_TIME", None)
     save = cluster.resources(job.stage).save_seconds or 120
@@ -316,6 +321,7 @@ def _requeue(
     while cluster.requeue:
         try:
             slurm.requeue(attempt.job)
+            _go_elsewhere(paths, attempt)
             return verdict
         except RequestError:
             why = "this node has no scontrol to ask for a requeue"
@@ -336,6 +342,20 @@ def _requeue(
     attempt.reason = f"{verdict.reason}; {why}: submit again to go on"
     attempts.write(paths, attempt)
     return Verdict(action, attempt.reason)
+
+
+def _go_elsewhere(paths: RunPaths, attempt: Attempt) -> None:
+    """Have the requeued job avoid the nodes whose hardware failed under this run.
+
+    Slurm takes that of a job that waits, and leaves this process some seconds after the requeue.
+    """
+    nodes = list(dict.fromkeys(str(fault["node"]) for fault in read_faults(paths)))
+    if not nodes:
+        return
+    try:
+        slurm.exclude(attempt.job, nodes)
+    except (StageError, RequestError) as error:
+        print(f"{', '.join(nodes)} had a fault and could not be excluded: {error}", flush=True)
 
 
 def _begin_stage() -> None:
@@ -365,30 +385,3 @@ def this_job() -> str:
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env["SLURM_JOB_ID"]
-
-
-def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | None:
-    """The Hub's token: from the environment, `publish.token_file` or `hf auth login`.
-
-    Read here, on the host: neither file need be visible inside the image.
-
-    Raises:
-        RequestError: the token file cannot be used.
-    """
-    if env.get("HF_TOKEN") or token_file:
-        token = find_token(token_file)
-        return token.secret if token else None
-    with suppress(OSError):
-        return login_file(env).read_text(encoding="utf-8").strip() or None
-    return None
-
-
-def tail(log: Path) -> str:
-    """The last lines of a log, with where to find the rest."""
-    try:
-        with open_log(log) as file:
-            file.seek(max(0, log.stat().st_size - 16_384))
-            lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-    except OSError:
-        return f"(no log at {log})"
-    return "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])

@@ -4,6 +4,7 @@
     ├── RequestError        2   the request is wrong: a config, an argument, a data file
     ├── StageError          1   it failed: a fault of the machine, a stage, the cluster
     └── SavedForRequeue    75   state is saved, run me again
+        └── NodeFault      75   … on another node: this one's hardware failed
 
 Each message says what, where and what to do next; the command line prints it without a traceback.
 """
@@ -36,6 +37,10 @@ class SavedForRequeue(YelpHpcError):
     """The stage saved its state and asks to be started again (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+
+class NodeFault(SavedForRequeue):
+    """A fault of this node's hardware or network; what the last save holds is kept."""
 
 
 def all_problems(headline: str, problems: Sequence[str], limit: int = 20) -> str:

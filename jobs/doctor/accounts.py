@@ -120,7 +120,7 @@ def _qos_limits(
             f"{where} is {time_text(asked)}, but qos {qos.name} allows {time_text(qos.max_minutes)}"
         )
         yield config_line("qos", "failure", text, f"{where}: {time_text(qos.max_minutes)}")
-    nodes = want.nodes or 1
+    nodes = want.least_nodes
     limits = []
     for total, typed in ((qos.gpus_a_job, qos.typed_a_job), (qos.gpus_a_user, qos.typed_a_user)):
         if want.gpu_type in typed:

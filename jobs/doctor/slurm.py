@@ -206,7 +206,7 @@ def _size(
         min(p.max_nodes or p.total_nodes, p.total_nodes) if p.total_nodes else (p.max_nodes or 1)
         for p in partitions
     )
-    if (want.nodes or 1) > nodes:
+    if want.least_nodes > nodes:
         where = key(cluster, stage, "nodes")
         text = f"{where} is {want.nodes}, but the partition gives a job at most {nodes}"
         yield config_line("size", "failure", text, f"{where}: {nodes}")

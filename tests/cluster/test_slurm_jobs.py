@@ -223,6 +223,29 @@ def test_two_nodes_meet_and_are_requeued_as_one(slurm: Cluster, slurm_run: MakeR
     assert [attempt.verdict for attempt in tried] == ["requeued", "done"]
 
 
+def test_a_node_whose_hardware_failed_is_named_and_left(slurm: Cluster, slurm_run: MakeRun) -> None:
+    train = {"partition": "cpu", "gpus": 0}
+    run = slurm_run(cluster={"train": train}, steps=3, ill=True).prepared()
+    job = go(run, "train")["train"]
+    wait_ended([job], 120)
+    first, second = attempts.read(RunPaths(run.root), "train")
+    assert [first.verdict, second.verdict] == ["requeued", "done"]
+    assert first.node != second.node
+    assert f"node {first.node} failed: ECC error" in first.reason
+    assert f"ExcNodeList={first.node}" in slurm.sh("scontrol", "show", "job", job)
+
+
+def test_a_job_takes_the_nodes_that_the_queue_gives(slurm: Cluster, slurm_run: MakeRun) -> None:
+    train = {"partition": "cpu", "gpus": 0, "nodes": "2-3"}
+    run = slurm_run(cluster={"train": train}, steps=5).prepared()
+    job = go(run, "train")["train"]
+    wait_ended([job], 90)
+    began = run.trace()
+    assert len(began) in (2, 3)
+    assert {line["YELP_HPC_NNODES"] for line in began} == {str(len(began))}
+    assert {line["YELP_HPC_NODE_RANK"] for line in began} == set("012"[: len(began)])
+
+
 def test_cancel_ends_this_run_and_no_other(slurm: Cluster, slurm_run: MakeRun) -> None:
     mine, other = slurm_run("mine", steps=300), slurm_run("other", steps=10)
     my_ids, other_ids = go(mine), go(other)

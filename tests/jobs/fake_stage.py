@@ -3,7 +3,8 @@
 Called as the real command is (STAGE --run DIR [--model M --shard K]). Works in steps of a tenth of
 a second, keeps each step in a checkpoint file, saves on SIGUSR2 and SIGTERM and then exits 75. How
 it shall behave stands in RUN/fake.json: {"steps": N, "fail": ["infer-base-3"], "stuck": true} (no
-step is ever finished), {"deaf": true} (no signal is heard).
+step is ever finished), {"deaf": true} (no signal is heard), {"ill": true} (the hardware fails of
+the node on which train starts first, there and ever after).
 """
 
 import json
@@ -34,10 +35,17 @@ def put(path: Path, value: object) -> None:
 
 with (root / "trace.jsonl").open("a") as trace:
     place = {
-        key: os.environ.get(key) for key in ("YELP_HPC_NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+        key: os.environ.get(key)
+        for key in ("YELP_HPC_NNODES", "YELP_HPC_NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     trace.write(json.dumps({"name": name, "began": time.time(), **place}) + "\n")
 print(f"{name} begins", flush=True)
+node, faults = os.environ.get("SLURMD_NODENAME", ""), root / "logs" / "node-faults.jsonl"
+another = faults.exists() and node not in faults.read_text()
+if plan.get("ill") and stage == "train" and not another:
+    with faults.open("a") as file:
+        file.write(json.dumps({"node": node, "time": time.time(), "what": "ECC error"}) + "\n")
+    sys.exit(75)
 if name in plan.get("fail", []):
     print("the data is rotten", flush=True)
     sys.exit(1)

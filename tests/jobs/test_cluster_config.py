@@ -31,6 +31,23 @@ def test_a_stage_takes_the_defaults_that_it_does_not_set(tmp_path: Path) -> None
     assert load_cluster(file).resources("collect").partition == "a"
 
 
+def test_nodes_are_a_number_or_a_range_as_slurm_takes_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for text, nodes, least in (
+        ("3", 3, 3),
+        ("1-4", "1-4", 1),
+        ("'02-02'", 2, 2),
+        ("null", None, 1),
+    ):
+        file.write_text(f"train: {{nodes: {text}}}\n")
+        train = load_cluster(file).resources("train")
+        assert (train.nodes, train.least_nodes) == (nodes, least)
+    for text in ("0", "-2", "4-1", "1-", "two", "1.5", "'1-4\\n'", "true"):
+        file.write_text(f"train: {{nodes: {text}}}\n")
+        with pytest.raises(RequestError, match=r"train\.nodes"):
+            load_cluster(file)
+
+
 def test_every_problem_is_reported_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(

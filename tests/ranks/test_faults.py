@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from yelp_hpc.errors import SavedForRequeue, StageError
+from yelp_hpc.errors import NodeFault, StageError
 from yelp_hpc.ranks.launch import launch
 
 RANK = """
@@ -25,8 +25,8 @@ sys.exit(run_rank(work))
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("CUDA error: uncorrectable ECC error encountered", SavedForRequeue),
-        ("NCCL error: ncclSystemError: System call failed or device error", SavedForRequeue),
+        ("CUDA error: uncorrectable ECC error encountered", NodeFault),
+        ("NCCL error: ncclSystemError: System call failed or device error", NodeFault),
         ("CUDA error: device-side assert triggered", StageError),
         ("mat1 and mat2 shapes cannot be multiplied", StageError),
     ],
@@ -37,4 +37,4 @@ def test_a_nodes_fault_is_75_and_names_the_node(
     with pytest.raises(kind) as caught:
         launch([sys.executable, "-c", RANK], text.encode(), 1, tmp_path)
     assert text in str(caught.value)
-    assert (socket.gethostname() in str(caught.value)) is (kind is SavedForRequeue)
+    assert (socket.gethostname() in str(caught.value)) is (kind is NodeFault)

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from yelp_hpc.config import Config, config_from_dict
-from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError
 from yelp_hpc.inference.answers import parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.shard_files import parts_of, provenance_of, read_windows
@@ -39,6 +39,7 @@ from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 from yelp_hpc.models.load import load_model, load_tokenizer
 from yelp_hpc.models.packed.batch import prepare_model
 from yelp_hpc.rundir.files import write_json, write_marker
+from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import infer
 
@@ -604,6 +605,25 @@ def test_parts_of_two_processes_at_once_do_not_double_rows(
     assert (
         predictions(run)["row"].to_pylist() == pq.read_table(run.split("test"))["row"].to_pylist()
     )
+
+
+def test_a_fault_of_the_nodes_hardware_is_recorded_and_asks_for_another_node(
+    run: RunPaths, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model_folder)
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with …")
+
+    monkeypatch.setattr("yelp_hpc.inference.predictor.label_scores", failing)
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
+    with pytest.raises(NodeFault, match="node gpu-7: CUDA error: uncorrectable ECC"):
+        infer.run(run, config)
+    (fault,) = read_faults(run)
+    assert fault["node"] == "gpu-7" and "ECC" in fault["what"]
+    monkeypatch.undo()
+    infer.run(run, config)  # elsewhere it is done
+    assert len(read_faults(run)) == 1
 
 
 def test_signal_handlers_are_put_back(run: RunPaths, model_folder: Path) -> None:

@@ -68,6 +68,10 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return run, config
 
 
+def last_step(run: RunPaths) -> int:
+    return max((line["step"] for line in read_jsonl(run.train_log)), default=0)
+
+
 def losses(run: RunPaths) -> list[float]:
     return [line["loss"] for line in read_jsonl(run.train_log)]
 
@@ -195,6 +199,23 @@ def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(
     with pytest.raises(StageError, match=r"step 2: .*last good checkpoint is .*step-000001"):
         train_here(run, config)
     assert not run.adapter.exists()
+
+
+def test_a_resume_on_another_device_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = prepare_run(tmp_path, model)
+    config = tiny_config(model, train={"save_every_steps": 1, "evaluate_every": 99})
+    monkeypatch.setattr("yelp_hpc.ranks.device.device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(StopRequest, "pending", property(lambda _: last_step(run) >= 3))
+    with pytest.raises(SavedForRequeue):
+        train_here(run, config)
+    monkeypatch.undo()
+    assert "warning" not in capfd.readouterr().err
+    train_here(run, config)
+    assert "was computed on NVIDIA A100, this is CPU " in capfd.readouterr().err
+    marker = read_marker(run.adapter)
+    assert marker is not None and marker["fingerprint"]["device"].startswith("CPU ")
 
 
 def test_a_stop_in_the_middle_of_a_step_repeats_that_step(

@@ -34,7 +34,7 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     if container is None or not Path(container.image).is_file() or not shutil.which("apptainer"):
         raise RequestError(_ways_out(name, container, arguments)) from None
     from yelp_hpc.jobs.container import inside, stage_environment
-    from yelp_hpc.jobs.supervisor import hub_token
+    from yelp_hpc.publishing.token import hub_token
 
     here = Path.cwd()
     binds = (*container.binds, *_folders(here, arguments))

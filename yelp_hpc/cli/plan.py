@@ -127,7 +127,7 @@ def _forecast(
         from yelp_hpc.jobs.cluster import load_cluster
 
         wanted = load_cluster(cluster).resources("train")
-        nodes, gpus = wanted.nodes or 1, wanted.gpus or 1
+        nodes, gpus = wanted.least_nodes, wanted.gpus or 1
         gpu = gpu or wanted.gpu_type
     card = find_card(gpu) if gpu and not probe else None
     shape = read_shape(config)

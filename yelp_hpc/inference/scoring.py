@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from yelp_hpc.data.answer_tree import AnswerTree
 from yelp_hpc.errors import StageError
+from yelp_hpc.models.in_fp32 import in_fp32, is_half
 from yelp_hpc.models.packed.batch import forward_selected, pack
 from yelp_hpc.models.packed.tree import answer_scores
+from yelp_hpc.progress import say
 
 
 @torch.inference_mode()
@@ -34,18 +36,27 @@ def label_scores(
     The prompts are one micro-batch; their first `prefix_length` tokens are the same and computed
     once.
 
+    Where half precision overflowed, the micro-batch is computed again in fp32.
+
     Raises:
-        StageError: a logit is not finite (half precision overflowed).
+        StageError: a logit is not finite in fp32 either.
     """
-    if tree.tokens:
-        scores = answer_scores(model, prompts, prefix_length, tree, device).cpu()
-    else:
+
+    def compute() -> Tensor:
+        if tree.tokens:
+            return answer_scores(model, prompts, prefix_length, tree, device).cpu()
         batch = pack(prompts, prefix_length).to(device)
         vocabulary = torch.tensor([steps[0][1] for steps in tree.steps], device=device)
-        scores = forward_selected(model, batch, vocabulary=vocabulary).float().cpu()
+        return forward_selected(model, batch, vocabulary=vocabulary).float().cpu()
+
+    scores = compute()
+    if not scores.isfinite().all() and is_half(model):
+        say(f"scores of a batch of {len(prompts)} are not finite: computed again in fp32")
+        with in_fp32(model):
+            scores = compute()
     if not scores.isfinite().all():
         raise StageError(
-            "the model's logits are not finite; if infer.precision is fp16, use bf16 or fp32"
+            "the model's logits are not finite: its weights or the adapter's are damaged"
         )
     return scores
 

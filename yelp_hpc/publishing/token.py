@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,6 +57,22 @@ def login_file(env: Mapping[str, str]) -> Path:
     """Where `hf auth login` keeps its token, as huggingface_hub decides it; read without it."""
     home = env.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
     return Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
+
+
+def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | None:
+    """The Hub's token: from the environment, `publish.token_file` or `hf auth login`.
+
+    Read here, on the host: neither file need be visible inside the image.
+
+    Raises:
+        RequestError: the token file cannot be used.
+    """
+    if env.get("HF_TOKEN") or token_file:
+        token = find_token(token_file)
+        return token.secret if token else None
+    with suppress(OSError):
+        return login_file(env).read_text(encoding="utf-8").strip() or None
+    return None
 
 
 def _read(path: Path) -> str:

@@ -57,6 +57,16 @@ def usable_gpus() -> int:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """What computes: a card's name, or a CPU by the instructions that torch takes of it.
+
+    The last digits of a product may differ between two of them.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _stand_in(counted: int) -> bool:
     """Whether a Slurm job's GPUs are names without devices, as in a cluster for tests."""
     devices = any(Path("/dev").glob("nvidia*"))

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
+from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.progress import step_bar
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
 from yelp_hpc.runtime import open_log, without_tokens
@@ -42,6 +42,17 @@ class Rendezvous:
     node_rank: int
     address: str
     port: int
+
+    def handed_on(self) -> dict[str, str]:
+        """The variables by which a process without Slurm's finds it; none on one node."""
+        if self.nodes == 1:
+            return {}
+        return {
+            "YELP_HPC_NNODES": str(self.nodes),
+            "YELP_HPC_NODE_RANK": str(self.node_rank),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
 
 
 def rendezvous(environ: Mapping[str, str]) -> Rendezvous:
@@ -129,7 +140,8 @@ def launch(command: Sequence[str], payload: bytes, nproc: int, logs: Path) -> No
     rank also to this process's standard error. SIGUSR2, SIGTERM and SIGINT are handed to all ranks.
 
     Raises:
-        SavedForRequeue: the ranks were asked to stop and saved.
+        SavedForRequeue: the ranks were asked to stop and saved, or (`NodeFault`) this node's
+            hardware failed.
         RequestError, StageError: the first rank that failed, with its message and its log.
     """
     place = rendezvous(os.environ)
@@ -264,7 +276,7 @@ def verdict(failed: list[tuple[_Rank, int]]) -> YelpHpcError:
         tail = _tail(rank.log)
         return StageError(f"rank {rank.rank} {how}{where}" + (f"\n{tail}" if tail else ""))
     if report.get("node_fault"):
-        return SavedForRequeue(
+        return NodeFault(
             f"rank {rank.rank} on node {socket.gethostname()}: {report['message']}{where}\n"
             "  a fault of that node: what the last checkpoint holds is kept; run it again elsewhere"
         )

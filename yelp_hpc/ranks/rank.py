@@ -30,6 +30,11 @@ _NODE_FAULT = re.compile(
 )
 
 
+def is_node_fault(text: str) -> bool:
+    """Whether a library's message tells of a fault of this node's hardware or network."""
+    return bool(_NODE_FAULT.search(text))
+
+
 @dataclass
 class StopRequest:
     """Whether this rank was asked to save and stop: by a signal, or because the time is up.
@@ -112,7 +117,7 @@ def _leave_report(error: BaseException) -> int:
         re.search(r"gloo|nccl|connection (closed|reset)|process ?group|broken pipe", text, re.I)
     )
     report = {
-        "node_fault": not known and bool(_NODE_FAULT.search(text)),
+        "node_fault": not known and is_node_fault(text),
         "message": text if known else text.strip()[:2000],
         "exit_code": code,
         "peer_lost": peer_lost,

@@ -57,6 +57,11 @@ class RunPaths:
         return self.logs / "attempts"
 
     @property
+    def node_faults(self) -> Path:
+        """A line for each fault of a node's hardware."""
+        return self.logs / "node-faults.jsonl"
+
+    @property
     def code(self) -> Path:
         """Snapshots of the code that jobs were submitted with."""
         return self.root / "code"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError, first_line
 from yelp_hpc.inference.predictor import Predictor, load_predictor
 from yelp_hpc.inference.provenance import Provenance, wanted
 from yelp_hpc.inference.shard_files import (
@@ -39,6 +39,7 @@ from yelp_hpc.inference.shard_files import (
 )
 from yelp_hpc.inference.shards import plan_shards, plan_windows
 from yelp_hpc.progress import say, track
+from yelp_hpc.ranks.rank import is_node_fault
 from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.files import (
     damaged_files,
@@ -48,6 +49,7 @@ from yelp_hpc.rundir.files import (
     sweep,
     write_json,
 )
+from yelp_hpc.rundir.node_faults import recorded_faults, this_node
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths, shard_of
 from yelp_hpc.stages.door import take_the_way
@@ -69,7 +71,8 @@ def run(
     Raises:
         RequestError: there is no such shard.
         StageError: prepare or train is not complete, the memory of the device is too small.
-        SavedForRequeue: SIGTERM or SIGUSR2 came; what was predicted is kept.
+        SavedForRequeue: SIGTERM or SIGUSR2 came, or (`NodeFault`) this node's hardware failed; what
+            was predicted is kept.
     """
     shards = config.infer.shards
     if shard is not None and not 0 <= shard < shards:
@@ -99,11 +102,25 @@ def run(
             lambda m, folder: take_the_way(m, config, folder, longest).generate,
         )
 
-    with stop_signals() as stop:
+    with stop_signals() as stop, recorded_faults(paths), _hardware():
         for k in unfinished:
             job = _Shard(paths, config, model, k, plan[k], provenance, stop)
             job.finish(lengths, predictor)
     remove_other_divisions(paths, model, shards)
+
+
+@contextmanager
+def _hardware() -> Iterator[None]:
+    """Raise NodeFault where CUDA tells of a fault of this node."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_node_fault(str(error)):
+            raise
+        raise NodeFault(
+            f"node {this_node()}: {first_line(error)}\n"
+            "  a fault of that node: what is predicted is kept; run it again elsewhere"
+        ) from error
 
 
 def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provenance:

@@ -29,6 +29,7 @@ from yelp_hpc.rundir.files import (
     sha256_file,
     sweep,
 )
+from yelp_hpc.rundir.node_faults import recorded_faults
 from yelp_hpc.rundir.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def run(paths: RunPaths, config: Config) -> None:
         RequestError: prepare's files are missing, a setting cannot be met here, or the run
             directory holds another training.
         StageError: a rank failed, the training diverged, the disk is full.
-        SavedForRequeue: asked to stop by a signal or a deadline; the state is saved.
+        SavedForRequeue: asked to stop by a signal or a deadline; the state is saved. `NodeFault`:
+            this node's hardware failed, which is recorded.
     """
     check_request(paths, config)
     sweep(paths.root, paths.train, paths.adapter, paths.checkpoints)
@@ -66,7 +68,8 @@ def run(paths: RunPaths, config: Config) -> None:
         "fingerprint": fingerprint,
     }
     command = own_module("yelp_hpc.stages.train")
-    launch(command, json.dumps(payload).encode(), ranks, paths.logs)
+    with recorded_faults(paths):
+        launch(command, json.dumps(payload).encode(), ranks, paths.logs)
     _draw(paths)
 
 
@@ -171,11 +174,13 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
 
     # New names that transformers 5.6 does not have yet.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    from yelp_hpc.ranks.device import device_name
     from yelp_hpc.ranks.world import join_world
     from yelp_hpc.training.checkpoint import CheckpointStore, read_checkpoint, write_adapter
     from yelp_hpc.training.log import truncate_log
 
     world = join_world()
+    fingerprint = {**payload["fingerprint"], "device": device_name(world.device)}
     step = -1
     if world.first:
         store = CheckpointStore(paths.checkpoints, config.train.keep_checkpoints)
@@ -186,11 +191,17 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
         if folder is not None:
             found = read_json(folder / "state.json")
             check_fingerprint(found["fingerprint"], payload["fingerprint"], folder)
+            before = found["fingerprint"].get("device", fingerprint["device"])
+            if before != fingerprint["device"]:
+                print(
+                    f"warning: {folder} was computed on {before}, this is {fingerprint['device']}: "
+                    "the training goes on, its last digits may be others",
+                    file=sys.stderr,
+                    flush=True,
+                )
             step = found["step"]
     step = world.agree(step)
-    training = build(
-        paths, config, Path(payload["model"]), payload["fingerprint"], world, stop, max(step, 0)
-    )
+    training = build(paths, config, Path(payload["model"]), fingerprint, world, stop, max(step, 0))
     if step >= 0:
         training.restore(read_checkpoint(paths.checkpoint(step)))
         if world.first:
@@ -206,7 +217,7 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
             training.adapter_config,
             step=training.progress.step,
             best=training.progress.best,
-            fingerprint=payload["fingerprint"],
+            fingerprint=fingerprint,
             budgets=read_json(paths.budgets),
         )
         print(f"train: done, adapter in {paths.adapter}", file=sys.stderr, flush=True)

@@ -8,7 +8,8 @@ one it was; its adapters stay peft's. Reads and writes tensors only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -153,6 +154,18 @@ def prepare_model(model: ModelT, *, fused: bool = True, way: Way = "packed") -> 
 _decoders: WeakKeyDictionary[nn.Module, FusedDecoder | GpuDecoder] = WeakKeyDictionary()
 _ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
 _own_attention: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+@contextmanager
+def by_its_own_code(model: nn.Module) -> Iterator[None]:
+    """Have the model's own modules compute packed batches inside the block, no fused form."""
+    base = base_model(model)
+    decoder = _decoders.pop(base, None)
+    try:
+        yield
+    finally:
+        if decoder is not None:
+            _decoders[base] = decoder
 
 
 def way_of(model: nn.Module) -> Way:

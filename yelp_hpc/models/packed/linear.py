@@ -307,7 +307,9 @@ class _FastLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        if self.weight.requires_grad or not available(input.device, input.dtype):
+        mine: Any = self.weight  # `in_fp32` puts a tensor here that is gone after the call
+        lasting = isinstance(mine, nn.Parameter) and not mine.requires_grad
+        if not lasting or not available(input.device, input.dtype):
             return F.linear(input, self.weight, self.bias)
         flat = self._projection(input.reshape(-1, input.shape[-1]))
         return flat.view(*input.shape[:-1], -1)
