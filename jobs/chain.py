@@ -105,11 +105,11 @@ def submit(
     """
     paths = RunPaths(checked_run(run_dir))
     use_programs(cluster.programs)
-    _refuse_unwritable(paths)
+    refuse_unwritable(paths)
     cluster = with_inputs(cluster, config, paths.root)
     live = [] if dry_run else living(paths, PATIENCE)  # what --dry-run shows needs no Slurm
     if asked:
-        check_asked(paths.root, asked, _stages(live))
+        check_asked(paths.root, asked, stages_of(live))
     planned = plan(stage, config, paths, cluster)
     if stage == "publish" and config.publish.repo_id is None:
         raise RequestError(_NO_REPOSITORY)
@@ -145,11 +145,11 @@ def submit(
                 except Busy as error:
                     raise RequestError(f"a local chain runs here already: {error}") from None
             if asked:
-                asked.record(paths.root, _stages(live))
+                asked.record(paths.root, stages_of(live))
             if executor == "slurm":
                 submissions = _submit_slurm(planned, paths, cluster, live, say)
         if executor == "local":
-            frozen, code = _freeze(paths, cluster)
+            frozen, code = freeze_all(paths, cluster)
             return run_chain(planned, paths, cluster, frozen, code, say)
     if wait:
         follow(paths, submissions, say)
@@ -158,7 +158,8 @@ def submit(
     return submissions
 
 
-def _refuse_unwritable(paths: RunPaths) -> None:
+def refuse_unwritable(paths: RunPaths) -> None:
+    """Raises StageError when the run directory cannot be made or written."""
     there = next(path for path in (paths.root, *paths.root.parents) if _there(path))
     if not there.is_dir():
         raise StageError(f"cannot write {paths.run_json}: {there} is no folder")
@@ -180,7 +181,7 @@ _NO_REPOSITORY = (
 )
 
 
-def _stages(live: Sequence[Live]) -> dict[str, str]:
+def stages_of(live: Sequence[Live]) -> dict[str, str]:
     """Stage → its live job."""
     return {item.name.partition("-")[0]: item.job for item in live}
 
@@ -232,9 +233,7 @@ def _submit_slurm(
     live: Sequence[Live],
     say: Callable[[str], None],
 ) -> list[Submission]:
-    from yelp_hpc.jobs.executor import parameters, submit_slurm
-
-    frozen, code = _freeze(paths, cluster)
+    frozen, code = freeze_all(paths, cluster)
     ids = {item.name: item.job for item in live if not item.local and not item.cluster}
     stages = dict.fromkeys(job.stage for job in planned)
     for line in dict.fromkeys(x for s in stages for x in of_the_shell(cluster, s, os.environ)):
@@ -245,28 +244,61 @@ def _submit_slurm(
             "whose node is taken away; the chain then waits for the same command again"
         )
     submissions: list[Submission] = []
-    try:
+    with all_or_nothing(submissions, paths):
         for job in planned:
-            params = parameters(job, cluster, paths.root, code, ids, frozen)
-            ticket = submit_slurm(job, params, paths, cluster, frozen)
-            ids[job.name] = ticket.job
-            submission = new_submission(job, ticket.job, paths, cluster)
-            submissions.append(submission)
-            identity = {
-                "slurm_cluster": ticket.cluster,
-                "job_name": job_name(job, paths.root),
-                "script": str(ticket.script),
-                "submitted": ticket.submitted,
-            }
-            record(paths, submission, "slurm", frozen, code, **identity)
+            submissions.append(submit_job(job, paths, cluster, ids, frozen, code))
             many = f", an array of {len(job.tasks)}" if len(job.tasks) > 1 else ""
             say(f"{job.name}: job {ids[job.name]}{many}")
-    except (RequestError, StageError):
-        with suppress(StageError):  # all or nothing: the chain would end where this one is missing
-            slurm.cancel([submission.job for submission in submissions])
-            slurm.cancel([item.job for item in living(paths) if item.record is None])
-        raise
     return submissions
+
+
+def submit_job(
+    job: Job,
+    paths: RunPaths,
+    cluster: ClusterConfig,
+    ids: dict[str, str],
+    frozen: Path,
+    code: Path,
+    runs: Sequence[tuple[RunPaths, Path]] = (),
+) -> Submission:
+    """Submit one job or array and record it; its id joins `ids`, job name → id.
+
+    Args:
+        runs: of an array over several runs, each task's run and frozen settings: each run gets a
+            record of its own task.
+    """
+    from yelp_hpc.jobs.executor import parameters, submit_slurm
+
+    params = parameters(job, cluster, paths.root, code, ids, frozen)
+    where = [(run.root, settings) for run, settings in runs]
+    ticket = submit_slurm(job, params, paths, cluster, frozen, where)
+    ids[job.name] = ticket.job
+    identity = {
+        "slurm_cluster": ticket.cluster,
+        "job_name": job_name(job, paths.root),
+        "script": str(ticket.script),
+        "submitted": ticket.submitted,
+    }
+    submission = new_submission(job, ticket.job, runs[0][0] if runs else paths, cluster)
+    record(paths, submission, "slurm", frozen, code, **identity)
+    for place, (run, settings) in enumerate(runs):
+        task = f"{ticket.job}_{place}" if len(runs) > 1 else ticket.job
+        own = new_submission(Job(job.stage, job.model), task, run, cluster)
+        record(run, own, "slurm", settings, code, **identity)
+    return submission
+
+
+@contextmanager
+def all_or_nothing(submissions: Sequence[Submission], *places: RunPaths) -> Iterator[None]:
+    """When one job is refused, those before it are cancelled: the chain would end where it is."""
+    try:
+        yield
+    except (RequestError, StageError):
+        with suppress(StageError):
+            slurm.cancel([submission.job for submission in submissions])
+            for paths in places:
+                slurm.cancel([item.job for item in living(paths) if item.record is None])
+        raise
 
 
 def _dry(
@@ -285,7 +317,7 @@ def _dry(
         yield Submission(job.name, job.stage, "", job.tasks, submission.command, script)
 
 
-def _freeze(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
+def freeze_all(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
     """Freeze settings and code, and say in run.json which code and image the jobs run."""
     from yelp_hpc.jobs.executor import freeze_cluster
     from yelp_hpc.jobs.snapshot import freeze

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +184,17 @@ class Ticket:
 
 
 def submit_slurm(
-    job: Job, params: Mapping[str, Any], paths: RunPaths, cluster: ClusterConfig, frozen: Path
+    job: Job,
+    params: Mapping[str, Any],
+    paths: RunPaths,
+    cluster: ClusterConfig,
+    frozen: Path,
+    runs: Sequence[tuple[Path, Path]] = (),
 ) -> Ticket:
     """Submit a job or an array with one sbatch.
+
+    Args:
+        runs: of an array over several runs, each task's run directory and frozen settings.
 
     Raises:
         RequestError: Slurm refuses the request; its own message and the key to change are shown.
@@ -202,8 +210,9 @@ def submit_slurm(
         folder.mkdir(parents=True, exist_ok=True)
         for dead in folder.glob(f"{'[0-9a-f]' * len(tag)}-*.pkl"):  # of a killed submission
             dead.unlink()
-        for pickle, task in zip(pickles, job.tasks, strict=True):
-            fixed = (str(paths.root), str(frozen), job.model)
+        where = runs or [(paths.root, frozen)] * len(job.tasks)
+        for pickle, task, (run, settings) in zip(pickles, job.tasks, where, strict=True):
+            fixed = (str(run), str(settings), job.model)
             delayed = DelayedSubmission(supervise, job.stage, *fixed, task_text(task))
             delayed.set_timeout(int(params["time"]), 0)
             delayed.dump(pickle)
@@ -211,7 +220,7 @@ def submit_slurm(
     except OSError as error:
         raise StageError(write_failure(folder, error)) from None
     try:
-        job_id, where = sbatch(script)
+        job_id, where_to = sbatch(script)
     except (StageError, RequestError) as error:
         for path in (*pickles, script):
             path.unlink(missing_ok=True)
@@ -231,7 +240,7 @@ def submit_slurm(
         facts = slurm.facts_of(job_id)
     when = facts.get("SubmitTime", "")
     submitted = float(when) if when.isdigit() else None
-    return Ticket(job_id, where or slurm.cluster_name(), script, submitted)
+    return Ticket(job_id, where_to or slurm.cluster_name(), script, submitted)
 
 
 def sbatch(script: Path) -> tuple[str, str]:

@@ -62,7 +62,7 @@ def summarise(facts: Sequence[Facts]) -> list[JobStatus]:
 
 def _summarise(fact: Facts) -> JobStatus:
     job = fact.submission["job"] if fact.submission else ""
-    mine = [a for a in fact.attempts if a.job.partition("_")[0] == job]
+    mine = [a for a in fact.attempts if attempts.within(a.job, job)]
     # of each part of the work that is not done: how its last attempt ended
     last = {
         a.task: a for a in fact.attempts if not (a.task and fact.shards_done.issuperset(a.task))
@@ -219,13 +219,13 @@ def render(
     Where the whole does not fit, node and restarts stand among the details.
     """
     full = _table(lines, narrow=False)
-    text = _plain_text(full, UNFOLDED)
+    text = plain_text(full, UNFOLDED)
     if width is not None and max(map(len, text.splitlines())) > width:
-        text = _plain_text(_table(lines, narrow=True), width)
+        text = plain_text(_table(lines, narrow=True), width)
     notes = [str(hours)] if hours and hours.used else []
     if problem:
         notes.append(f"from the run directory alone, Slurm did not answer: {plain(problem)}")
-    return "\n".join([text, *(_plain_text(note, width or UNFOLDED) for note in notes)])
+    return "\n".join([text, *(plain_text(note, width or UNFOLDED) for note in notes)])
 
 
 UNFOLDED = 10_000
@@ -260,7 +260,8 @@ def _cell(text: str) -> Text:
     return Text(" ".join(plain(text).split()), overflow="fold")
 
 
-def _plain_text(shown: Any, width: int) -> str:
+def plain_text(shown: Any, width: int) -> str:
+    """What rich would show, as text of at most `width` columns."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False)
@@ -280,7 +281,7 @@ def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False)
     from yelp_hpc.rundir.manifest import load_run
 
     paths, config = load_run(run_dir)
-    with _screen(watch and not as_json) as show:
+    with screen(watch and not as_json) as show:
         while True:
             lines, problem = collect_status(paths.root, config)
             hours = attempts.gpu_hours(attempts.of_run(paths))
@@ -296,7 +297,7 @@ def show_status(run_dir: str | Path, as_json: bool = False, watch: bool = False)
 
 
 @contextmanager
-def _screen(in_place: bool) -> Iterator[Callable[[Callable[..., str]], None]]:
+def screen(in_place: bool) -> Iterator[Callable[[Callable[..., str]], None]]:
     """Shows a text in the terminal's width, each in the place of the last if so wished."""
     from rich.console import Console
     from rich.live import Live

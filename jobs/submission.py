@@ -27,7 +27,7 @@ from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import append_jsonl, read_json, read_jsonl, remove, write_bytes
 from yelp_hpc.rundir.paths import RunPaths, Task
 
-_JOB = re.compile(r"(local-)?[0-9]{1,18}")
+_JOB = re.compile(r"(local-)?[0-9]{1,18}(_[0-9]{1,9})?")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Submission:
     name: str
     stage: str
     job: str
-    """Slurm's job id, `local-PID`, or "" for a dry run."""
+    """Slurm's job id (`12_3`: a task of a study's array), `local-PID`, or "" for a dry run."""
     tasks: tuple[Task, ...]
     command: str
     """What the first task runs, as a person would type it."""
@@ -176,10 +176,11 @@ def living(paths: RunPaths, patience: float = 0.0) -> list[Live]:
         if not attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
             found.append(Live(line["name"], line["job"], cluster, line))
     for line in mine:
-        shown = [row for row in rows if row.parent == line["job"] and slurm.is_of(row, line)]
+        own = [row for row in rows if attempts.within(row.job, line["job"])]
+        shown = [row for row in own if slurm.is_of(row, line)]
         if any(row.live for row in shown) or (not shown and young(paths, line)):
             found.append(Live(line["name"], line["job"], "", line))
-    known = {line["job"] for line in mine}
+    known = {line["job"].partition("_")[0] for line in mine}
     lost = {row.parent: row for row in rows if row.live and row.parent not in known}
     for job, row in lost.items():
         name = Path(row.what.rpartition("|")[2]).stem.rpartition("-")[0]

@@ -40,6 +40,7 @@ from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.study import take_shared
 from yelp_hpc.runtime import open_log
 
 HEARTBEAT = 10.0
@@ -136,6 +137,8 @@ def _attempt(
             if cluster.container:
                 ready = ready_image(cluster.container, image)
                 cluster = cluster.model_copy(update={"container": ready})
+            for part in take_shared(paths):
+                print(f"{job.name}: took {part} of another run of the study", flush=True)
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))

@@ -70,8 +70,7 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
         done_by_marker[name] = stage_done(paths, config, stage, model)
     queued = [row for row in seen if row.live]
     accounted = [row for row in seen if not row.live]
-    living = {row.parent for row in queued}
-    gone = [line for line in mine if line["job"] not in living]
+    gone = [ln for ln in mine if not any(attempts.within(row.job, ln["job"]) for row in queued)]
     gone = [line for line in gone if not done_by_marker.get(line["name"])]
     if gone and not problems:
         try:
@@ -99,8 +98,8 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
                 alive=bool(record and _alive(paths, record, elsewhere)),
                 young=bool(record in gone and young(paths, record)),
                 said=last_output(paths, name, job) if record in gone or _local(record) else "",
-                rows=tuple(row for row in queued if row.parent == job),
-                accounting=tuple(row for row in accounted if row.parent == job),
+                rows=tuple(row for row in queued if attempts.within(row.job, job)),
+                accounting=tuple(row for row in accounted if attempts.within(row.job, job)),
                 attempts=tuple(attempts.read(paths, name)),
                 shards=config.infer.shards if stage == "infer" else 0,
                 shards_done=frozenset(
@@ -117,7 +116,7 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
 
 
 def _belongs(row: Row, line: Mapping[str, Any]) -> bool:
-    return row.parent == line["job"] and slurm.is_of(row, line)
+    return attempts.within(row.job, line["job"]) and slurm.is_of(row, line)
 
 
 def _alive(

@@ -111,7 +111,7 @@ def _problems(paths: RunPaths, submissions: Sequence[Submission]) -> list[str]:
     for submission in submissions:
         last: dict[str, attempts.Attempt] = {}
         for attempt in attempts.read(paths, submission.name):
-            if attempt.job.partition("_")[0] == submission.job:
+            if attempts.within(attempt.job, submission.job):
                 last[attempt.job] = attempt
         bad = [a for a in last.values() if a.verdict != "done"]
         problems += [f"{submission.name} ({a.job}): {a.verdict or 'lost'}: {a.reason}" for a in bad]

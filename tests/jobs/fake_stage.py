@@ -4,9 +4,11 @@ Called as the real command is (STAGE --run DIR [--model M --shard K]). Works in 
 a second, keeps each step in a checkpoint file, saves on SIGUSR2 and SIGTERM and then exits 75. How
 it shall behave stands in RUN/fake.json: {"steps": N, "fail": ["infer-base-3"], "stuck": true} (no
 step is ever finished), {"deaf": true} (no signal is heard), {"ill": true} (the hardware fails of
-the node on which train starts first, there and ever after).
+the node on which train starts first, there and ever after). In a study the file stands beside
+study.json, and its `fail` names RUN/STAGE.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -19,11 +21,13 @@ options = dict(zip(sys.argv[4::2], sys.argv[5::2], strict=True))
 model, shard = options.get("--model", ""), options.get("--shard", "")
 name = "-".join(part for part in (stage, model, shard) if part)
 root = Path(run)
-plan = json.loads((root / "fake.json").read_text())
+study = root if (root / "study.json").exists() else root.parent
+plan = json.loads(((root if (root / "fake.json").exists() else study) / "fake.json").read_text())
 stop: list[int] = []
 for number in (signal.SIGUSR2, signal.SIGTERM):
     signal.signal(number, lambda signum, frame: stop.append(signum))
-config = json.loads((root / "run.json").read_text())["shards"]
+record = json.loads((root / "run.json").read_text()) if (root / "run.json").exists() else {}
+config = record.get("shards") or (record and record["config"]["resolved"]["infer"]["shards"])
 
 
 def put(path: Path, value: object) -> None:
@@ -46,7 +50,7 @@ if plan.get("ill") and stage == "train" and not another:
     with faults.open("a") as file:
         file.write(json.dumps({"node": node, "time": time.time(), "what": "ECC error"}) + "\n")
     sys.exit(75)
-if name in plan.get("fail", []):
+if {name, f"{root.name}/{name}"} & {*plan.get("fail", [])}:
     print("the data is rotten", flush=True)
     sys.exit(1)
 kept = root / "train" / "checkpoints" / "step.json" if stage == "train" else None
@@ -72,6 +76,11 @@ if stage in ("prepare", "train"):
     )
 elif stage == "infer":
     put(root / "infer" / model / f"shard-{int(shard):04d}-of-{config:04d}.parquet", step)
+elif stage == "collect" and not record:  # of a study
+    put(root / "report.html", 0)
+    made = {path.parent.name: path.read_bytes() for path in root.glob("*/metrics.json")}
+    made_of = {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
+    put(root / "leaderboard.json", {"made_of": made_of, "trials": []})
 elif stage == "collect":
     put(root / "report.html", 0)
     put(root / "metrics.json", sorted(p.name for p in root.glob("infer/*/*.parquet")))

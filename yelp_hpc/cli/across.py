@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.options import JSON
+from yelp_hpc.cli.options import CONFIG, JSON, SET
 
 
 @click.command()
@@ -40,3 +40,52 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
     if html:
         write_bytes(Path(html), compared_shown.comparison_page(found).encode())
         click.echo(f"wrote {html}", err=True)
+
+
+@click.command()
+@click.argument("file", metavar="FILE", type=click.Path())
+@CONFIG
+@click.option("--out", required=True, metavar="DIR", type=click.Path(), help="the study's folder")
+@SET
+@click.option(
+    "--executor", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True
+)
+@click.option("--cluster", metavar="FILE", type=click.Path(), help="resources and container")
+@click.option("--dry-run", is_flag=True, help="print the runs, and what each takes of another")
+@click.option("--wait", is_flag=True, help="follow until the end")
+def study(
+    file: str,
+    config_file: str,
+    out: str,
+    overrides: tuple[str, ...],
+    executor: str,
+    cluster: str | None,
+    dry_run: bool,
+    wait: bool,
+) -> None:
+    """Run a config with several seeds and settings, and rank them.
+
+    FILE maps keys of the config to lists of values: `seed: [1, 2, 3]`,
+    `train.learning_rate: [5e-5, 1e-4]`. Each combination is an ordinary run directory in DIR; what
+    their stages would make twice is made once. Again, it does what is missing.
+
+    \b
+      python -m yelp_hpc study configs/studies/seeds.yaml --config demo --executor local \\
+          --out runs/seeds
+      python -m yelp_hpc status --run runs/seeds
+    """
+    from yelp_hpc.jobs.cluster import load_cluster
+    from yelp_hpc.jobs.study.plan import plan_study
+    from yelp_hpc.jobs.study.submit import submit_study
+
+    planned, asked = plan_study(file, config_file, overrides, out)
+    settings = load_cluster(cluster)
+    if dry_run:
+        for run in planned.runs:
+            values = ", ".join(f"{key}={json.dumps(value)}" for key, value in run.values.items())
+            takes = "".join(f"; {part} of {maker}" for part, maker in run.takes.items())
+            click.echo(f"{run.name}: {values or 'the config as it is'}{takes}")
+        return
+    submit_study(planned, asked, settings, executor, wait)
+    if (executor == "local" or wait) and planned.leaderboard.is_file():
+        click.echo(f"leaderboard: {planned.paths.report}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.across import compare
+from yelp_hpc.cli.across import compare, study
 from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
@@ -172,11 +172,16 @@ def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) ->
 
     from yelp_hpc.errors import RequestError
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.study import is_study, read_study, take_shared
     from yelp_hpc.runtime import set_runtime_defaults
 
     if stage != "infer" and (model is not None or shard is not None):
         raise RequestError(f"--model and --shard belong to infer, not to {stage}")
+    if stage == "collect" and is_study(run_dir):
+        import_module("yelp_hpc.stages.collect").run_study(read_study(run_dir))
+        return
     run, config = load_run(run_dir)
+    take_shared(run)
     set_runtime_defaults()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill the log
@@ -200,8 +205,16 @@ def collect(run_dir: str, as_json: bool) -> None:
     """
     from yelp_hpc.rundir.collected import write_collected
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.study import is_study, read_study
     from yelp_hpc.stages import collect as stage
 
+    if is_study(run_dir):
+        study_found = read_study(run_dir)
+        if as_json:
+            click.echo(json.dumps(stage.rank(study_found)))
+        else:
+            stage.run_study(study_found)
+        return
     run, config = load_run(run_dir)
     if as_json:
         metrics, page = stage.compute(run, config)
@@ -224,7 +237,13 @@ def status(run_dir: str, as_json: bool, watch: bool) -> None:
     """
     from yelp_hpc.jobs.status import show_status
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.study import is_study, read_study
 
+    if is_study(run_dir):
+        from yelp_hpc.jobs.study.status import show_study
+
+        show_study(read_study(run_dir), as_json=as_json, watch=watch)
+        return
     run, _ = load_run(run_dir)
     show_status(run.root, as_json=as_json, watch=watch)
 
@@ -257,9 +276,15 @@ def cancel(run_dir: str) -> None:
     """
     from yelp_hpc.jobs.chain import cancel as cancel_jobs
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.study import is_study, read_study
 
-    run, _ = load_run(run_dir)
-    if not cancel_jobs(run.root):
+    if is_study(run_dir):
+        from yelp_hpc.jobs.study.submit import cancel_study
+
+        found = cancel_study(read_study(run_dir))
+    else:
+        found = cancel_jobs(load_run(run_dir)[0].root)
+    if not found:
         click.echo("nothing to cancel: no job of this run is waiting or running")
 
 
@@ -322,6 +347,7 @@ def publish(run_dir: str, dry_run: bool) -> None:
 
 
 cli.add_command(compare)
+cli.add_command(study)
 cli.add_command(export)
 cli.add_command(verify)
 cli.add_command(reproduce)

@@ -58,13 +58,19 @@ def verify(run_dir: str) -> None:
     from yelp_hpc.errors import StageError, all_problems
     from yelp_hpc.proof import second_opinion
     from yelp_hpc.proof.verify import verify as find_problems
+    from yelp_hpc.proof.verify import verify_study
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.study import is_study, read_study
 
-    run, _ = load_run(run_dir)
-    problems = find_problems(run)
+    if is_study(run_dir):
+        study = read_study(run_dir)
+        root, problems = study.root, verify_study(study)
+    else:
+        run, _ = load_run(run_dir)
+        root, problems = run.root, find_problems(run)
     if problems:
-        raise StageError(all_problems(f"{run.root} does not hold what it says:", problems))
-    click.echo(f"{run.root}: everything is what was written, and the metrics follow from it")
+        raise StageError(all_problems(f"{root} does not hold what it says:", problems))
+    click.echo(f"{root}: everything is what was written, and the metrics follow from it")
     if second_opinion.available():
         click.echo("scikit-learn finds the same F1, in both conventions and for each class")
     else:

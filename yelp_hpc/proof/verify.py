@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.inference.provenance import PREFIX, wanted
 from yelp_hpc.proof import second_opinion
 from yelp_hpc.rundir.changes import differences
@@ -23,6 +23,7 @@ from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_
 from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
 from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
+from yelp_hpc.rundir.study import Study
 from yelp_hpc.settings import check_values
 
 TOLERANCE = 1e-9
@@ -42,6 +43,24 @@ def verify(run: RunPaths) -> list[str]:
         except StageError as error:
             problems.append(str(error))
     return list(dict.fromkeys(problems))
+
+
+def verify_study(study: Study) -> list[str]:
+    """What does not hold of a study's runs, and of the leaderboard that they came to; [] if all."""
+    from yelp_hpc.evaluation.across.leaderboard import leaderboard
+
+    problems = [problem for run in study.runs for problem in verify(study.run(run))]
+    if problems:
+        return problems
+    try:
+        recorded = read_json(study.leaderboard)
+        computed = json.loads(json.dumps(leaderboard(study)))
+    except YelpHpcError as error:
+        return [" ".join(str(error).split())]
+    return [
+        f"{study.leaderboard}: {key} is {theirs!r}, the runs give {mine!r}"
+        for key, mine, theirs in _unequal(computed, recorded, "")
+    ]
 
 
 def _prepared(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:

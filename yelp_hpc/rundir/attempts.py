@@ -122,15 +122,20 @@ def age(path: Path) -> float:
             now.unlink()
 
 
+def within(one: str, job: str) -> bool:
+    """Whether the job `one` is `job`, or a task of the array `job`: 12_3 is within 12."""
+    return job in (one, one.partition("_")[0])
+
+
 def beating(paths: RunPaths, name: str, job: str) -> bool:
     """Whether an attempt of a job, or of a task of its array, has shown life within a minute."""
-    mine = (a for a in read(paths, name) if a.job.partition("_")[0] == job)
+    mine = (a for a in read(paths, name) if within(a.job, job))
     return any(a.ended is None and age(a.path(paths)) < 60 for a in mine)
 
 
 def over(paths: RunPaths, name: str, job: str, tasks: int) -> bool:
     """Whether every task of a job has come to an end of its own."""
-    last = {a.job: a.verdict for a in read(paths, name) if a.job.partition("_")[0] == job}
+    last = {a.job: a.verdict for a in read(paths, name) if within(a.job, job)}
     return len(last) >= tasks and all(verdict in ("done", "failed") for verdict in last.values())
 
 

@@ -11,14 +11,16 @@ from contextlib import suppress
 from typing import Any
 
 from yelp_hpc.config import Config
+from yelp_hpc.errors import StageError, all_problems
 from yelp_hpc.evaluation.examples import examples_of
 from yelp_hpc.evaluation.measure import measure
 from yelp_hpc.evaluation.outcome import print_outcome
 from yelp_hpc.progress import say
 from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.collected import write_collected
-from yelp_hpc.rundir.files import sweep
+from yelp_hpc.rundir.files import sweep, write_bytes, write_json
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.study import Study
 
 
 def run(paths: RunPaths, config: Config) -> None:
@@ -63,3 +65,35 @@ def compute(paths: RunPaths, config: Config) -> tuple[dict[str, Any], str]:
     metrics, counted = measure(paths, config)
     examples = {name: examples_of(paths, counting) for name, counting in counted.items()}
     return metrics, report_page(paths, metrics, examples)
+
+
+def run_study(study: Study) -> None:
+    """Rank a study's trials and print the leaderboard.
+
+    Raises:
+        StageError: no run is finished; or, once what is finished was ranked, that some are not.
+    """
+    from yelp_hpc.evaluation.across.leaderboard_shown import print_leaderboard
+
+    found = rank(study)
+    print_leaderboard(found)
+    say(f"wrote {study.leaderboard} and {study.paths.report}")
+    if found["unfinished"]:
+        problems = [f"{name}: {why}" for name, why in found["unfinished"].items()]
+        raise StageError(all_problems("these runs of the study are not finished:", problems))
+
+
+def rank(study: Study) -> dict[str, Any]:
+    """Compute a study's leaderboard of what is finished; write leaderboard.json and report.html.
+
+    Raises:
+        StageError: no run is finished.
+    """
+    from yelp_hpc.evaluation.across.leaderboard import leaderboard
+    from yelp_hpc.evaluation.across.leaderboard_shown import leaderboard_page
+
+    sweep(study.root)
+    found = leaderboard(study)
+    write_bytes(study.paths.report, leaderboard_page(found).encode())
+    write_json(study.leaderboard, found)
+    return found

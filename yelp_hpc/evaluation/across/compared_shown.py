@@ -140,7 +140,8 @@ def print_table(
         table.add_column(
             cell,
             justify="left" if left else "right",
-            overflow="fold" if left else "ellipsis",
+            overflow="fold",
+            no_wrap=not left and " " not in cell,
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

@@ -1,0 +1,1 @@
+"""A study on this machine or on Slurm: many runs, what they share made once."""
