@@ -17,7 +17,7 @@ from yelp_hpc.jobs.study.plan import plan_study, read_file
 from yelp_hpc.jobs.study.status import collect_study, render, state_of
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.manifest import load_run
-from yelp_hpc.rundir.study import Study, read_study, share, take_shared
+from yelp_hpc.rundir.study import Study, read_study, share, take_shared, write_study
 
 
 def planned(tmp_path: Path, file: str, *overrides: str, config: str = CONFIG) -> Study:
@@ -109,20 +109,14 @@ def test_only_what_was_made_with_the_same_settings_is_shared(tmp_path: Path) -> 
     assert alone["01-seed2"] == {"prepare": "01-seed1"}
 
 
-def test_a_longer_file_keeps_the_names_of_what_is_there(fake_study: Any) -> None:
-    study = fake_study()
-    study.go()
-    (study.folder / "vary.yaml").write_text(
-        "seed: [0, 1, 2]\ntrain.learning_rate: [1e-2, 1e-3, 1e-4]\n"
-    )
-    arguments = (study.folder / "vary.yaml", str(study.folder / "config.yaml"), (), study.out)
-    again = plan_study(*arguments)[0]
+def test_a_longer_file_keeps_the_names_of_what_is_there(tmp_path: Path) -> None:
+    write_study(planned(tmp_path, FILE))
+    again = planned(tmp_path, "seed: [0, 1, 2]\ntrain.learning_rate: [1e-2, 1e-3, 1e-4]\n")
     numbers = {run.trial: run.values["train.learning_rate"] for run in again.runs}
-    assert numbers == {1: 1e-4, 2: 1e-3, 3: 1e-2}
+    assert numbers == {1: 1e-4, 2: 1e-3, 3: 1e-2} and len(again.runs) == 9
     assert {run.takes.get("prepare", run.name) for run in again.runs} == {"01-seed1"}
-    (study.folder / "vary.yaml").write_text("seed: [1]\n")
-    with pytest.raises(RequestError, match=r"holds 01-seed1, .* does not ask for"):
-        plan_study(*arguments)
+    with pytest.raises(RequestError, match=r"holds 01-seed2, .* does not ask for"):
+        planned(tmp_path, "seed: [1]\ntrain.learning_rate: [1e-4]\n")
 
 
 # --- played, on this machine --------------------------------------------------------------------
@@ -184,8 +178,9 @@ def test_a_failed_run_does_not_end_the_others_and_is_made_up_for(fake_study: Any
 
 def test_a_run_with_other_settings_is_never_given_files(fake_study: Any) -> None:
     made = fake_study()
+    (made.folder / "vary.yaml").write_text("seed: [1, 2]\n")
     study = made.go()
-    one, two = study.run("01-seed1"), study.run("02-seed2")
+    one, two = study.run("01-seed1"), study.run("01-seed2")
     for path in two.prepare.iterdir():
         path.unlink()
     record = read_json(two.run_json)
@@ -209,6 +204,7 @@ def test_one_wrong_run_refuses_all_and_nothing_is_written(fake_study: Any) -> No
 
 def test_the_commands_know_a_study(fake_study: Any) -> None:
     made = fake_study()
+    (made.folder / "vary.yaml").write_text("seed: [1, 2]\n")
     made.go()
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -217,7 +213,7 @@ def test_the_commands_know_a_study(fake_study: Any) -> None:
 
     status = command("status", "--run", "study", "--json")
     runs = json.loads(status.stdout)["runs"]
-    assert {run["state"] for run in runs.values()} == {"done"} and len(runs) == 4
+    assert {run["state"] for run in runs.values()} == {"done"} and len(runs) == 2
     assert "nothing to cancel" in command("cancel", "--run", "study").stdout
     asked = ("study", "vary.yaml", "--config", "config.yaml", "--executor", "local", "--out")
     dry = command(*asked, "elsewhere", "--dry-run")
