@@ -19,6 +19,7 @@ from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.publishing.token import find_token
+from yelp_hpc.training.trackers import missing as missing_trackers
 
 MODULES = {
     "prepare": ("pyarrow", "transformers", "torch"),
@@ -79,6 +80,8 @@ def _packages(
     stages: Sequence[str], config: Config, cluster: ClusterConfig, executor: str
 ) -> Iterator[str]:
     """Packages that jobs on the host's Python would miss."""
+    if "train" in stages and cluster.python in (None, sys.executable):  # they run on the host
+        yield from missing_trackers(config.train.trackers)
     if not on_host_python(cluster, executor):
         return
     wanted = dict.fromkeys(name for stage in stages for name in MODULES[stage])

@@ -31,6 +31,7 @@ from yelp_hpc.jobs.logs import tail
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
 from yelp_hpc.jobs.site.client import NoAnswer, use_programs
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings
+from yelp_hpc.jobs.train import write_trackers
 from yelp_hpc.jobs.verdict import Verdict, judge
 from yelp_hpc.publishing.token import hub_token
 from yelp_hpc.ranks.child import die_with_parent
@@ -111,6 +112,8 @@ def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task
         if verdict.action == "failed":
             raise StageError(f"{job.name} failed: {verdict.reason}")
         if verdict.action == "done":
+            if stage == "train":
+                write_trackers(paths)
             return "done"
         if verdict.action in ("requeued", "stopped"):
             if os.environ.get("SLURM_PROCID", "0") != "0":

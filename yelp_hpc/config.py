@@ -22,6 +22,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision → torch's name of it."""
 Auto = Literal["auto"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -250,7 +251,12 @@ class TrainConfig(Frozen):
     save_every_steps: int = Field(200, ge=1, description="steps between checkpoints, or …")
     save_every_minutes: float = Field(10, gt=0, description="… minutes, whichever is first")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
-    tensorboard: bool = Field(False, description="also write TensorBoard event files")
+    tensorboard: bool = Field(
+        False, description="write TensorBoard event files while it trains, into train/tensorboard/"
+    )
+    trackers: tuple[Tracker, ...] = Field(
+        (), description="written from the log at the end of a training, as `track` does at any time"
+    )
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a training of so many steps."""
@@ -260,7 +266,7 @@ class TrainConfig(Frozen):
 FREE_TRAIN_SETTINGS = frozenset(
     {
         *("max_tokens", "micro_batches", "evaluate_rows"),
-        *("gradient_checkpointing", "compile", "nproc", "log_every", "tensorboard"),
+        *("gradient_checkpointing", "compile", "nproc", "log_every", "tensorboard", "trackers"),
         *("save_every_steps", "save_every_minutes", "keep_checkpoints"),
     }
 )

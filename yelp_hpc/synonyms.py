@@ -42,7 +42,7 @@ CONFIG = _names(
         "train.adam_betas": "betas beta1 beta2 adam_beta1 adam_beta2",
         "train.adam_epsilon": "eps epsilon adam_eps",
         "train.weight_decay": "wd decay",
-        "train.tensorboard": "report_to tb logging_dir",
+        "train.trackers": "report_to tb logging_dir wandb mlflow trackio use_wandb tracker swanlab",
         "train.nproc": "nproc_per_node world_size num_processes ddp",
         "train.gradient_checkpointing": (
             "gradient_checkpoint disable_gradient_checkpointing activation_checkpointing "

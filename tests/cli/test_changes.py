@@ -167,7 +167,7 @@ def test_a_copied_adapter_is_refused_by_infer_and_collect(finished: RunPaths) ->
         ("data.train=missing.csv", "data.train missing.csv: missing"),
         ("data.text_column=review", "has no column review"),
         ("model.path=modle", "did you mean model?"),
-        ("train.tensorboard=true", "tensorboard"),
+        ("train.trackers=[mlflow]", "mlflow needs a package"),
     ],
 )
 def test_what_the_login_node_sees_is_refused_before_anything_is_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -58,11 +59,53 @@ def test_every_picture_has_a_text_alternative(page: Path) -> None:
 
 def test_every_section_is_there(page: Path) -> None:
     text = page.read_text()
-    for title in ("Outcome", "The two F1 conventions", "Confusion and calibration", "Training",
+    for title in ("Outcome", "Confusion and calibration", "Training",
                   "Jobs", "Throughput", "Mistakes, tuned", "Provenance"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text
     assert text.count("the time limit came near") == 1
-    assert "0.579" in text
+    assert "The two F1 conventions" not in text and "0.579" not in text  # nothing was stray
+    for term, value in (("model", "some/model"), ("data", "demo"), ("rows", "400 test"),
+                        ("seed", "42"), ("made", "2026-01-01T00:00:00Z"),
+                        ("code", "0" * 12)):  # fmt: skip
+        assert f"<dt>{term}</dt><dd>{value}</dd>" in text
+
+
+def test_the_study_stands_beside_stray_answers_and_its_own_data(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path / "own")
+    record = json.loads(run.run_json.read_text())
+    record["config"]["resolved"]["data"] |= {"source": "hub", "path": "Yelp/yelp_review_full"}
+    run.run_json.write_text(json.dumps(record))
+    collect(run, config)
+    labels = [0, 1, 2, 3, 4] * 20
+    stray, stray_config = RunPaths(tmp_path / "stray"), config_of(models=["tuned"])
+    write_test_set(stray, labels)
+    write_shards(stray, "tuned", labels, [10, *labels[1:]])
+    collect(stray, stray_config)
+    for page in (run.report, stray.report):
+        text = page.read_text()
+        assert text.count("<h2>The two F1 conventions</h2>") == 1 and "0.579" in text
+        assert text.count("A student's report") == 1  # what it is, once
+
+
+def test_the_smoothed_line_keeps_up_with_the_curve() -> None:
+    curve = [3.0 - 0.01 * i for i in range(200)]
+    assert charts.smooth(curve) == pytest.approx(curve)  # a slope is kept, at both ends too
+    noisy = [y + (0.5 if i % 2 else -0.5) for i, y in enumerate(curve)]
+    apart = [abs(a - b) for a, b in zip(charts.smooth(noisy), curve, strict=True)]
+    assert max(apart[10:-10]) < 0.05 and max(apart) < 0.25
+    fall = [2.0] * 100 + [1.0] * 100
+    met = next(i for i, y in enumerate(charts.smooth(fall)) if y < 1.5)
+    assert abs(met - 100) <= 1
+    assert charts.smooth([]) == [] and charts.smooth([1.0]) == [1.0]
+
+
+def test_a_fall_of_the_loss_by_orders_can_be_read_to_its_end() -> None:
+    loss = [(float(i), 8.0 / i) for i in range(1, 201)]
+    chart = charts.lines("Loss", {"each step": loss}, "optimizer step", "loss", wide_range=True)
+    assert "loss (log scale)" in chart
+    assert charts.log_ticks(0.04, 8.0) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2, 5])
+    flat = charts.lines("Loss", {"each step": [(1.0, 2.0), (2.0, 1.0)]}, "step", "loss", True)
+    assert "log scale" not in flat and ">loss<" in flat and ">step<" in flat
 
 
 def test_text_from_data_is_escaped(page: Path) -> None:

@@ -398,9 +398,12 @@ def test_an_error_of_a_rank_is_the_launchers(model: Path, tmp_path: Path) -> Non
         train.run(run, tiny_config(model, lora={"target": ["nonsense"]}))
 
 
-def test_tensorboard_without_its_package_is_refused(model: Path, tmp_path: Path) -> None:
-    if find_spec("tensorboard") is not None:
-        pytest.skip("tensorboard is installed")
+def test_tensorboard_without_its_package_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
+    )
     with pytest.raises(RequestError, match="tensorboard is not installed"):
         train.run(prepare_run(tmp_path, model), tiny_config(model, train={"tensorboard": True}))
 

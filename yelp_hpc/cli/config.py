@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
+from yelp_hpc.cli.meant import Commands
 from yelp_hpc.cli.options import CONFIG, JSON, SET
 from yelp_hpc.progress import plain
 
 
-@click.group()
+@click.group(cls=Commands)
 def config() -> None:
     """Look at configurations.
 

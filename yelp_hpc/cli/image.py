@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.cli.meant import Commands
 from yelp_hpc.progress import plain
 
 IMAGE = click.argument(
@@ -14,7 +15,7 @@ IMAGE = click.argument(
 )
 
 
-@click.group()
+@click.group(cls=Commands)
 def image() -> None:
     """Build and check the Apptainer image that jobs run in.
 

@@ -20,10 +20,10 @@ from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
 from yelp_hpc.cli.image import image
-from yelp_hpc.cli.meant import Words
+from yelp_hpc.cli.meant import Commands, Words
 from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
 from yelp_hpc.cli.plan import plan
-from yelp_hpc.cli.record import export, reproduce, verify
+from yelp_hpc.cli.record import export, reproduce, track, verify
 from yelp_hpc.cli.site import doctor, init
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.progress import as_called, plain
@@ -36,27 +36,6 @@ def _version(context: click.Context, option: click.Parameter, wanted: bool) -> N
 
         click.echo(f"yelp_hpc, version {version()}")
         context.exit()
-
-
-class Commands(click.Group):
-    """Lists the commands in the order of a user's day."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they are used, not by name."""
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does; a word that is no command gets the one that is meant."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            from yelp_hpc.cli.meant import command_meant
-
-            raise click.UsageError(
-                command_meant(args[0], self.commands) or error.message, ctx
-            ) from None
 
 
 def _spell_help_as_called() -> None:
@@ -72,7 +51,10 @@ def _spell_help_as_called() -> None:
     click.Command.get_help = get_help  # type: ignore[method-assign]
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -348,6 +330,7 @@ def publish(run_dir: str, dry_run: bool) -> None:
 
 cli.add_command(compare)
 cli.add_command(study)
+cli.add_command(track)
 cli.add_command(export)
 cli.add_command(verify)
 cli.add_command(reproduce)

@@ -13,7 +13,7 @@ from yelp_hpc.synonyms import CLUSTER, COMMANDS, NO_KEY, OPTIONS, SBATCH, key_of
 
 
 def command_meant(word: str, commands: Iterable[str]) -> str | None:
-    """The message for a word that is no command, None when nothing like it is known."""
+    """The message for a word that is no command at the top, None when nothing like it is known."""
     known = list(commands)
     name = word.lower().replace("_", "-")
     meant = name if name in STAGES else COMMANDS.get(name)
@@ -152,3 +152,30 @@ class Words(click.Choice[str]):
             meant = word_meant(value, self.choices)
             hint = f"did you mean {meant}? It is " if meant else ""
             self.fail(f"{value!r} is not known; {hint}one of {words}", param, ctx)
+
+
+class Commands(click.Group):
+    """Lists the commands in the order of a user's day, each with its whole summary."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are used, not by name."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a word that is no command gets the one that is meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            # a group's own commands are named by click, which knows nothing of stages
+            meant = command_meant(args[0], self.commands) if ctx.parent is None else None
+            if meant is None:
+                raise
+            raise click.UsageError(meant, ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click does, but wrapped at words where click cuts off."""
+        rows = [(name, self.commands[name].get_short_help_str(200)) for name in self.commands]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)

@@ -1,4 +1,4 @@
-"""The commands on a run that is done: `export`, `verify` and `reproduce`."""
+"""The commands on what a run holds: `track`, `export`, `verify` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,39 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.cli.meant import Words
 from yelp_hpc.cli.options import RUN
 from yelp_hpc.progress import plain
+from yelp_hpc.rundir.paths import TRACKERS
+
+
+@click.command()
+@RUN
+@click.option(
+    "--to",
+    "names",
+    multiple=True,
+    type=Words(TRACKERS),
+    help="which, again and again; default: train.trackers of the config",
+)
+def track(run_dir: str, names: tuple[str, ...]) -> None:
+    """Write the training's curves for TensorBoard, W&B (offline), trackio or MLflow.
+
+    Into trackers/ of the run directory, from its log: one run there, however often it was requeued.
+
+    \b
+      python -m yelp_hpc track --run runs/demo --to tensorboard
+    """
+    from yelp_hpc.errors import RequestError
+    from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.training import trackers
+
+    run, config = load_run(run_dir)
+    names = names or config.train.trackers
+    if not names:
+        raise RequestError(f"name one: --to {' or --to '.join(TRACKERS)}")
+    for said in trackers.track(run, config, tuple(dict.fromkeys(names))):
+        click.echo(said)
 
 
 @click.command()

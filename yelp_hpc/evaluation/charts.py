@@ -55,16 +55,49 @@ def short(value: float) -> str:
 
 
 def thin(points: Points, limit: int = 300) -> list[tuple[float, float]]:
-    """At most `limit` points: each the mean of a run of neighbours."""
+    """At most `limit` points: each the middle and the mean of a run of neighbours."""
     run = math.ceil(len(points) / limit) or 1
     chunks = [points[i : i + run] for i in range(0, len(points), run)]
-    return [(c[-1][0], sum(y for _, y in c) / len(c)) for c in chunks]
+    return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
 
 
-def lines(title: str, series: Mapping[str, Points], x_name: str) -> str:
+def smooth(values: Sequence[float]) -> list[float]:
+    """A line through the noise that neither lags nor leads: a straight line fitted around each.
+
+    Local linear regression with triangular weights (Fan 1993): at the ends, where there are
+    neighbours on one side alone, it keeps the slope. The window is a tenth of the values, 5 to 101.
+    """
+    count = len(values)
+    half = max(2, min(50, count // 20))
+    found = []
+    for i in range(count):
+        near = range(max(0, i - half), min(count, i + half + 1))
+        weights = [half + 1 - abs(j - i) for j in near]
+        total = sum(weights)
+        middle = sum(w * j for w, j in zip(weights, near, strict=True)) / total
+        mean = sum(w * values[j] for w, j in zip(weights, near, strict=True)) / total
+        spread = sum(w * (j - middle) ** 2 for w, j in zip(weights, near, strict=True))
+        tilt = sum(w * (j - middle) * values[j] for w, j in zip(weights, near, strict=True))
+        found.append(mean + (tilt / spread * (i - middle) if spread else 0.0))
+    return found
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between `low` and `high`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [value for value in every if low <= value <= high]
+
+
+def lines(
+    title: str, series: Mapping[str, Points], x_name: str, y_name: str, wide_range: bool = False
+) -> str:
     """A line a series over a shared x axis, named in a legend above; "" without points.
 
-    The first four characters of the CSS class, `s0` …, follow the order of the series.
+    Colours follow the order of the series; one whose name ends in "each step" is drawn faint.
+
+    Args:
+        wide_range: the y axis is logarithmic where the values, all above 0, span more than 8 to 1.
     """
     series = {name: thin(points) for name, points in series.items() if points}
     if not series:
@@ -72,19 +105,22 @@ def lines(title: str, series: Mapping[str, Points], x_name: str) -> str:
     every = [point for points in series.values() for point in points]
     x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
     y0, y1 = min(y for _, y in every), max(y for _, y in every)
-    y0 = 0.0 if 0 <= y0 < 0.5 * y1 else y0
+    log = wide_range and y0 > 0 and y1 / y0 > 8
+    y0 = 0.0 if 0 <= y0 < 0.5 * y1 and not log else y0
     if y1 <= y0:
         y1 = y0 + (abs(y0) or 1.0)
-    left, right, top, bottom = 42.0, 350.0, 34.0, 190.0
+    left, right, top, bottom = 52.0, 350.0, 34.0, 190.0
+    scale = math.log10 if log else float
 
     def px(x: float) -> float:
         return left + (x - x0) / ((x1 - x0) or 1) * (right - left)
 
     def py(y: float) -> float:
-        return bottom - (y - y0) / (y1 - y0) * (bottom - top)
+        share = (scale(y) - scale(y0)) / (scale(y1) - scale(y0))
+        return bottom - share * (bottom - top)
 
-    body = []
-    for y in ticks(y0, y1):
+    body = [_upright(11, (top + bottom) / 2, f"{y_name} (log scale)" if log else y_name)]
+    for y in log_ticks(y0, y1) if log else ticks(y0, y1):
         body.append(f'<path class="grid" d="M{left} {py(y):.1f}H{right}"/>')
         body.append(_text(left - 5, py(y) + 4, short(y), "tick", "end"))
     body += [_text(px(x), bottom + 15, short(x), "tick") for x in ticks(x0, x1)]
@@ -92,15 +128,23 @@ def lines(title: str, series: Mapping[str, Points], x_name: str) -> str:
     place = left
     for i, (name, points) in enumerate(series.items()):
         path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
-        body.append(f'<path class="line s{i}" d="M{path}"/>')
+        faint = " faint" if name.endswith("each step") else ""
+        body.append(f'<path class="line s{i}{faint}" d="M{path}"/>')
         if len(points) <= 12:
             body += [f'<circle class="dot s{i}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"/>'
                      for x, y in points]  # fmt: skip
-        body.append(f'<rect class="box s{i}" x="{place:.0f}" y="12" width="10" height="10"/>')
+        body.append(
+            f'<rect class="box s{i}{faint}" x="{place:.0f}" y="12" width="10" height="10"/>'
+        )
         body.append(_text(place + 14, 21, name, "tick", "start"))
-        place += 26 + 6.6 * len(name)
+        place += 26 + 6.3 * len(name)
     last = "; ".join(f"{n}: first {p[0][1]:.4g}, last {p[-1][1]:.4g}" for n, p in series.items())
-    return _svg(228, f"{title} over {x_name}. {last}", body)
+    return _svg(228, f"{title}: {y_name} over {x_name}. {last}", body)
+
+
+def _upright(x: float, y: float, text: str) -> str:
+    """The name of a y axis, read from below."""
+    return f'<g transform="rotate(-90 {x:.1f} {y:.1f})">{_text(x, y, text, "tick")}</g>'
 
 
 def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> str:
@@ -123,6 +167,7 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]
     top = 44.0 if roomy else 112.0
     titles = {"unparsed": "none", f"outside 0-{classes - 1}": "other"}
     body = [_text(left + wide * len(shown) / 2, 12, "answered", "tick")]
+    body.append(_text(left - 8, 12, "truth ↓", "tick", "end"))
     for j, column in enumerate(shown):
         if column < classes and column % step:
             continue
@@ -184,8 +229,8 @@ def _cut(text: str, longest: int) -> str:
 
 def calibration(name: str, summary: Mapping[str, Any]) -> str:
     """A reliability diagram: accuracy a bin of confidence, against the diagonal."""
-    left, right, top, bottom = 42.0, 350.0, 10.0, 200.0
-    body = []
+    left, right, top, bottom = 52.0, 350.0, 10.0, 200.0
+    body = [_upright(11, (top + bottom) / 2, "accuracy")]
 
     def px(x: float) -> float:
         return left + x * (right - left)
@@ -212,7 +257,7 @@ def calibration(name: str, summary: Mapping[str, Any]) -> str:
         )
         said.append(f"{item['confidence']:.2f}: {item['accuracy']:.2f} ({item['rows']} rows)")
     body.append(f'<path class="diagonal" d="M{px(0)} {py(0)}L{px(1)} {py(1)}"/>')
-    body.append(_text((left + right) / 2, bottom + 31, "confidence (bars: accuracy)", "tick"))
+    body.append(_text((left + right) / 2, bottom + 31, "confidence", "tick"))
     label = (
         f"Calibration of the {name} model, expected calibration error {summary['ece']:.3f}. "
         f"Confidence: accuracy by bin, {'; '.join(said)}"

@@ -11,6 +11,8 @@ from typing import Any
 
 from yelp_hpc.evaluation.metrics import AVERAGES, TOP
 
+STUDY_DATA = ("Yelp/yelp_review_full", "yelp_review_full")
+"""The data set of the study whose figures metrics.json carries along."""
 WIDE = 100
 """Columns from which the ends of an interval are shown, not half its width."""
 
@@ -126,8 +128,13 @@ def conventions_differ(metrics: Mapping[str, Any]) -> bool:
     return any(m["unparsed"] or m["outside"] for m in metrics["models"].values())
 
 
-def print_outcome(metrics: Mapping[str, Any]) -> None:
-    """Print the table to standard output."""
+def shows_study(metrics: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
+    """Whether the published study has a place beside the outcome: its data, or its F1 differs."""
+    return data.get("path") in STUDY_DATA or conventions_differ(metrics)
+
+
+def print_outcome(metrics: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
+    """Print the table to standard output; `data` is that section of the configuration."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -150,7 +157,7 @@ def print_outcome(metrics: Mapping[str, Any]) -> None:
     console.print(table)
     notes = [mcnemar_sentence(metrics["comparison"])] if both else []
     notes.append(baseline_sentence(metrics))
-    if conventions_differ(metrics):
+    if shows_study(metrics, data or {}):
         notes.append(metrics["report"]["why_conventions_differ"])
     for note in notes:  # wrapped at words
         console.print(note, markup=False, highlight=False)

@@ -24,6 +24,7 @@ from yelp_hpc.evaluation.outcome import (
     figure,
     mcnemar_sentence,
     outcome_rows,
+    shows_study,
 )
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
@@ -56,8 +57,8 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         "report_page.html",
         name=str(resolved.get("name") or run.root.name),
         subject=_subject(metrics["task"]),
-        model=str((resolved.get("model") or {}).get("path") or ""),
-        outcome=outcome(metrics),
+        head=head(record, metrics),
+        outcome=outcome(metrics, shows_study(metrics, resolved.get("data") or {})),
         classes=per_class(metrics),
         pictures=pictures(metrics),
         training=training(read_jsonl(run.train_log)),
@@ -93,7 +94,29 @@ def _read(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def head(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader asks first: model, data, rows, seed, date, commit."""
+    config = (record.get("config") or {}).get("resolved") or {}
+    model, data = config.get("model") or {}, config.get("data") or {}
+    code = record.get("code") or {}
+    trained = (record.get("data") or {}).get("rows") or {}
+    rows = [f"{next(iter(metrics['models'].values()))['rows']:,} test"]
+    rows += [f"{trained[name]:,} {name}" for name in ("train", "validation") if name in trained]
+    commit = str(code.get("git_sha") or "")[:12]
+    dirty = " with uncommitted changes" if code.get("dirty") else ""
+    source = data.get("path") or data.get("train") or data.get("source") or ""
+    found = {
+        "model": " ".join(str(v) for v in (model.get("path"), model.get("revision")) if v),
+        "data": " ".join(str(v) for v in (source, data.get("revision")) if v),
+        "rows": ", ".join(rows),
+        "seed": str(config.get("seed", "")),
+        "made": str(record.get("created") or ""),
+        "code": f"{commit}{dirty}" if commit else str(code.get("version") or ""),
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def outcome(metrics: Mapping[str, Any], study_shown: bool) -> dict[str, Any]:
     """The table of base against tuned, McNemar's test and the study's published figures.
 
     A cell is a figure and what stands small below it.
@@ -107,7 +130,7 @@ def outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
     study = metrics["report"]
     published = [
         [average, *(figure(study[m]["f1"][average]) for m in ("base", "tuned"))]
-        for average in (AVERAGES if "tuned" in study else ())
+        for average in (AVERAGES if "tuned" in study and study_shown else ())
     ]
     return {
         "head": [*models, *(["tuned − base"] if both else [])],
@@ -116,7 +139,7 @@ def outcome(metrics: Mapping[str, Any]) -> dict[str, Any]:
             *([mcnemar_sentence(metrics["comparison"])] if both else []),
             baseline_sentence(metrics),
         ],
-        "why": study["why_conventions_differ"].replace("`", ""),
+        "why": study["why_conventions_differ"].replace("`", "") if study_shown else "",
         "published": published,
     }
 
@@ -164,15 +187,21 @@ def training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found = [line for line in log if _is_number(line.get("step")) and _is_number(line.get(key))]
         return [(float(line["step"]), float(line[key])) for line in found]
 
+    loss = series("loss")
+    even = charts.smooth([y for _, y in loss])
     drawn = {
-        "Loss": {"training": series("loss"), "validation": series("validation_loss")},
-        "Learning rate": {"learning rate": series("learning_rate")},
-        "Training speed": {"tokens a second": series("tokens_per_second")},
+        ("Loss", "loss per token"): {
+            "each step": loss,
+            "smoothed": [(x, y) for (x, _), y in zip(loss, even, strict=True)],
+            "validation": series("validation_loss"),
+        },
+        ("Learning rate", "learning rate"): {"learning rate": series("learning_rate")},
+        ("Training speed", "tokens a second"): {"tokens a second": series("tokens_per_second")},
     }
     return [
         picture(title, chart)
-        for title, lines in drawn.items()
-        if (chart := charts.lines(title, lines, "optimizer step"))
+        for (title, unit), lines in drawn.items()
+        if (chart := charts.lines(title, lines, "optimizer step", unit, title == "Loss"))
     ]
 
 

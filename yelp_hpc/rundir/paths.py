@@ -8,6 +8,7 @@ from pathlib import Path
 
 STAGES = ("prepare", "train", "infer", "collect", "publish")
 MODELS = ("base", "tuned")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SPLITS = ("train", "validation", "test")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -69,6 +70,10 @@ class RunPaths:
     def stage_log(self, name: str, task: Task = ()) -> Path:
         """The log of a job's task, named after its first shard."""
         return self.logs / (f"{name}-{task[0]:04d}.log" if task else f"{name}.log")
+
+    def tracker(self, name: str) -> Path:
+        """What an experiment tracker reads, made from the training's log."""
+        return self.root / "trackers" / name
 
     # prepare
     @property

@@ -30,7 +30,7 @@ def run(paths: RunPaths, config: Config) -> None:
         StageError: as `compute` and `write_collected` do.
     """
     metrics, page = compute(paths, config)
-    print_outcome(metrics)
+    print_outcome(metrics, config.data.model_dump())
     write_collected(paths, metrics, page)
     say(f"wrote {paths.metrics} and {paths.report}")
 

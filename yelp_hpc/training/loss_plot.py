@@ -10,16 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.evaluation.charts import smooth
 from yelp_hpc.rundir.files import write_bytes
-
-
-def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average without the bias of its start (Kingma and Ba 2015)."""
-    smoothed, mean = [], 0.0
-    for i, value in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean / (1 - weight**i))
-    return smoothed
 
 
 def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -37,10 +29,9 @@ def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     upper.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss, each step")
-    weight = 0.9 if len(losses) >= 50 else 0.6
-    upper.plot(
-        steps, smooth(losses, weight), color="#08519c", linewidth=2, label="training loss, smoothed"
-    )
+    upper.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="training loss, smoothed")
+    if min(losses) > 0 and max(losses) > 8 * min(losses):  # else the end of the run is a flat line
+        upper.set_yscale("log")
     if checked:
         upper.plot(
             [line["step"] for line in checked],
