@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,7 +52,11 @@ def test_tensorboard_shows_each_step_once_however_often_it_is_written(tmp_path: 
 
 
 def test_the_log_is_read_as_numbers_by_step() -> None:
-    log = [{"step": 2, "loss": 1, "note": "x", "ok": True}, {"step": 1, "loss": 3.0}, {"loss": 9.0}]
+    log: list[dict[str, Any]] = [
+        {"step": 2, "loss": 1, "note": "x", "ok": True},
+        {"step": 1, "loss": 3.0},
+        {"loss": 9.0},
+    ]
     assert scalars(log) == [(1, {"train/loss": 3.0}), (2, {"train/loss": 1.0})]
 
 
