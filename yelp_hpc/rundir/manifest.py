@@ -14,13 +14,14 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
-from yelp_hpc.rundir.changes import differences, refused_changes
+from yelp_hpc.rundir.changes import differences, dotted, refused_changes
 from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
 from yelp_hpc.rundir.paths import RunPaths
@@ -101,20 +102,48 @@ def check_asked(
     run = RunPaths(Path(root).resolve())
     if not run.run_json.exists():
         return []
-    try:
-        before = read_json(run.run_json)["config"]["resolved"]
-    except (KeyError, TypeError, IndexError):
-        raise RequestError(
-            f"{run.run_json} holds no configuration; name another --run directory, or move "
-            "this one away"
-        ) from None
-    changed = list(differences(before, asked.resolved))
+    changed = list(differences(*_settled(run, asked)))
     if refused := refused_changes(run, changed, live):
         raise RequestError(
             all_problems(f"{run.root} was made with another configuration:", refused)
             + "\nName another --run directory, or give the configuration it was made with."
         )
     return changed
+
+
+def _recorded(run: RunPaths) -> dict[str, Any]:
+    """The section `config` of run.json, with its `resolved`."""
+    try:
+        found = read_json(run.run_json)["config"]
+        return {**found, "resolved": dict(found["resolved"])}
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise RequestError(
+            f"{run.run_json} holds no configuration; name another --run directory, or move "
+            "this one away"
+        ) from None
+
+
+def _settled(run: RunPaths, asked: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration that run.json holds, and what it is to hold: the defaults of then stay.
+
+    A key that was given neither then nor now has its value of then, whatever its default is today;
+    one that there was not then has today's in both.
+    """
+    record, wanted = _recorded(run), asked.resolved
+    before = record["resolved"]
+    given = {*dict(dotted(record.get("given"))), *asked.loaded.origin}
+    for key, _, _ in list(differences(before, wanted)):
+        if any(k == key or k.startswith(f"{key}.") for k in given):
+            continue
+        *parents, last = key.split(".")
+        then, now = (
+            reduce(lambda d, k: d.get(k, {}), parents, place) for place in (before, wanted)
+        )
+        if last in then and last in now:
+            now[last] = then[last]
+        elif last in now:
+            then[last] = now[last]
+    return before, wanted
 
 
 def record_run(
@@ -134,7 +163,7 @@ def record_run(
     run, asked = RunPaths(Path(root).resolve()), Asked(loaded, str(file), overrides)
     changed = check_asked(root, asked, live)
     sweep(run.root)
-    resolved = asked.resolved
+    resolved = _settled(run, asked)[1] if run.run_json.exists() else asked.resolved
     model = {key: resolved["model"][key] for key in ("path", "revision")}
     config = {
         "file": asked.file,
