@@ -181,6 +181,8 @@ def parse_accounting(text: str) -> list[Row]:
 def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
     """What `scontrol show job` says of one job or array task; {} when it does not know it.
 
+    Of an array: of a task that has not ended, if there is one.
+
     Raises:
         RequestError: there is no scontrol here.
         StageError: it does not answer.
@@ -191,10 +193,20 @@ def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
         if "Invalid job id" in str(error):
             return {}
         raise
-    line = next((line for line in text.splitlines() if "JobId=" in line), "")
-    if not line:
+    lines = [line for line in text.splitlines() if "JobId=" in line]
+    if not lines:
         raise no_client("scontrol", text)
-    return dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", line))
+    told = [dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", line)) for line in lines]
+    return next((facts for facts in told if facts.get("JobState") not in FINISHED), told[0])
+
+
+def held(job: str) -> bool | None:
+    """Whether the controller itself holds a job that has not ended; None: no answer."""
+    try:
+        told = facts_of(job)
+    except (StageError, RequestError):
+        return None
+    return bool(told) and told.get("JobState") not in FINISHED
 
 
 def state_of(job: str) -> str:

@@ -74,7 +74,7 @@ def _summarise(fact: Facts) -> JobStatus:
     latest = mine[-1] if mine else None
     elapsed = shown.elapsed
     if not elapsed and latest:
-        elapsed = clock(attempts.last_seen(latest) - latest.started)
+        elapsed = clock(max(0.0, attempts.last_seen(latest) - latest.started))
     shards, rows = {}, {}
     if fact.shards:
         shards = {

@@ -116,7 +116,7 @@ def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task
                 write_trackers(paths)
             return "done"
         if verdict.action in ("requeued", "stopped"):
-            if os.environ.get("SLURM_PROCID", "0") != "0":
+            if not _leads():
                 time.sleep(120)  # leave first and srun would end the leader before its requeue
             # a plain exit writes no pickle, and 75 shows in sacct if the requeue did not take
             sys.exit(SavedForRequeue.exit_code)
@@ -128,7 +128,7 @@ def _attempt(
 ) -> Verdict:
     now = fingerprint(paths, job.stage, job.model, job.tasks[0])
     attempt = _begin(paths, cluster, job, now)
-    leader = os.environ.get("SLURM_PROCID", "0") == "0"
+    leader = _leads()
     limit = slurm.TimeLimit(attempt.job, os.environ) if on_slurm() else None
     if leader:
         attempts.write(paths, attempt)
@@ -173,7 +173,8 @@ def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) 
     before = digest(now)
     restart = max((attempt.restart + 1 for attempt in earlier), default=0)
     stalled = earlier[-1].stalled + 1 if earlier and earlier[-1].before == before else 1
-    gpus = (cluster.resources(job.stage).gpus or 0) * int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if on_slurm() else 1
+    gpus = (cluster.resources(job.stage).gpus or 0) * nodes
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     return Attempt(
         *(job.name, job_id, restart, job.tasks[0], node, os.getpid(), gpus),
@@ -194,6 +195,8 @@ def _run(
             env |= place.handed_on()
         # by the controller's clock, and fixed while the limit moves: the supervisor tells the stage
         env.pop("SLURM_JOB_END_TIME", None)
+    else:  # inside an allocation, of several nodes perhaps, it still runs on this one alone
+        env.setdefault("YELP_HPC_NNODES", "1")
     save = cluster.resources(job.stage).save_seconds or 120
     node = env.get("YELP_HPC_NODE_RANK", "0")
     log = paths.stage_log(job.name, job.tasks[0])
@@ -381,6 +384,11 @@ def _remove_torn_pickles() -> None:
 def on_slurm() -> bool:
     """Whether submitit started this process through Slurm."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def _leads() -> bool:
+    """Whether this is the one supervisor of the job that keeps its records and asks for it."""
+    return not on_slurm() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def this_job() -> str:

@@ -221,7 +221,7 @@ def mount(path: Path) -> tuple[str, str]:
     found, longest = ("", ""), -1
     target = str(path.resolve())
     with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
             before, _, after = line.partition(" - ")
             point = re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split()[4])
             inside = target == point or target.startswith(point.rstrip("/") + "/")

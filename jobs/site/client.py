@@ -37,7 +37,8 @@ _NO_ANSWER = re.compile(
     r"|authentication (credential|error)|resource temporarily unavailable|communication"
     r"|connection (refused|reset|timed out)|temporarily unable|message receive failure"
     r"|missing socket|unable to establish (controller|connection)|transport endpoint"
-    r"|no route to host|broken pipe|try again later|slurmdbd",
+    r"|no route to host|broken pipe|try again later|slurmdbd|unexpected message|i/o error writing"
+    r"|configuration source|cannot allocate memory|too many open files",
     re.IGNORECASE,
 )
 _WRAPPED = re.compile(r"usage|unrecognized|unrecognised|invalid option|unknown option", re.I)

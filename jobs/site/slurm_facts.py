@@ -6,7 +6,6 @@ whose KEY=VALUE pairs keep their names from release to release; `--json` does no
 
 from __future__ import annotations
 
-import getpass
 import re
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from pydantic import Field
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import minutes
-from yelp_hpc.jobs.site.client import client
+from yelp_hpc.jobs.site.client import client, user_name
 from yelp_hpc.jobs.slurm import accounting
 from yelp_hpc.settings import Frozen
 
@@ -123,7 +122,7 @@ class SlurmFacts(Frozen):
 
 def ask_slurm() -> SlurmFacts:
     """Ask the Slurm of this machine; raises nothing, what fails is in the facts."""
-    user = getpass.getuser()
+    user = user_name()
     try:
         version = client(["scontrol", "--version"], timeout=30).split()[-1]
         settings = parse_settings(client(["scontrol", "show", "config"]))

@@ -18,7 +18,7 @@ from yelp_hpc.jobs.verdict import AGAIN
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
 
-WAIT_SECONDS = 3.0
+WAIT_SECONDS, ABSENT_SECONDS = 3.0, 9.0
 LATE_SECONDS = 60.0
 """For so long NFS may keep an old listing of a folder."""
 
@@ -50,11 +50,13 @@ def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[st
             final[item.job] = mine or final.get(item.job, [])
             live = [row for row in mine if row.live]
             absent = now - gone.setdefault(item.job, now) if not mine else 0.0
-            if mine:
+            if mine or (absent > ABSENT_SECONDS and slurm.held(item.job)):
                 gone.pop(item.job, None)
+                absent = 0.0
             over = attempts.over(paths, item.name, item.job, len(item.tasks))
             seen = item.job in shown and bool(final[item.job])
-            pending = bool(live) or not (mine or over or absent > (9 if seen else YOUNG_SECONDS))
+            limit = ABSENT_SECONDS if seen else YOUNG_SECONDS
+            pending = bool(live) or not (mine or over or absent > limit)
             waiting |= pending
             text = _states(live) if live else "ended" if not pending else "not shown by squeue yet"
             if shown.get(item.job) != text and (live or not pending or item.job not in shown):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +21,9 @@ from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.logs import find_logs
 from yelp_hpc.jobs.snapshot import freeze
 from yelp_hpc.jobs.status import collect_status
+from yelp_hpc.jobs.submission import boot_id, process_start
 from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.files import append_jsonl
 from yelp_hpc.rundir.paths import RunPaths
 
 MakeRun = Callable[..., FakeRun]
@@ -150,6 +154,39 @@ def test_a_running_stage_is_not_submitted_twice(fake_run: MakeRun) -> None:
     thread.join()
     assert "local-" in refused[0]
     assert len(run.trace()) == 1
+
+
+def test_a_process_id_alone_is_nobody(fake_run: MakeRun) -> None:
+    run = fake_run(shards=1)
+    argv = [sys.executable, "-c", "import time; time.sleep(60)", "submitit"]
+    stranger = subprocess.Popen(argv)
+    truth = {"began": process_start(stranger.pid), "boot_id": boot_id()}
+    line = {"name": "prepare", "job": f"local-{stranger.pid}", "executor": "local", "time": 1.0}
+    line |= {"stage": "prepare", "host": socket.gethostname(), "tasks": [""]}
+    try:
+        for lie in ({"began": "1"}, {"boot_id": "of another start"}):
+            append_jsonl(run.root / "submissions.jsonl", {**line, **truth, **lie})
+            assert cancel(run.root) == []
+        assert go(run) == 5
+        assert stranger.poll() is None
+        append_jsonl(run.root / "submissions.jsonl", {**line, **truth, "time": 2.0})
+        assert cancel(run.root) == [line["job"]]
+        assert stranger.wait(10) == -signal.SIGTERM
+    finally:
+        stranger.kill()
+
+
+def test_inside_an_allocation_of_several_nodes_it_still_runs_here_alone(
+    fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NUM_NODES", "2"), ("SLURM_PROCID", "1"),
+                        ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_NODEID", "1")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    run = fake_run(cluster={"train": {"gpus": 4}}).prepared()
+    go(run, "train")
+    (tried,) = attempts.read(RunPaths(run.root), "train")
+    assert (tried.verdict, tried.gpus) == ("done", 4)
+    assert run.trace()[0]["YELP_HPC_NNODES"] == "1"
 
 
 def test_two_chains_at_once(fake_run: MakeRun) -> None:

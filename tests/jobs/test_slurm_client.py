@@ -261,6 +261,12 @@ def test_the_end_of_a_job_is_what_slurm_counts_and_not_a_clock(
                   {"SLURM_JOB_START_TIME": "100", "SLURM_JOB_END_TIME": "x"},
                   {"SLURM_JOB_START_TIME": "x", "SLURM_JOB_END_TIME": "160"}):  # fmt: skip
         assert slurm.TimeLimit("7", there).left == math.inf
+    ended = "JobId=8 ArrayTaskId=0 JobState=COMPLETED\nJobId=7 ArrayTaskId=1 JobState={}"
+    for state, lives in (("RUNNING", True), ("FAILED", False)):
+        answering(ended.format(state))
+        assert slurm.held("7") is lives
+    answering(DOWN)
+    assert slurm.held("7") is None
 
 
 def test_a_client_gets_plain_times_and_whole_arrays_and_its_own_words_are_shown() -> None:
@@ -288,6 +294,8 @@ def test_a_client_gets_plain_times_and_whole_arrays_and_its_own_words_are_shown(
         "Slurm backup controller in standby mode",
         "Munge encode failed: Failed to access socket",
         "fork: Resource temporarily unavailable",
+        "Batch job submission failed: I/O error writing script/environment to file",
+        "slurm_load_jobs error: Unexpected message received",
     ],
 )
 def test_no_answer_is_asked_again(said: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Imports of anything slow stand inside the commands, so that `--help` answers at 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -354,6 +355,9 @@ def interrupted(arguments: Sequence[str]) -> str:
 def main() -> None:
     """Run the command line; every error of the toolkit is one message and an exit code."""
     _spell_help_as_called()
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = cli.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE)
     except YelpHpcError as error:

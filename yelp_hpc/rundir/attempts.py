@@ -194,6 +194,7 @@ def gpu_hours(attempts: Iterable[Attempt]) -> GpuHours:
     """What the starts took: the one count that the status, the report and the card show."""
     used = lost = 0.0
     for attempt in attempts:
-        used += attempt.gpus * (last_seen(attempt) - attempt.started)
+        # a heartbeat is by the file server's clock, which may be behind the node's
+        used += attempt.gpus * max(0.0, last_seen(attempt) - attempt.started)
         lost += attempt.gpus * attempt.lost
     return GpuHours(used / 3600, lost / 3600)
