@@ -23,7 +23,7 @@ from yelp_hpc.jobs.job import Job, job_name
 from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
 from yelp_hpc.jobs.progress import stage_done
-from yelp_hpc.jobs.site.client import PATIENCE, require, use_programs
+from yelp_hpc.jobs.site.client import PATIENCE, require
 from yelp_hpc.jobs.site.refusals import of_the_shell
 from yelp_hpc.jobs.snapshot import exposed, read_settings
 from yelp_hpc.jobs.submission import (
@@ -44,7 +44,7 @@ from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.paths import STAGES, RunPaths
-from yelp_hpc.runtime import open_log
+from yelp_hpc.runtime import open_log, use_programs
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:

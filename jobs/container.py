@@ -15,10 +15,10 @@ from pathlib import Path
 from yelp_hpc.cache import SEEN, repository, seen_folders, seen_hub
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.image.file import variables
 from yelp_hpc.jobs.cluster import ClusterConfig, Container
-from yelp_hpc.jobs.site.client import program
 from yelp_hpc.rundir.manifest import absolute_paths
-from yelp_hpc.runtime import without_tokens
+from yelp_hpc.runtime import program, without_tokens
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
 _HANDED_IN = (
@@ -104,22 +104,18 @@ def stage_environment(
         result["PYTHONNOUSERSITE"] = result.get("PYTHONNOUSERSITE", "")
         name = "HF_TOKEN"
     else:
-        name = f"{_into()}ENV_HF_TOKEN"
+        name = f"{variables()}ENV_HF_TOKEN"
         own = {n: result[n] for n in cluster.container.env if n in result}
         result = {k: v for k, v in result.items() if not k.startswith(_INTO_IMAGE)}
-        result |= {f"{_into()}ENV_{n}": value for n, value in own.items()}
-        result.setdefault(f"{_into()}_CACHEDIR", str(Path(cluster.container.cache, "apptainer")))
+        result |= {f"{variables()}ENV_{n}": value for n, value in own.items()}
+        result.setdefault(
+            f"{variables()}_CACHEDIR", str(Path(cluster.container.cache, "apptainer"))
+        )
         if cluster.container.node_disk:  # where a node that cannot mount an image unpacks it
-            result.setdefault(f"{_into()}_TMPDIR", cluster.container.node_disk)
+            result.setdefault(f"{variables()}_TMPDIR", cluster.container.node_disk)
     if stage == "publish" and token:
         result[name] = token
     return {key: value for key, value in result.items() if value}
-
-
-def _into() -> str:
-    """How the names begin that the container program reads."""
-    called = Path(program("apptainer")).name
-    return "SINGULARITY" if "singularity" in called else "APPTAINER"
 
 
 def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterConfig:

@@ -30,7 +30,6 @@ from yelp_hpc.jobs.site.client import (
     NoAnswer,
     client,
     no_client,
-    program,
 )
 from yelp_hpc.jobs.site.refusals import refusal as refusal
 from yelp_hpc.jobs.site.refusals import user_defaults
@@ -39,7 +38,7 @@ from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import write_failure
 from yelp_hpc.rundir.paths import RunPaths, Task
-from yelp_hpc.runtime import TOKENS
+from yelp_hpc.runtime import TOKENS, program
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 from yelp_hpc.errors import StageError, all_problems
-from yelp_hpc.image.file import NO_APPTAINER, image_sha256
+from yelp_hpc.image.file import image_sha256, no_apptainer
 from yelp_hpc.jobs.cluster import Container
-from yelp_hpc.jobs.site.client import program
 from yelp_hpc.rundir.files import atomic_path, sha256_file
+from yelp_hpc.runtime import program
 
 
 def ready_image(container: Container, expected: str | None) -> Container:
@@ -46,7 +46,7 @@ def check_image(container: Container, expected: str | None) -> None:
     """
     problems = []
     if shutil.which(program("apptainer")) is None:
-        problems.append(NO_APPTAINER)
+        problems.append(no_apptainer())
     image = Path(container.image)
     if not image.is_file():
         problems.append(f"the image {image} is missing: python -m yelp_hpc image build {image}")

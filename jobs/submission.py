@@ -21,11 +21,12 @@ from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv
 from yelp_hpc.jobs.job import Job
-from yelp_hpc.jobs.site.client import use_programs, user_name
+from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import append_jsonl, read_json, read_jsonl, remove, write_bytes
 from yelp_hpc.rundir.paths import RunPaths, Task
+from yelp_hpc.runtime import use_programs
 
 _JOB = re.compile(r"(local-)?[0-9]{1,18}(_[0-9]{1,9})?")
 

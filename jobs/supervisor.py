@@ -29,7 +29,7 @@ from yelp_hpc.jobs.image import ready_image
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.logs import tail
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
-from yelp_hpc.jobs.site.client import NoAnswer, use_programs
+from yelp_hpc.jobs.site.client import NoAnswer
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings
 from yelp_hpc.jobs.train import write_trackers
 from yelp_hpc.jobs.verdict import Verdict, judge
@@ -42,7 +42,7 @@ from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.study import take_shared
-from yelp_hpc.runtime import open_log
+from yelp_hpc.runtime import open_log, use_programs
 
 HEARTBEAT = 10.0
 POLL = 0.2

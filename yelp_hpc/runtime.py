@@ -1,4 +1,4 @@
-"""Of processes: defaults that libraries read once, what no child is handed, where output goes.
+"""Of processes: what libraries read once, what no child gets, names of programs, logs.
 
 `set_runtime_defaults` is to be called before torch is imported. Imports nothing of the package.
 """
@@ -50,3 +50,17 @@ def open_log(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
     flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     return os.fdopen(descriptor, mode)
+
+
+_programs: dict[str, str] = {}
+
+
+def use_programs(programs: Mapping[str, str]) -> None:
+    """Take up what the site calls its programs (`programs` of the cluster file)."""
+    _programs.clear()
+    _programs.update(programs)
+
+
+def program(name: str) -> str:
+    """What the site calls the program `name`."""
+    return _programs.get(name, name)

@@ -44,13 +44,14 @@ from yelp_hpc.jobs.doctor.run import (
 )
 from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.preflight import MODULES, missing_modules, on_host_python
-from yelp_hpc.jobs.site.client import client, use_programs
+from yelp_hpc.jobs.site.client import client
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.own_files import own_module, version
 from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import lock_hashes, recorded_config
 from yelp_hpc.rundir.paths import STAGES, RunPaths
+from yelp_hpc.runtime import use_programs
 
 SUM_SECONDS = 200.0
 """Longer than `ranks.allreduce` gives itself: it ends its ranks, a kill would leave them."""

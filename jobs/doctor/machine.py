@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from yelp_hpc.image.check import version_problems
-from yelp_hpc.image.file import NO_APPTAINER
+from yelp_hpc.image.file import no_apptainer
 from yelp_hpc.jobs.doctor.facts import Folder, Hub, Machine
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, command, config_line, ok
 from yelp_hpc.jobs.doctor.probes import HOST_PACKAGES
@@ -88,7 +88,7 @@ def _container(machine: Machine, request: Request) -> Iterator[Finding]:
     # a login node can do without: the image is looked into on the compute node
     bad: Level = "failure" if machine.place == "node" else "warning"
     if machine.apptainer is None:
-        yield config_line("apptainer", bad, NO_APPTAINER, 'setup: ["module load apptainer"]')
+        yield config_line("apptainer", bad, no_apptainer(), 'setup: ["module load apptainer"]')
         return
     number = tuple(int(part) for part in machine.apptainer.split(".")[:2])
     if number < OLDEST_APPTAINER:

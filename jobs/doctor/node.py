@@ -36,10 +36,10 @@ from yelp_hpc.jobs.doctor.probes import (
     whole,
 )
 from yelp_hpc.jobs.doctor.request import Request, visible
-from yelp_hpc.jobs.site.client import use_programs
 from yelp_hpc.own_files import own_module
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.runtime import use_programs
 
 LIMIT = "5"
 """Minutes that the job may take; it needs well under one, most of it for importing torch."""

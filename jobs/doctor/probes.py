@@ -30,10 +30,10 @@ from yelp_hpc.image.check import info
 from yelp_hpc.image.file import image_sha256
 from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Image, Look, Machine, Quota
 from yelp_hpc.jobs.doctor.hub import hub
-from yelp_hpc.jobs.site.client import program
 from yelp_hpc.own_files import SHARE
 from yelp_hpc.rundir.files import MARKER, parse_json
 from yelp_hpc.rundir.manifest import package_versions
+from yelp_hpc.runtime import program
 
 WRITES, RACE_SECONDS = 9, 0.1
 HOST_PACKAGES = ("click", "pydantic", "pyyaml", "rich", "submitit", "yelp-hpc")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.runtime import TOKENS
+from yelp_hpc.runtime import TOKENS, program
 
 _RANKS = frozenset(
     ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -45,22 +45,9 @@ _WRAPPED = re.compile(r"usage|unrecognized|unrecognised|invalid option|unknown o
 PATIENCE = 30.0
 """Seconds for which a command of the user's is tried again while the controller does not answer."""
 
-_programs: dict[str, str] = {}
-
 
 class NoAnswer(StageError):
     """The controller, or what leads to it, did not answer: nothing is known of the request."""
-
-
-def use_programs(programs: Mapping[str, str]) -> None:
-    """Take up what the site calls its clients (`programs` of the cluster file)."""
-    _programs.clear()
-    _programs.update(programs)
-
-
-def program(name: str) -> str:
-    """What the site calls the client `name`."""
-    return _programs.get(name, name)
 
 
 def client(

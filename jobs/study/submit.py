@@ -17,7 +17,7 @@ from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
-from yelp_hpc.jobs.site.client import PATIENCE, require, use_programs
+from yelp_hpc.jobs.site.client import PATIENCE, require
 from yelp_hpc.jobs.submission import Live, Submission, living, sweep_pickles
 from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import say as tell
@@ -34,6 +34,7 @@ from yelp_hpc.rundir.study import (
     take_shared,
     write_study,
 )
+from yelp_hpc.runtime import use_programs
 
 PARTS = {"prepare": "prepare", "base": "infer-base"}
 """Of `rundir.study.SHARED` → the job that makes it."""

@@ -120,6 +120,27 @@ def test_all_that_a_build_lacks_is_said_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_container_program_of_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = '{"data": {"attributes": {"labels": {"yelp-hpc.version": "1"}}}}'
+    (tmp_path / "singularity").write_text(f"#!/bin/sh\necho '{labels}'\n")
+    (tmp_path / "singularity").chmod(0o755)
+    image, cluster = tmp_path / "a.sif", tmp_path / "c.yaml"
+    image.write_bytes(b"x")
+    cluster.write_text("programs: {apptainer: singularity}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def look(*more: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "yelp_hpc", "image", "info", str(image), *more]
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    assert "version      1" in look("--cluster", str(cluster)).stdout
+    cluster.write_text("programs: {apptainer: no-such-program}\n")
+    refused = look("--cluster", str(cluster))
+    assert refused.returncode == 2 and "no-such-program is not on PATH" in refused.stderr
+
+
 def test_every_module_is_compiled_and_only_a_foreign_newer_syntax_may_stay(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "yelp_hpc").mkdir()

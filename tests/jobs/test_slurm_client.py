@@ -12,12 +12,11 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import Resources
 from yelp_hpc.jobs.job import Job
-from yelp_hpc.jobs.site import client as site
-from yelp_hpc.jobs.site.client import NoAnswer, client, own_environment
+from yelp_hpc.jobs.site.client import PATIENCE, NoAnswer, client, own_environment, user_name
 from yelp_hpc.jobs.site.refusals import refusal, user_defaults
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import by_cluster
-from yelp_hpc.runtime import without_tokens
+from yelp_hpc.runtime import use_programs, without_tokens
 
 Asked = list[list[str]]
 HEAD = "JOBID|STATE|REASON|NODELIST|TIME|TIME_LIMIT|RESTART_COUNT|SUBMIT_TIME|USER|NAME|COMMAND|\n"
@@ -99,7 +98,7 @@ def test_jobs_are_found_by_their_script_or_its_folder(
     assert found(link / "train-1.sh")[0] == found(folder / "train-1.sh")[0] == "0"
     assert "1" not in found(folder / "train-1.sh")
     assert found(tmp_path / "other.sh") == []
-    assert asked[0][3:] == ["--states=all", f"--user={site.user_name()}", "epoch=True",
+    assert asked[0][3:] == ["--states=all", f"--user={user_name()}", "epoch=True",
                             "patience=2.0"]  # fmt: skip
 
 
@@ -120,7 +119,7 @@ def test_what_is_asked_of_a_job_and_what_is_asked_for_it(
         [*show, "7_1", "epoch=True", "patience=4.0"],
         [*show, "7", "epoch=True", "patience=10"],
         ["scontrol", "requeue", "7_1"],
-        ["scancel", "7", "8", f"patience={site.PATIENCE}"],
+        ["scancel", "7", "8", f"patience={PATIENCE}"],
     ]
     answering("JobId=7 UserId=me\n")
     assert slurm.state_of("7") == "GONE"
@@ -308,11 +307,11 @@ def test_no_answer_is_asked_again(said: str, tmp_path: Path) -> None:
 
 
 def test_other_names_of_programs() -> None:
-    site.use_programs({"squeue": "echo"})
+    use_programs({"squeue": "echo"})
     try:
         assert client(["squeue", "x"]) == "x\n"
     finally:
-        site.use_programs({})
+        use_programs({})
 
 
 def test_a_client_sees_nothing_of_the_users_shell_but_the_way_to_its_cluster() -> None:

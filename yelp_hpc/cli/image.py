@@ -9,10 +9,25 @@ import click
 
 from yelp_hpc.cli.meant import Commands
 from yelp_hpc.progress import plain
+from yelp_hpc.runtime import use_programs
 
 IMAGE = click.argument(
     "image", default="yelp_hpc.sif", type=click.Path(path_type=Path, dir_okay=False)
 )
+CLUSTER = click.option(
+    "--cluster",
+    metavar="FILE",
+    expose_value=False,
+    callback=lambda context, option, value: _take_up(value),
+    help="a cluster file, whose `programs:` may name the container program",
+)
+
+
+def _take_up(cluster: str | None) -> None:
+    from yelp_hpc.jobs.cluster import load_cluster
+
+    if cluster:
+        use_programs(load_cluster(cluster).programs)
 
 
 @click.group(cls=Commands)
@@ -26,6 +41,7 @@ def image() -> None:
 
 @image.command()
 @IMAGE
+@CLUSTER
 @click.option("--lock", metavar="FILE", type=click.Path(path_type=Path), help="default: cpu.lock")
 @click.option("--cuda", is_flag=True, help="the GPU set, containers/cuda.lock")
 @click.option(
@@ -52,6 +68,7 @@ def build(image: Path, lock: Path | None, cuda: bool, base: str) -> None:
 
 @image.command()
 @IMAGE
+@CLUSTER
 def check(image: Path) -> None:
     """Compare IMAGE with its lock, this host and its GPU driver, and run its test.
 
@@ -66,6 +83,7 @@ def check(image: Path) -> None:
 
 @image.command()
 @IMAGE
+@CLUSTER
 @click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
 def info(image: Path, as_json: bool) -> None:
     """Show what IMAGE is: version, commit, lock, SHA-256.

@@ -18,6 +18,7 @@ from typing import NoReturn
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES
+from yelp_hpc.runtime import program, use_programs
 
 
 def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoReturn:
@@ -31,7 +32,11 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     if name not in JOB_MODULES:
         raise error
     container = None if _in_image() else named_container(arguments)
-    if container is None or not Path(container.image).is_file() or not shutil.which("apptainer"):
+    if (
+        container is None
+        or not Path(container.image).is_file()
+        or not shutil.which(program("apptainer"))
+    ):
         raise RequestError(_ways_out(name, container, arguments)) from None
     from yelp_hpc.jobs.container import inside, stage_environment
     from yelp_hpc.publishing.token import hub_token
@@ -69,7 +74,9 @@ def named_container(arguments: Sequence[str]) -> Container | None:
     from yelp_hpc.rundir.paths import RunPaths
 
     if cluster := option(arguments, "--cluster"):
-        return load_cluster(cluster).container
+        loaded = load_cluster(cluster)
+        use_programs(loaded.programs)
+        return loaded.container
     runs = (a for a in arguments[1:] if (Path(a) / "run.json").is_file())  # of `compare`
     run = option(arguments, "--run") or next(runs, None)
     if run is None:
@@ -78,7 +85,9 @@ def named_container(arguments: Sequence[str]) -> Container | None:
     for record in reversed(records(paths)):
         with suppress(YelpHpcError, ValueError, KeyError, TypeError):
             settings = read_settings(paths.logs / record["cluster"])
-            return ClusterConfig.model_validate(settings["cluster"]).container
+            loaded = ClusterConfig.model_validate(settings["cluster"])
+            use_programs(loaded.programs)
+            return loaded.container
     return None
 
 
@@ -97,14 +106,17 @@ def _ways_out(name: str, container: Container | None, arguments: Sequence[str]) 
     command = shlex.join(["python", "-m", "yelp_hpc", *arguments])
     if container is None:
         way = (
-            f"apptainer exec yelp_hpc.sif {command}   (an image: python -m yelp_hpc image build; "
-            "with a --cluster file that names it, or a run that was submitted with one, this "
-            "command goes in by itself)"
+            f"{program('apptainer')} exec yelp_hpc.sif {command}   (an image: python -m yelp_hpc "
+            "image build; with a --cluster file that names it, or a run that was submitted with "
+            "one, this command goes in by itself)"
         )
     elif not Path(container.image).is_file():
         way = f"python -m yelp_hpc image build {container.image}, then the same command again"
     else:
-        way = "put apptainer on PATH (often: module load apptainer), then the same command again"
+        way = (
+            f"put {program('apptainer')} on PATH (often: module load apptainer), then the same "
+            "command again"
+        )
     return (
         f"this needs the package {name}, which {sys.executable} does not have: it holds the login "
         f"node's part of yelp_hpc.\n  In the image:         {way}\n"

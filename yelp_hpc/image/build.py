@@ -19,13 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.image.file import EPOCH, NO_APPTAINER, image_sha256, normalise
+from yelp_hpc.image.file import EPOCH, image_sha256, no_apptainer, normalise, variables
 from yelp_hpc.image.sbom import write_sbom
 from yelp_hpc.image.steps import call, folder_of, replaced, scratch, sole_builder
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files, version
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import atomic_folder, sha256_file
 from yelp_hpc.rundir.manifest import code_state
+from yelp_hpc.runtime import program
 
 # all files are root's: equal whoever builds, and a user without subordinate ids can unpack a base
 SQUASHFS = f"-comp zstd -Xcompression-level 3 -all-root -mkfs-time {EPOCH} -all-time {EPOCH}"
@@ -90,7 +91,7 @@ def build_argv(
     target: Path, definition: Path, arguments: Sequence[str], binds: Sequence[tuple[Path, str]]
 ) -> list[str]:
     """The argv of `apptainer build`; flags stand before positionals, as it insists."""
-    argv = ["apptainer", "build", "--force", "--fakeroot", f"--mksquashfs-args={SQUASHFS}"]
+    argv = [program("apptainer"), "build", "--force", "--fakeroot", f"--mksquashfs-args={SQUASHFS}"]
     for source, at in binds:
         argv += ["--bind", f"{source}:{at}"]
     return [*argv, *arguments, str(target), str(definition)]
@@ -132,8 +133,8 @@ def wheel_choice(python: str) -> list[str]:
 
 def _check_request(image: Path, lock: Path, base: str) -> None:
     problems = []
-    if shutil.which("apptainer") is None:
-        problems.append(NO_APPTAINER)
+    if shutil.which(program("apptainer")) is None:
+        problems.append(no_apptainer())
     if not (SHARE / "Apptainer.def").is_file():
         problems.append(f"{SHARE} holds no Apptainer.def: build from a checkout of the project")
     if not lock.is_file():
@@ -217,12 +218,13 @@ def _apptainer_build(target: Path, definition: Path, arguments: list[str], stage
     # the host's /tmp would be bound into %post otherwise, and be read and written there
     binds = [(stage, "/mnt"), (empty, "/tmp"), (empty, "/var/tmp")]
     argv = build_argv(target.absolute(), definition, arguments, binds)
+    cache = f"{variables()}_CACHEDIR"
     env = {
-        "APPTAINER_TMPDIR": str(scratch),
-        "APPTAINER_CACHEDIR": os.environ.get("APPTAINER_CACHEDIR") or str(folder_of("apptainer")),
-        "APPTAINER_NO_MOUNT": "tmp",
+        f"{variables()}_TMPDIR": str(scratch),
+        cache: os.environ.get(cache) or str(folder_of("apptainer")),
+        f"{variables()}_NO_MOUNT": "tmp",
     }
-    call(argv, "apptainer build", env, stage)
+    call(argv, f"{argv[0]} build", env, stage)
 
 
 _PIP = [sys.executable, "-P", "-m", "pip", "--quiet", "--disable-pip-version-check"]

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.image.file import NO_APPTAINER, image_sha256
+from yelp_hpc.image.file import image_sha256, no_apptainer
 from yelp_hpc.rundir.manifest import lock_hashes
+from yelp_hpc.runtime import program
 
 ISOLATED = ("--cleanenv", "--no-mount", "home,cwd", "--env", "PYTHONNOUSERSITE=1")
 LABEL = "yelp-hpc."
@@ -135,8 +136,8 @@ def _driver_cuda() -> str | None:
 
 def _require(image: Path) -> None:
     problems = []
-    if shutil.which("apptainer") is None:
-        problems.append(NO_APPTAINER)
+    if shutil.which(program("apptainer")) is None:
+        problems.append(no_apptainer())
     if not image.is_file():
         problems.append(f"{image} does not exist: python -m yelp_hpc image build {image}")
     if problems:
@@ -145,7 +146,7 @@ def _require(image: Path) -> None:
 
 def _apptainer(verb: str, *arguments: str) -> str:
     done = subprocess.run(
-        ["apptainer", "--silent", verb, *arguments],
+        [program("apptainer"), "--silent", verb, *arguments],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -153,7 +154,7 @@ def _apptainer(verb: str, *arguments: str) -> str:
     )
     if done.returncode != 0:
         tail = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-8:])
-        raise StageError(f"apptainer {verb} ended with {done.returncode}:\n{tail}")
+        raise StageError(f"{program('apptainer')} {verb} ended with {done.returncode}:\n{tail}")
     return done.stdout
 
 

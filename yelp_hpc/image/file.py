@@ -12,12 +12,25 @@ from pathlib import Path
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import parse_json, sha256_file, write_json
+from yelp_hpc.runtime import program
 
 EPOCH = 315532800
 """1980-01-01, the time of everything in an image (seconds since 1970)."""
 
-NO_APPTAINER = "apptainer is not on PATH (module load apptainer; in jobs, as a line of `setup:`)"
-"""Said wherever it is missed: on the host, on a node, by the doctor."""
+
+def no_apptainer() -> str:
+    """What is said wherever the container program is missed: on the host, a node, by the doctor."""
+    name = program("apptainer")
+    return (
+        f"{name} is not on PATH (module load apptainer; in jobs, as a line of `setup:`; one of "
+        "another name: `programs: {apptainer: NAME}` of the cluster file)"
+    )
+
+
+def variables() -> str:
+    """How the names of variables begin that the container program reads."""
+    return "SINGULARITY" if "singularity" in Path(program("apptainer")).name else "APPTAINER"
+
 
 _HEADER, _DESCRIPTOR = 128, 585  # bytes, of the SIF format's global header and of a descriptor
 

@@ -18,6 +18,7 @@ from yelp_hpc.image.check import ISOLATED, normal_name
 from yelp_hpc.image.file import image_sha256
 from yelp_hpc.own_files import version
 from yelp_hpc.rundir.files import parse_json, sha256_file, write_json
+from yelp_hpc.runtime import program
 
 _ASK = """
 import importlib.metadata as m, json, shutil, subprocess
@@ -42,7 +43,7 @@ def write_sbom(image: Path, wheels: Path) -> Path:
     Raises:
         StageError: the image cannot be asked, or the file cannot be written.
     """
-    argv = ["apptainer", "--silent", "exec", *ISOLATED, str(image), "python", "-c", _ASK]
+    argv = [program("apptainer"), "--silent", "exec", *ISOLATED, str(image), "python", "-c", _ASK]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     try:
         inside = parse_json(done.stdout)
