@@ -161,7 +161,12 @@ def _inputs(config: Config) -> Iterator[Path]:
     config = absolute_paths(config)
     if seen := seen_repository(config):
         yield seen
-    named: Sequence[str | None] = (config.model.path, config.data.train, config.data.test)
+    named: Sequence[str | None] = (
+        config.model.path,
+        config.data.train,
+        config.data.test,
+        config.train.adapter,
+    )
     for path in (Path(name) for name in named if name and Path(name).is_absolute()):
         yield path
         with suppress(OSError):  # not a folder, or not one that can be read here

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
+from yelp_hpc.models.adapter_source import find_adapter
 from yelp_hpc.publishing.token import find_token
 from yelp_hpc.training.trackers import missing as missing_trackers
 
@@ -46,6 +47,7 @@ def require_sound_request(
         *_inputs(stages, config),
         *_image(cluster),
         *_packages(stages, config, cluster, executor),
+        *_adapter(stages, config),
         *_token(stages, config),
     ]
     if problems:
@@ -65,6 +67,15 @@ def _inputs(stages: Sequence[str], config: Config) -> Iterator[str]:
     for finding in check_inputs(found, Request(ClusterConfig(), config)):
         if finding.level == "failure":
             yield f"{finding.text} → {finding.remedy}"
+
+
+def _adapter(stages: Sequence[str], config: Config) -> Iterator[str]:
+    """The adapter that is to be evaluated, where it is on this machine."""
+    if "train" in stages and config.train.adapter is not None:
+        try:
+            find_adapter(config.train.adapter, download=False)
+        except YelpHpcError as error:
+            yield f"train.adapter: {error}"
 
 
 def _image(cluster: ClusterConfig) -> Iterator[str]:

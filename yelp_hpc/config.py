@@ -208,6 +208,11 @@ class LoraConfig(Frozen):
 class TrainConfig(Frozen):
     """Supervised fine-tuning on the answer tokens."""
 
+    adapter: str | None = Field(
+        None,
+        description="an adapter that exists, evaluated in place of a training: a run, a folder of "
+        "PEFT's or a Hub id; rank, modules and variant are its own, `lora` and the rest are unread",
+    )
     learning_rate: float = Field(5e-5, gt=0, description="its peak, after the warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate, from its peak to 0"

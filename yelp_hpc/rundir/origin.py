@@ -24,6 +24,9 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
         return
     if WEIGHTS not in marker["files"]:
         yield f"{run.adapter / MARKER}: does not cover {WEIGHTS}"
+    if config.train.adapter is not None or "taken" in marker:
+        yield from _another(run, config, marker)
+        return
     trained = marker.get("fingerprint")
     if not isinstance(trained, dict):
         yield f"{run.adapter / MARKER}: holds no fingerprint of the training"
@@ -56,6 +59,23 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
                 yield f"{shape_path}: {key} is {shape.get(key)!r}, run.json says {mine!r}"
 
 
+def _another(run: RunPaths, config: Config, marker: dict[str, Any]) -> Iterator[str]:
+    """What speaks against an adapter that was not trained here but taken as `train.adapter`."""
+    taken, place = marker.get("taken"), run.adapter / MARKER
+    if not isinstance(taken, dict):
+        yield f"{run.run_json}: train.adapter is {config.train.adapter!r}, it was trained here"
+        return
+    for what, mine, old in (
+        ("train.adapter", config.train.adapter, taken.get("from")),
+        ("model", _recorded_model(run) or config.model.model_dump(mode="json"), taken.get("model")),
+    ):
+        if mine != old:
+            yield f"{run.run_json}: {what} is {mine!r}, the adapter was taken for {old!r}"
+    for name, key in ((WEIGHTS, "sha256"), ("adapter_config.json", "config_sha256")):
+        if marker["files"].get(name) != taken.get(key):
+            yield f"{place}: {name} is not the one that was taken (SHA-256 differs)"
+
+
 def _recorded_model(run: RunPaths) -> dict[str, Any] | None:
     """The section `model` of run.json: a stage may be given the same weights by another path."""
     try:
@@ -67,7 +87,8 @@ def _recorded_model(run: RunPaths) -> dict[str, Any] | None:
 def require_own_adapter(run: RunPaths, config: Config) -> None:
     """Raises StageError when the adapter there says of itself that it is another training's."""
     marker = read_marker(run.adapter) or {}
-    problems = list(foreign_adapter(run, config)) if marker.get("fingerprint") else []
+    known = "fingerprint" in marker or "taken" in marker
+    problems = list(foreign_adapter(run, config)) if known else []
     if problems:
         headline = f"{run.adapter} was not trained by this run:"
         raise StageError(

@@ -37,6 +37,7 @@ from yelp_hpc.rundir.files import (
     damaged_files,
     json_bytes,
     read_json,
+    read_marker,
     read_object,
     remove,
     sweep,
@@ -118,6 +119,11 @@ def check_finished(paths: RunPaths) -> None:
     Raises:
         StageError: lists what earlier stages still owe.
     """
+    if "taken" in (read_marker(paths.adapter) or {}):
+        raise StageError(
+            f"{paths.root} evaluated an adapter that was trained elsewhere (train.adapter): "
+            "publish the run that trained it"
+        )
     problems = damaged_files(paths.adapter)
     problems += [
         f"{path} is missing" for path in (paths.metrics, paths.run_json) if not path.is_file()

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 def run(paths: RunPaths, config: Config) -> None:
     """Train the adapter, or go on where an earlier start stopped; does nothing when it is there.
 
+    Or take the one that `train.adapter` names.
+
     Raises:
         RequestError: prepare's files are missing, a setting cannot be met here, or the run
             directory holds another training.
@@ -51,6 +53,12 @@ def run(paths: RunPaths, config: Config) -> None:
     """
     check_request(paths, config)
     sweep(paths.root, paths.train, paths.adapter, paths.checkpoints)
+    if config.train.adapter is not None:
+        from yelp_hpc.models.local import model_folder
+        from yelp_hpc.training.existing import take_adapter
+
+        take_adapter(paths, config, model_folder(config.model))
+        return
     fingerprint = training_fingerprint(paths, config)
     if is_complete(paths.adapter):
         marker = read_marker(paths.adapter) or {}
@@ -114,7 +122,7 @@ def check_request(paths: RunPaths, config: Config) -> None:
 
 def training_fingerprint(paths: RunPaths, config: Config) -> dict[str, Any]:
     """What a training depends on; a checkpoint of another one is never resumed."""
-    train = config.train.model_dump(mode="json", exclude=set(FREE_TRAIN_SETTINGS))
+    train = config.train.model_dump(mode="json", exclude={*FREE_TRAIN_SETTINGS, "adapter"})
     return {
         "seed": config.seed,
         "model": config.model.model_dump(mode="json"),
