@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from yelp_hpc.config import Config
@@ -48,7 +49,7 @@ from yelp_hpc.runtime import open_log, use_programs
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
-    """The jobs that are still to be done for `stage` or `all`, in the order of the chain."""
+    """The jobs still to be done for `stage`, `all` or `predict`, in the order of the chain."""
     from yelp_hpc.jobs import collect, infer, prepare, publish, train
 
     launchers = {
@@ -63,10 +64,15 @@ def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) ->
         stages = [name for name in STAGES if name not in skip]
         if "tuned" not in config.infer.models:
             stages.remove("train")
+    elif stage == "predict":
+        stages = ["prepare", "infer", "collect"]
     else:
         stages = [stage]
     planned = [job for name in stages for job in launchers[name](config, paths, cluster)]
-    if stage == "all" and {"train", "infer"} & {job.stage for job in planned}:
+    if stage == "predict":  # its adapter is a copy of the run's, its rows are not prepared yet
+        first = (("afterok", "prepare"),)
+        planned = [replace(job, after=first) if job.stage == "infer" else job for job in planned]
+    if stage in ("all", "predict") and {"train", "infer"} & {job.stage for job in planned}:
         names = {job.name for job in planned}
         if "collect" not in names:  # it was up to date, but what it reads is made again
             after = tuple(("afterany", f"infer-{model}") for model in config.infer.models)

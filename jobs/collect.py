@@ -27,4 +27,5 @@ def _up_to_date(config: Config, paths: RunPaths) -> bool:
     if any(len(shards_done(paths, m, shards)) < shards for m in config.infer.models):
         return False
     times = [newest(fingerprint(paths, "infer", m, ())) or 0.0 for m in config.infer.models]
-    return max(times) <= paths.metrics.stat().st_mtime
+    made = paths.answered if paths.request.is_file() else paths.metrics
+    return max(times) <= made.stat().st_mtime

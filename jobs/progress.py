@@ -20,6 +20,7 @@ from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.collected import collected
 from yelp_hpc.rundir.files import is_complete, read_marker, read_object
 from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
+from yelp_hpc.rundir.request import answered
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 _NO_PROGRESS = (".jsonl", ".log", ".png", ".tmp")
@@ -86,6 +87,8 @@ def stage_done(paths: RunPaths, config: Config, stage: str, model: str = "") -> 
 
 def made_with(paths: RunPaths, config: Config, stage: str) -> bool:
     """Whether `collect` or `publish` is done, as far as its record says with these settings."""
+    if stage == "collect" and paths.request.is_file():
+        return answered(paths)
     record = paths.metrics if stage == "collect" else paths.published
     if not (collected(paths) if stage == "collect" else record.exists()):
         return False
@@ -119,7 +122,7 @@ def _progress_files(
     paths: RunPaths, stage: str, model: str, task: Task
 ) -> Iterator[tuple[str, int, int]]:
     if stage in ("collect", "publish"):
-        places = [paths.metrics, paths.report, paths.published]
+        places = [paths.metrics, paths.report, paths.published, paths.answered]
     elif stage == "infer":
         names = [f"*shard-{shard:04d}*" for shard in task] or ["*"]
         folders = (paths.predictions(model), paths.partials(model))

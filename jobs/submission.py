@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.site.client import user_name
+from yelp_hpc.jobs.snapshot import read_settings
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import append_jsonl, read_json, read_jsonl, remove, write_bytes
@@ -119,6 +121,16 @@ def sweep_pickles(paths: RunPaths) -> None:
     for path in (paths.logs / "slurm").glob("*.pkl"):
         if re.fullmatch(r"[0-9a-f]{12}-\d+\.pkl", path.name):
             remove(path)
+
+
+def submitted_with(paths: RunPaths) -> ClusterConfig | None:
+    """The cluster settings of the newest submission to Slurm, or of any; None without one."""
+    lines = records(paths)
+    for line in [*lines, *(line for line in lines if line["executor"] == "slurm")][::-1]:
+        with suppress(YelpHpcError, ValueError, KeyError, TypeError):
+            settings = read_settings(paths.logs / str(line["cluster"]))
+            return ClusterConfig.model_validate(settings["cluster"])
+    return None
 
 
 def take_up_programs(paths: RunPaths) -> None:

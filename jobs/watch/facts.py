@@ -62,7 +62,8 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
     except YelpHpcError as error:
         problems.append(str(error))
     done_by_marker = {}
-    names = ["prepare", "train", *(f"infer-{m}" for m in config.infer.models), "collect"]
+    trained = [] if paths.request.is_file() else ["train"]
+    names = ["prepare", *trained, *(f"infer-{m}" for m in config.infer.models), "collect"]
     if config.publish.repo_id:
         names.append("publish")
     for name in names:

@@ -15,16 +15,19 @@ BASE = "me/tiny-base"
 REPO = "me/stars"
 
 
-def settings(model: Path, **publish: Any) -> Config:
-    """The run's configuration: the base model named by its Hub id, two shards a model."""
+def settings(model: Path, base: str = BASE, **publish: Any) -> Config:
+    """The run's configuration: the base model by its Hub id or folder, two shards a model."""
     config = tiny_config(
         model, infer={"shards": 2}, publish={"repo_id": REPO, "license": "mit", **publish}
     )
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": BASE})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
 
 
-def finish_run(root: Path, model: Path) -> RunPaths:
-    """Prepare, a random adapter, real predictions, their metrics and run.json under `root`."""
+def finish_run(root: Path, model: Path, base: str = BASE) -> RunPaths:
+    """Prepare, a random adapter, real predictions, their metrics and run.json under `root`.
+
+    `base`: what the configuration names the model in `model`.
+    """
     import torch
     from peft import get_peft_model_state_dict
 
@@ -41,7 +44,7 @@ def finish_run(root: Path, model: Path) -> RunPaths:
         ["train.parquet", "validation.parquet", "test.parquet", "tokens.json"],
         summary={"fingerprint": "0" * 64},
     )
-    config = settings(model)
+    config = settings(model, base)
     write_json(
         run.run_json,
         {
@@ -55,7 +58,7 @@ def finish_run(root: Path, model: Path) -> RunPaths:
             "code": {"version": "0.1.0", "git_sha": "a" * 40, "dirty": False, "diff": None},
             "packages": {"torch": torch.__version__},
             "model": {
-                "path": BASE,
+                "path": base,
                 "revision": None,
                 "folder": str(model),
                 "fingerprint": folder_fingerprint(model),

@@ -10,12 +10,11 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.errors import RequestError
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES
 from yelp_hpc.runtime import program, use_programs
@@ -69,8 +68,7 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 def named_container(arguments: Sequence[str]) -> Container | None:
     """The image's settings: the cluster file's, else those that the run was submitted with."""
-    from yelp_hpc.jobs.snapshot import read_settings
-    from yelp_hpc.jobs.submission import records
+    from yelp_hpc.jobs.submission import submitted_with
     from yelp_hpc.rundir.paths import RunPaths
 
     if cluster := option(arguments, "--cluster"):
@@ -81,14 +79,11 @@ def named_container(arguments: Sequence[str]) -> Container | None:
     run = option(arguments, "--run") or next(runs, None)
     if run is None:
         return None
-    paths = RunPaths(Path(run).absolute())
-    for record in reversed(records(paths)):
-        with suppress(YelpHpcError, ValueError, KeyError, TypeError):
-            settings = read_settings(paths.logs / record["cluster"])
-            loaded = ClusterConfig.model_validate(settings["cluster"])
-            use_programs(loaded.programs)
-            return loaded.container
-    return None
+    found = submitted_with(RunPaths(Path(run).absolute()))
+    if found is None:
+        return None
+    use_programs(found.programs)
+    return found.container
 
 
 def _folders(here: Path, arguments: Sequence[str]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from yelp_hpc.cli.image import image
 from yelp_hpc.cli.meant import Commands, Words
 from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
 from yelp_hpc.cli.plan import plan
+from yelp_hpc.cli.predict import predict
 from yelp_hpc.cli.record import export, reproduce, track, verify
 from yelp_hpc.cli.site import doctor, init
 from yelp_hpc.errors import YelpHpcError
@@ -199,7 +200,7 @@ def collect(run_dir: str, as_json: bool) -> None:
             stage.run_study(study_found)
         return
     run, config = load_run(run_dir)
-    if as_json:
+    if as_json and not run.request.is_file():
         metrics, page = stage.compute(run, config)
         click.echo(json.dumps(metrics))
         write_collected(run, metrics, page)
@@ -332,6 +333,7 @@ def publish(run_dir: str, dry_run: bool) -> None:
 cli.add_command(compare)
 cli.add_command(study)
 cli.add_command(track)
+cli.add_command(predict)
 cli.add_command(export)
 cli.add_command(verify)
 cli.add_command(reproduce)

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,7 +100,7 @@ def records(path: Path, header: bool = True) -> Iterator[Record]:
     kind = format_of(path)
     try:
         if kind in BINARY_FORMATS:
-            yield from _arrow(path, kind)
+            yield from _arrow(path)
             return
         with ExitStack() as stack:
             file = _open(path, stack)
@@ -117,6 +117,26 @@ def records(path: Path, header: bool = True) -> Iterator[Record]:
         ) from None
     except (csv.Error, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
+
+
+def text_fault(record: Mapping[Any, Any], column: str) -> str:
+    """What is wrong with the text of a record, "" when it can be used."""
+    text = record.get(column)
+    if None in record:  # csv: the rest of the line would be lost without a word
+        return "more fields than the header; quote a text that has a comma"
+    if not isinstance(text, str) or not text.strip():
+        what = "is empty" if text is None or isinstance(text, str) else f"is {text!r}, no text"
+        return f"{column} {what}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"{column} holds half a character (a lone surrogate)"
+    return ""
+
+
+def unescaped(text: str) -> str:
+    """A text of Yelp's own csv, whose line ends and quotes are spelled out."""
+    return text.replace("\\n", "\n").replace('\\"', '"')
 
 
 def _binary(path: Path, stack: ExitStack) -> Any:
@@ -234,14 +254,22 @@ class _Rest:
         yield from self.file
 
 
-def _arrow(path: Path, kind: str) -> Iterator[Record]:
-    import pyarrow as pa
+def arrow_batches(path: Path) -> Iterator[Any]:
+    """The record batches of a parquet or Arrow file, at most 1,024 rows each."""
     import pyarrow.parquet as pq
+
+    if format_of(path) == ".parquet":
+        yield from pq.ParquetFile(path).iter_batches(1024)
+    else:
+        yield from _ipc_batches(path)
+
+
+def _arrow(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
 
     number = 0
     try:
-        parquet = kind == ".parquet"
-        for batch in pq.ParquetFile(path).iter_batches(1024) if parquet else _ipc_batches(path):
+        for batch in arrow_batches(path):
             for record in batch.to_pylist():
                 yield f"row {number}", record
                 number += 1

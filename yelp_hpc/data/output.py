@@ -10,58 +10,65 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.files import atomic_path
 
+if TYPE_CHECKING:  # a login node asks for the formats alone
+    import pyarrow as pa
+
 FORMATS = (".csv", ".jsonl", ".parquet")
 
 
-def output_format(path: Path) -> str:
-    """The format of a file to be written, a lower-case ending.
-
-    Raises:
-        RequestError: it is none that is written, or there is no such folder.
-    """
-    ending = path.suffix.lower()
-    if ending not in FORMATS:
-        raise RequestError(f"{path} must end in {', '.join(FORMATS)}")
+def output_problems(path: Path) -> list[str]:
+    """Why a file cannot be written, a line each; [] when it can."""
+    problems = []
+    if path.suffix.lower() not in FORMATS:
+        problems.append(f"{path} must end in {', '.join(FORMATS)}")
     if path.is_dir():
-        raise RequestError(f"{path} is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"{path}: there is no folder {path.absolute().parent}")
-    return ending
+        problems.append(f"{path} is a folder; name a file")
+    if not path.expanduser().absolute().parent.is_dir():
+        problems.append(f"{path}: there is no folder {path.expanduser().absolute().parent}")
+    return problems
 
 
 @contextmanager
-def table_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """Takes tables of `schema` and writes their rows.
+def table_writer(
+    path: Path, schema: pa.Schema
+) -> Iterator[Callable[[pa.Table | list[dict[Any, Any]]], None]]:
+    """Takes tables of `schema`, and for csv and jsonl records too, and writes their rows.
 
     In csv a null is an empty field and what holds other values is JSON.
 
     Raises:
-        RequestError: as `output_format`.
+        RequestError: it is none of these formats, or its folder is not there.
         StageError: the file cannot be written.
     """
-    ending = output_format(path)
+    if problems := output_problems(path):
+        raise RequestError("; ".join(problems))
+    import pyarrow.parquet as pq
+
+    ending = path.suffix.lower()
     with atomic_path(path) as temporary:
         if ending == ".parquet":
             with pq.ParquetWriter(temporary, schema) as writer:
-                yield lambda table: writer.write_table(table.cast(schema))
+
+                def write_table(table: Any) -> None:
+                    same = table.cast(schema.remove_metadata())
+                    writer.write_table(same.replace_schema_metadata(schema.metadata))
+
+                yield write_table
             return
         with temporary.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             if ending == ".csv":
                 rows.writerow(schema.names)
 
-            def write(table: pa.Table) -> None:
-                for record in table.to_pylist():
+            def write(table: pa.Table | list[dict[Any, Any]]) -> None:
+                for record in table if isinstance(table, list) else table.to_pylist():
                     if ending == ".csv":
-                        rows.writerow([_cell(record[name]) for name in schema.names])
+                        rows.writerow([_cell(record.get(name)) for name in schema.names])
                     else:
                         line = json.dumps(record, ensure_ascii=False, default=_as_json)
                         file.write(f"{line}\n")

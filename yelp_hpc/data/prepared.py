@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -50,25 +50,27 @@ class PreparedSets:
         self._after = tail.removesuffix("{label}").rstrip()
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[_Set]:
-        """Write one set, whole or not at all."""
-        with (
-            atomic_path(self.paths.split(name)) as table,
-            atomic_path(self.paths.alpaca(name)) as alpaca,
-            pq.ParquetWriter(table, SCHEMA) as writer,
-            alpaca.open("w", encoding="utf-8") as records,
-        ):
-            part = _Set(self, name, writer, records)
-            records.write("[")
+    def writing(self, name: str, alpaca: bool = True) -> Iterator[_Set]:
+        """Write one set, whole or not at all; without `alpaca`, its table alone."""
+        with ExitStack() as stack:
+            table = stack.enter_context(atomic_path(self.paths.split(name)))
+            records = None
+            if alpaca:
+                path = stack.enter_context(atomic_path(self.paths.alpaca(name)))
+                records = stack.enter_context(path.open("w", encoding="utf-8"))
+                records.write("[")
+            part = _Set(self, name, stack.enter_context(pq.ParquetWriter(table, SCHEMA)), records)
             yield part
             part.flush()
-            records.write("\n]\n")
+            if records is not None:
+                records.write("\n]\n")
 
     def count(self, name: str, row: int, label: int, ids: list[int]) -> None:
         """Take in one row."""
         self.rows[name] += 1
         self.tokens[name] += len(ids)
-        self.classes[name][label] += 1
+        if label >= 0:  # -1: a row without one
+            self.classes[name][label] += 1
         self._digest.update(f"{name} {row} {label} {ids}\n".encode())
         if self._common is None:
             self._common, self._shortest = ids, len(ids)
@@ -107,7 +109,7 @@ class PreparedSets:
 class _Set:
     """One set on its way to its files."""
 
-    def __init__(self, whole: PreparedSets, name: str, writer: Any, records: TextIO) -> None:
+    def __init__(self, whole: PreparedSets, name: str, writer: Any, records: TextIO | None) -> None:
         self.whole, self.name, self.writer, self.records = whole, name, writer, records
         self.held: list[pa.RecordBatch] = []
         self.held_tokens = 0
@@ -119,6 +121,8 @@ class _Set:
         for row, label, text, one in zip(rows, labels, used, ids, strict=True):
             first = not self.whole.rows[self.name]
             self.whole.count(self.name, row, label, one)
+            if self.records is None:
+                continue
             record = json.dumps(self.whole.record(text, label), indent=2, ensure_ascii=False)
             lines = record.replace("\n", "\n  ")  # a line break inside of a text is escaped
             self.records.write(f"{'' if first else ','}\n  {lines}")

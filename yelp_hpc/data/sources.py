@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import YELP, Config, DataConfig, TaskConfig
 from yelp_hpc.data import demo
-from yelp_hpc.data.files import Record, class_names, data_files, records
+from yelp_hpc.data.files import (
+    Record,
+    class_names,
+    data_files,
+    records,
+    text_fault,
+    unescaped,
+)
 from yelp_hpc.data.hub import hub_error
 from yelp_hpc.data.labels import advice, classes_of, value_text
 from yelp_hpc.data.sampling import text_key
@@ -275,27 +282,12 @@ def _judged(
     record: dict[Any, Any], text_column: str, label_column: str, escaped: bool
 ) -> tuple[str, str, str]:
     """`(what is wrong, text, label as text)` of a record."""
-    text, label = record.get(text_column), record.get(label_column)
-    if None in record:  # csv: the rest of the line would be lost without a word
-        return "more fields than the header; quote a text that has a comma", "", ""
-    if not isinstance(text, str) or not text.strip():
-        what = "is empty" if text is None or isinstance(text, str) else f"is {text!r}, no text"
-        return f"{text_column} {what}", "", ""
-    if not _is_unicode(text):
-        return f"{text_column} holds half a character (a lone surrogate)", "", ""
+    if fault := text_fault(record, text_column):
+        return fault, "", ""
+    text, label = str(record[text_column]), record.get(label_column)
     if isinstance(label, bool | list | dict):
         return f"{label_column} is {label!r}, no label", "", ""
     value = value_text(label)
     if not value:
         return f"{label_column} is empty", "", ""
-    if escaped:
-        text = text.replace("\\n", "\n").replace('\\"', '"')
-    return "", text, value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return "", unescaped(text) if escaped else text, value

@@ -24,6 +24,7 @@ from yelp_hpc.evaluation.coverage import (
     refuse_unless_complete,
 )
 from yelp_hpc.evaluation.metrics import softmax
+from yelp_hpc.inference.answers import answer_names
 from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
@@ -148,19 +149,11 @@ class Answers:
 
 
 def answer_schema(config: Config, prefix: str = "") -> list[pa.Field]:
-    """The columns that say what a model answered.
-
-    `answer` (a label; null when unparsed), `name` (for people), `p_LABEL` for each label (null in
-    generate mode), `expected` where the task is ordinal (see `expected_values`), `generated` in
-    generate mode (what the model wrote).
-    """
-    task = config.task
+    """The columns of `answer_names` with their types; see `expected_values` for `expected`."""
+    words = {f"{prefix}{name}" for name in ("answer", "name", "generated")}
     return [
-        pa.field(f"{prefix}answer", pa.string()),
-        pa.field(f"{prefix}name", pa.string()),
-        *(pa.field(f"{prefix}p_{label}", pa.float32()) for label in task.labels),
-        *([pa.field(f"{prefix}expected", pa.float32())] if task.ordinal else []),
-        *([pa.field(f"{prefix}generated", pa.string())] if config.infer.mode == "generate" else []),
+        pa.field(name, pa.string() if name in words else pa.float32())
+        for name in answer_names(config, prefix)
     ]
 
 

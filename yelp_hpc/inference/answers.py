@@ -35,7 +35,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from yelp_hpc.config import YELP, TaskConfig
+from yelp_hpc.config import YELP, Config, TaskConfig
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # "4stars" holds a number, "4th" does not.
@@ -69,6 +69,19 @@ _WORD_CUE = re.compile(
 _WORD_GOES_ON = re.compile(r"\w|[.,:/'’&_-]\w")
 _CHOICE = re.compile(r"[\"'”’`*_]*\s*(?:,?\s*\b(?:or|and)\b|[/|,&+])\s*[\"'“‘`*_]*", re.IGNORECASE)
 _HALF = re.compile(r"\s*(?:½|and\s+a\s+half\b|1/2\b)", re.IGNORECASE)
+
+
+def answer_names(config: Config, prefix: str = "") -> list[str]:
+    """The names of the columns that say what a model answered.
+
+    `answer` (a label; null when unparsed), `name` (for people), `p_LABEL` for each label (null in
+    generate mode), `expected` where the task is ordinal, `generated` (what the model wrote) in
+    generate mode.
+    """
+    task = config.task
+    names = ["answer", "name", *(f"p_{label}" for label in task.labels)]
+    names += ["expected"] * task.ordinal + ["generated"] * (config.infer.mode == "generate")
+    return [f"{prefix}{name}" for name in names]
 
 
 def answer_line(text: str) -> str:

@@ -23,6 +23,7 @@ from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_
 from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
 from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
+from yelp_hpc.rundir.request import adapter_sha256, read_request
 from yelp_hpc.rundir.study import Study
 from yelp_hpc.settings import check_values
 
@@ -36,8 +37,12 @@ def verify(run: RunPaths) -> list[str]:
         config, record = recorded_config(run.run_json), read_json(run.run_json)
     except RequestError as error:
         return [" ".join(str(error).split())]
-    problems = [*damaged_files(run.prepare), *damaged_files(run.adapter)]
-    for check in (_prepared, _recorded, _trained, _predicted, _metrics, _published):
+    problems = damaged_files(run.prepare)
+    asked = run.request.is_file()
+    if not asked or "tuned" in config.infer.models:
+        problems += damaged_files(run.adapter)
+    evaluation = (_prepared, _recorded, _trained, _predicted, _metrics, _published)
+    for check in (_recorded, _predicted, _answered) if asked else evaluation:
         try:
             problems += check(run, config, record)
         except StageError as error:
@@ -141,6 +146,16 @@ def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
             yield from _shard(path, run, config, model, test, seen)
         if expected <= found and test and len(seen) < len(test):
             yield f"{folder}: {len(test) - len(seen)} of {len(test)} test rows have no prediction"
+
+
+def _answered(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
+    """The file that was asked for is the one that was written, by the adapter that was copied."""
+    request, made = read_request(run), read_json(run.answered)
+    if request.adapter_sha256 != (adapter_sha256(run) if request.model == "tuned" else ""):
+        yield f"{run.adapter}: is not the adapter that was asked for (request.json)"
+    out = Path(made["out"])
+    if not out.is_file() or made.get("sha256") != sha256_file(out):
+        yield f"{out}: is missing or was altered since it was written"
 
 
 def _base_weights(

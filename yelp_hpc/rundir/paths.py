@@ -159,6 +159,22 @@ class RunPaths:
         """How far a shard is, for `status`."""
         return self.progress(model) / f"shard-{shard:04d}-of-{shards:04d}.json"
 
+    # predict
+    @property
+    def predict(self) -> Path:
+        """A folder, itself a run directory, for each request for predictions."""
+        return self.root / "predict"
+
+    @property
+    def request(self) -> Path:
+        """In such a folder: what is asked for."""
+        return self.root / "request.json"
+
+    @property
+    def answered(self) -> Path:
+        """In such a folder: what was written, and from what."""
+        return self.root / "answered.json"
+
     # collect and publish
     @property
     def metrics(self) -> Path:

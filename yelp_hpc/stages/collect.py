@@ -29,6 +29,11 @@ def run(paths: RunPaths, config: Config) -> None:
     Raises:
         StageError: as `compute` and `write_collected` do.
     """
+    if paths.request.is_file():  # answers that were asked for, not an evaluation
+        from yelp_hpc.stages import predict
+
+        predict.collect(paths, config)
+        return
     metrics, page = compute(paths, config)
     print_outcome(metrics, config.data.model_dump())
     write_collected(paths, metrics, page)

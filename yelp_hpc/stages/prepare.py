@@ -36,6 +36,11 @@ def run(paths: RunPaths, config: Config) -> None:
         RequestError: the source or the prompt cannot be used; every faulty row is named.
         StageError: a download or a write failed.
     """
+    if paths.request.is_file():  # rows to be answered, not sets to be drawn
+        from yelp_hpc.stages import predict
+
+        predict.prepare(paths, config)
+        return
     sweep(paths.prepare, paths.root)
     if paths.prepare.exists():
         problems = damaged_files(paths.prepare)

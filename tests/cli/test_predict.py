@@ -1,0 +1,83 @@
+"""The command predict: what it plans, its whole way on this machine, what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+from tests.hub.finished import finish_run
+from tests.tiny import reviews
+from yelp_hpc.rundir.paths import RunPaths
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    finish_run(folder / "run", folder / "model", str(folder / "model"))
+    frame = pandas.DataFrame({"id": range(12), "text": [text for text, _ in reviews(12, seed=8)]})
+    frame.to_csv(folder / "new.csv", index=False)
+    return folder
+
+
+def predict(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "yelp_hpc", "predict", "--run", "run", *arguments]
+    env = {**os.environ, "YELP_HPC_CACHE": str(folder / "cache")}
+    env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_dry_run_on_slurm_shows_the_array_and_writes_nothing(finished: Path) -> None:
+    before = sorted(finished.rglob("*"))
+    where = ["--input", "new.csv", "--out", "out.csv"]
+    code, shown, errors = predict(
+        finished, *where, "--executor", "slurm", "--shards", "4", "--dry-run"
+    )
+    assert code == 0, errors
+    assert shown.count("#SBATCH --array=0-3") == 1
+    assert "--dependency=afterok:JOB_ID_OF_prepare" in shown
+    assert "--dependency=afterany:JOB_ID_OF_infer-tuned" in shown
+    assert "infer --run" in shown and "--model tuned --shard 0" in shown
+    after = [path for path in sorted(finished.rglob("*")) if "cache" not in path.parts]
+    assert after == [path for path in before if "cache" not in path.parts]
+
+
+def test_the_whole_way_here_and_a_second_start_does_nothing(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(finished, folder)
+    where = ["--input", "new.csv", "--out", "out.jsonl", "--shards", "2"]
+    code, shown, errors = predict(folder, *where)
+    assert code == 0, errors
+    assert shown.strip() == "out.jsonl"
+    frame = pandas.read_json(folder / "out.jsonl", lines=True)
+    assert frame["id"].tolist() == list(range(12)) and frame["answer"].notna().all()
+    (asked,) = RunPaths(folder / "run").predict.iterdir()
+    made = {path: path.stat().st_mtime_ns for path in asked.rglob("*") if path.is_file()}
+    code, _, errors = predict(folder, *where)
+    assert code == 0 and "nothing to do, everything is there" in errors
+    again = {path: path.stat().st_mtime_ns for path in asked.rglob("*") if path.is_file()}
+    kept = ("answered.json", ".parquet", ".log")
+    assert [p for p in made if p.name.endswith(kept) and again[p] != made[p]] == []
+    status = subprocess.run(
+        [sys.executable, "-m", "yelp_hpc", "status", "--run", str(asked)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = [line.split()[:2] for line in status.stdout.splitlines()[1:4]]
+    assert words == [["prepare", "done"], ["infer-tuned", "done"], ["collect", "done"]]
+
+
+def test_refusals_exit_with_2(finished: Path) -> None:
+    code, _, errors = predict(finished, "--input", "gone.csv", "--out", "out.xlsx")
+    assert code == 2 and "must end in .csv, .jsonl, .parquet" in errors
+    code, _, errors = predict(finished, "--input", "gone.csv", "--out", "out.csv")
+    assert code == 2 and "gone.csv does not exist" in errors
+    assert not (finished / "run" / "predict").exists()

@@ -1,0 +1,100 @@
+"""A request for predictions, judged where it is made: nothing is written before all of it is sound.
+
+Reads the run's markers and all of the input. Needs no torch, and no pyarrow for plain text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yelp_hpc.config import Config
+from yelp_hpc.data.files import BINARY_FORMATS, format_of
+from yelp_hpc.data.output import output_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.inference.answers import answer_names
+from yelp_hpc.rundir.files import damaged_files, read_object, sha256_file
+from yelp_hpc.rundir.origin import require_own_adapter
+from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.request import Request, adapter_sha256, read_request
+from yelp_hpc.stages.rows import input_files, scan
+
+
+def make_request(
+    run: RunPaths,
+    config: Config,
+    *,
+    model: str,
+    source: str,
+    out: str,
+    prefix: str = "",
+    text_column: str | None = None,
+    label_column: str | None = None,
+    header: bool | None = None,
+) -> tuple[Request, str]:
+    """What is asked for, and a note for the user ("" without one).
+
+    Args:
+        text_column, label_column, header: None for what the run's own data have.
+
+    Raises:
+        RequestError: the adapter is missing or damaged, the input cannot be answered (every faulty
+            row is named), the output cannot be written or holds somebody else's file.
+        StageError: the adapter is not the run's own.
+    """
+    target = Path(out).expanduser()
+    problems = [f"--out {problem}" for problem in output_problems(target)]
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        problems.append(f"--out {out} is the input itself; name another file")
+    if model == "tuned":
+        damaged = damaged_files(run.adapter)
+        if damaged:
+            problems.append(
+                f"{run.root} has no finished adapter ({'; '.join(damaged)}): train it, or ask "
+                "--model base"
+            )
+        else:
+            require_own_adapter(run, config)
+    if problems:
+        raise RequestError(all_problems("nothing was submitted or written:", problems))
+    files = input_files(source)
+    own = config.data.source == "file"
+    recorded = read_object(run.run_json).get("model") or {}
+    request = Request(
+        run=str(run.root),
+        model=model,
+        adapter_sha256=adapter_sha256(run) if model == "tuned" else "",
+        base_fingerprint=str(recorded.get("fingerprint") or ""),
+        input=str(Path(source).expanduser().absolute()),
+        sha256={path.name: sha256_file(path) for path in files},
+        text_column=text_column or (config.data.text_column if own else "text"),
+        label_column=label_column or (config.data.label_column if own else "label"),
+        label_needed=label_column is not None,
+        header=(config.data.header if own else True) if header is None else header,
+        escaped=own and config.data.escaped,
+        out=str(Path(out).expanduser().absolute()),
+        prefix=prefix,
+    )
+    note = ""
+    try:
+        found = scan(request, config.task, answer_names(config, prefix))
+        if found.why_unlabelled:
+            note = f"no metrics: {found.why_unlabelled}"
+    except ModuleNotFoundError:
+        if all(format_of(path) not in BINARY_FORMATS for path in files):
+            raise
+        note = "the input is looked at on the node: pyarrow is not installed here"
+    _refuse_foreign(request, run.predict / request.name)
+    return request, note
+
+
+def _refuse_foreign(request: Request, folder: Path) -> None:
+    """Refuse to write over a file that no earlier start of the same request wrote."""
+    out = Path(request.out)
+    if not out.exists():
+        return
+    try:
+        mine = read_request(RunPaths(folder)).out == request.out
+    except StageError:
+        mine = False
+    if not mine:
+        raise RequestError(f"--out {out} is there already; name another file, or remove it")

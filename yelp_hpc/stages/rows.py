@@ -1,0 +1,129 @@
+"""Rows to be answered: texts, and labels where every row has one, from any file that prepare reads.
+
+Reads the input, a record at a time; writes nothing. What is plain text needs no pyarrow, so that a
+login node can look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.config import TaskConfig
+from yelp_hpc.data.files import Record, class_names, data_files, records, text_fault, unescaped
+from yelp_hpc.data.labels import classes_of, value_text
+from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.rundir.request import Request
+
+_SHOWN = 10
+_MOST_VALUES = 5000
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What an input holds."""
+
+    rows: int
+    columns: tuple[str, ...]
+    classes: Mapping[str, int] | None
+    """Label as text → class; None where the rows have no labels that can be counted."""
+    why_unlabelled: str = ""
+    """Why a label column that is there gives no metrics."""
+
+
+def read_input(request: Request) -> Iterator[Record]:
+    """`(place, record)` of every row, in the order of the files. Raises as `records` does."""
+    paths = data_files(request.input)
+    for path in paths:
+        for place, record in records(path, request.header):
+            yield place if len(paths) == 1 else f"{path.name} {place}", record
+
+
+def text_of(record: Mapping[Any, Any], request: Request) -> str:
+    """The text of a row that `scan` has passed."""
+    text = str(record[request.text_column])
+    return unescaped(text) if request.escaped else text
+
+
+def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
+    """Read all of the input once.
+
+    Args:
+        added: names of the columns that the answers will have.
+
+    Raises:
+        RequestError: a file or a column is missing, a row has no text, a column is named as one
+            that is added; every problem at once.
+    """
+    source, column = request.input, request.label_column
+    problems: list[str] = []
+    columns: dict[str, None] = {}
+    values: dict[str, str] = {}
+    rows = faulty = empty = 0
+    without = ""
+    many = False
+    for place, record in read_input(request):
+        rows += 1
+        columns.update(dict.fromkeys(str(key) for key in record if key is not None))
+        if fault := text_fault(record, request.text_column):
+            faulty += 1
+            problems += [f"{place}: {fault}"] * (len(problems) < _SHOWN)
+        label = record.get(column)
+        value = "" if isinstance(label, bool | list | dict) else value_text(label)
+        if not value:
+            empty += 1
+            without = without or place
+        elif not many:
+            values.setdefault(value, place)
+            many = len(values) > _MOST_VALUES
+    if not rows:
+        raise RequestError(f"{source} has no rows")
+    if request.text_column not in columns:
+        raise RequestError(
+            f"{source} has no column {request.text_column} (it has: {', '.join(columns)}); name "
+            "the text's with --text-column"
+        )
+    if faulty > len(problems):
+        problems.append(f"… and {faulty - len(problems):,} more rows")
+    taken = [name for name in added if name in columns]
+    if taken:
+        problems.append(
+            f"it has the columns {', '.join(taken)} already: give those that are added another "
+            "beginning, --prefix TEXT"
+        )
+    if problems:
+        raise RequestError(all_problems(f"{source} cannot be answered:", problems))
+    classes, why = None, ""
+    if column in columns and column != request.text_column:
+        if empty:
+            why = f"{empty:,} of {rows:,} rows have none (first: {without})"
+        elif many:
+            why = f"it holds over {_MOST_VALUES:,} different values"
+        else:
+            classes, why = _classes(values, task, class_names(data_files(source)[0], column))
+    elif request.label_needed:
+        why = f"there is no such column (there are: {', '.join(columns)})"
+    if why and request.label_needed:
+        raise RequestError(f"{source}: --label-column {column} gives no metrics: {why}")
+    return Scan(rows, tuple(columns), classes, f"{column}: {why}" if why else "")
+
+
+def _classes(
+    values: Mapping[str, str], task: TaskConfig, names: list[str] | None
+) -> tuple[dict[str, int] | None, str]:
+    try:
+        found = classes_of(values, task, names)
+    except RequestError as error:
+        return None, str(error)
+    known = {value: i for value, i in found.items() if i is not None}
+    strange = [value for value in found if value not in known]
+    if strange:
+        return None, f"{strange[0]!r} ({values[strange[0]]}) is no label of the task"
+    return known, ""
+
+
+def input_files(place: str) -> list[Path]:
+    """The files of an input, each there. Raises RequestError as `data_files` does."""
+    return data_files(str(Path(place).expanduser().absolute()))
