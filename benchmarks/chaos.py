@@ -189,7 +189,11 @@ def main() -> int:
                         counts[fault] += 1
                         done += 1
                 if not client.queue([ids["train"]]):
-                    break
+                    if run.adapter.exists() or counts["disk"] == filled:
+                        break
+                    if yelp_hpc(*command, check=False).returncode == 0:
+                        again += 1
+                        ids = {line["name"]: line["job"] for line in read_jsonl(run.submissions)}
             try:
                 wait_ended(list(ids.values()), 600)
             except AssertionError:
@@ -205,18 +209,21 @@ def main() -> int:
             total = sum(counts.values())
             print(
                 f"round {round_ + 1}: {total} faults so far, {wrong} wrong, {lost} lost, "
-                f"{unfinished} did not end, {again} submitted again",
+                f"{unfinished} did not end, {again} submitted again ({_kinds(counts)})",
                 flush=True,
             )
             if options.keep and (wrong or lost or unfinished):
                 shutil.copytree(run.root, options.keep)
                 break
             shutil.rmtree(run.root)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    print(f"{options.rounds} rounds, {sum(counts.values())} faults: {kinds}")
+    print(f"{options.rounds} rounds, {sum(counts.values())} faults: {_kinds(counts)}")
     print(f"lost rows: {lost}; wrong hashes: {wrong}; rounds that did not end: {unfinished}")
     print(f"submitted again after a full disk: {again}")
     return int(bool(lost or wrong or unfinished))
+
+
+def _kinds(counts: collections.Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def missing_rows(run: RunPaths, reference: RunPaths) -> int:
