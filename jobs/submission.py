@@ -191,7 +191,7 @@ def living(paths: RunPaths, patience: float = 0.0) -> list[Live]:
     for line in mine:
         own = [row for row in rows if attempts.within(row.job, line["job"])]
         shown = [row for row in own if slurm.is_of(row, line)]
-        if any(row.live for row in shown) or (not shown and young(paths, line)):
+        if any(row.live for row in shown) or (not own and young(paths, line)):
             found.append(Live(line["name"], line["job"], "", line))
     known = {line["job"].partition("_")[0] for line in mine}
     lost = {row.parent: row for row in rows if row.live and row.parent not in known}

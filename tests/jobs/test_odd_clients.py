@@ -1,0 +1,155 @@
+"""Clients as sites have them, played: a job is queued once, found again, and cancelled alone."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.fake_run import FakeRun
+from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.jobs.chain import cancel, submit
+from yelp_hpc.jobs.site.client import user_name
+from yelp_hpc.jobs.status import collect_status
+from yelp_hpc.jobs.watch import follow
+from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.paths import RunPaths
+
+HEAD = 'echo "JOBID|STATE|REASON|NODELIST|TIME|LIMIT|RESTARTS|SUBMIT|USER|NAME|COMMAND|"\n'
+QUEUED = (
+    'n=$(($(cat $S/n 2>/dev/null || echo 100) + 1)); echo $n >$S/n; s="${@: -1}"\n'
+    'name=$(grep -o "job-name=.*" "$s"); echo "$n|PENDING|Resources||0:00|10:00|0|1700000000|'
+    f'{user_name()}|${{name#*=}}|$s|" >>$S/jobs\n'
+)
+ASKED = (
+    'case "$*" in *"show config"*) echo "ClusterName = lab";;\n'
+    '*"show job"*) while IFS="|" read -r id state a b c d e f g h script; do '
+    '[ "$id" = "${@: -1}" ] && echo "JobId=$id JobState=$state SubmitTime=1700000000 '
+    'Command=${script%|}" && exit; '
+    'done <$S/jobs; echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;; esac\n'
+)
+SOUND = {
+    "sbatch": f"{QUEUED}echo $n",
+    "squeue": f"{HEAD}cat $S/jobs",
+    "scontrol": ASKED,
+    "scancel": 'for i in "$@"; do grep -v "^$i|" $S/jobs >$S/left; mv $S/left $S/jobs; done',
+    "sacct": "exit 0",
+    "srun": "exit 0",
+}
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+SITES: dict[str, dict[str, str]] = {
+    "as they are": {},
+    "a queue that shows nothing yet": {"squeue": HEAD},
+    "a queue without a word": {"squeue": "exit 0"},
+    "several clusters": {"squeue": f'echo "CLUSTER: lab"\n{HEAD}cat $S/jobs'},
+    "no scontrol": {"scontrol": ""},
+    "a scontrol that does not answer": {"scontrol": AWAY},
+    "no sacct": {"sacct": ""},
+    "a sacct without a database": {"sacct": "echo 'Slurm accounting is off' >&2; exit 1"},
+    "words around the id": {"sbatch": f'{QUEUED}echo "lua: hi"; echo "Submitted batch job $n"'},
+    "an id on a line of another system": {"sbatch": f'{QUEUED}printf "hi\\r\\n$n\\r\\n"'},
+    "a script that was lost once": {
+        "sbatch": "[ -e $S/once ] || { touch $S/once; echo 'sbatch: error: Batch job submission "
+        f"failed: I/O error writing script/environment to file' >&2; exit 1; }}\n{QUEUED}echo $n"
+    },
+}
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
+    """Puts these clients, and nothing else of Slurm, on PATH; returns what Slurm holds, a file."""
+    folder, state = tmp_path / "bin", tmp_path / "state"
+    for made in (folder, state):
+        made.mkdir()
+    for tool in ("bash", "cat", "grep", "touch", "mv", "env"):
+        (folder / tool).symlink_to(shutil.which(tool) or tool)
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(clients: dict[str, str]) -> Path:
+        for name, script in {**SOUND, **clients}.items():
+            (folder / name).unlink(missing_ok=True)
+            if script:
+                (folder / name).write_text(f"#!{folder}/bash\nS={state}\n{script}\n")
+                (folder / name).chmod(0o755)
+        return state / "jobs"
+
+    (state / "jobs").touch()
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> FakeRun:
+    cluster = {"defaults": {"partition": "cpu", "time": "10"}, "python": sys.executable}
+    return FakeRun(tmp_path / "a-run", 1, cluster).prepared()
+
+
+def go(run: FakeRun) -> list[str]:
+    made = submit("train", run.root, run.config, run.cluster, say=lambda text: None)
+    return [submission.job for submission in made]
+
+
+def state_of(run: FakeRun) -> str:
+    return next(x.state for x in collect_status(run.root, run.config)[0] if x.name == "train")
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_job_is_queued_once_found_again_and_cancelled(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, site: str
+) -> None:
+    jobs = play(SITES[site])
+    assert go(run) == ["101"]
+    with pytest.raises(RequestError, match="train is job 101"):
+        go(run)
+    assert state_of(run) == "waiting"
+    assert cancel(run.root) == ["101"]
+    assert jobs.read_text() == ""
+    assert state_of(run) == "cancelled"
+
+
+@pytest.mark.parametrize("clients", [{}, {"scontrol": ""}, {"scontrol": AWAY}])
+@pytest.mark.parametrize("whose", ["somebody", user_name()])
+def test_an_id_that_another_job_has_now_is_left_alone(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, whose: str, clients: dict[str, str]
+) -> None:
+    jobs = play(clients)
+    go(run)
+    stranger = f"101|RUNNING|None|g1|0:10|10:00|0|1600000000|{whose}|x|/home/x.sh|\n"
+    jobs.write_text(stranger)
+    assert cancel(run.root) == []
+    assert jobs.read_text() == stranger
+    assert go(run) == ["102"]
+
+
+def test_a_queue_that_cannot_be_asked_is_no_empty_one(
+    play: Callable[[dict[str, str]], Path], run: FakeRun
+) -> None:
+    jobs = play({})
+    go(run)
+    before = jobs.read_text()
+    play({"squeue": "echo 'out of memory' >&2; exit 139"})
+    with pytest.raises(YelpHpcError, match="squeue failed: out of memory"):
+        go(run)
+    with pytest.raises(YelpHpcError, match="squeue failed: out of memory"):
+        cancel(run.root)
+    assert jobs.read_text() == before
+
+
+def test_what_only_vanishes_from_the_queue_is_waited_for(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "ABSENT_SECONDS", 0.1)
+    shown_once = "[ -e $S/shown ] || cat $S/jobs; touch $S/shown"
+    play({"squeue": f"{HEAD}{shown_once}"})
+    ended = attempts.Attempt("train", "101", 0, ended=time.time(), verdict="done")
+    later = threading.Timer(2, attempts.write, (RunPaths(run.root), ended))
+    said: list[str] = []
+    later.start()
+    submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
+    later.join()
+    assert said[-1] == "train (job 101): ended"
