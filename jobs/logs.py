@@ -59,10 +59,12 @@ def outputs(paths: RunPaths, name: str, job: str) -> Iterator[Path]:
     else:
         places = (paths.logs / "slurm").glob(f"{job}_*_log.out")
     told = {attempt.job for attempt in attempts.read(paths, name)}
-    for path in sorted(places, key=lambda path: path.stat().st_mtime):
+    for path in sorted(places, key=lambda path: path.lstat().st_mtime):
         # JOB_0_log.out, of an array JOB_TASK_0_log.out
         task = path.name.removesuffix("_log.out").rpartition("_")[0]
-        if not {task, f"local-{task}"} & told and path.stat().st_size:
+        if path.is_symlink() or {task, f"local-{task}"} & told:  # a link could lead anywhere
+            continue
+        if path.stat().st_size:
             yield path
 
 

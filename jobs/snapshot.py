@@ -92,6 +92,7 @@ def freeze_settings(paths: RunPaths, content: dict[str, Any]) -> Path:
     """
     digest = _text_digest(content)
     path = paths.logs / f"cluster-{digest[:LETTERS]}.json"
+    sweep(paths.logs)
     if path.is_symlink() or settings_digest(path) != digest:
         write_json(path, content)
     return path

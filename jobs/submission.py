@@ -26,11 +26,19 @@ from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.jobs.snapshot import read_settings
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import task_text
-from yelp_hpc.rundir.files import append_jsonl, read_json, read_jsonl, remove, write_bytes
+from yelp_hpc.rundir.files import (
+    append_jsonl,
+    read_json,
+    read_jsonl,
+    remove,
+    sweep,
+    write_bytes,
+)
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.runtime import use_programs
 
 _JOB = re.compile(r"(local-)?[0-9]{1,18}(_[0-9]{1,9})?")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -93,15 +101,16 @@ def records(paths: RunPaths) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, line in enumerate(read_jsonl(paths.submissions)):
         if all(isinstance(line.get(key), str) for key in ("name", "job", "executor")):
-            if not _JOB.fullmatch(line["job"]):
+            if not _JOB.fullmatch(line["job"]) or not _NAME.fullmatch(line["name"]):
                 continue
-            key = (line["name"], line["job"], line.get("time", number))
+            key = (line["name"], line["job"], str(line.get("time", number)))
             found[key] = line
     return list(found.values())
 
 
 def cancelled(paths: RunPaths, what: Sequence[Live]) -> None:
     """Record that these are not to be counted any more, and that a `cancel` was made."""
+    sweep(paths.logs)
     for live in what:
         if live.record is not None:
             append_jsonl(paths.submissions, {**live.record, "cancelled": time.time()})

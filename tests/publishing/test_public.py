@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ SECRETS = {
     "assigned secret": "password = 'tr0ub4dor&3x'",
     "assigned secret ": f'"api_key": "{LETTERS[:20]}"',
     "assigned secret  ": f"WANDB_API_KEY={LETTERS}",
+    "assigned secret   ": f"  password {LETTERS[:20]}",  # of a .netrc
+    "netrc password": "machine api.wandb.ai login user password x",
+    "Weights & Biases key": "wandb.login(key='" + "0123456789abcdef0123456789abcdef01234567" + "')",
+    "registry login": '{"auths": {"ghcr.io": {"auth": "bWU6dHIwdWI0ZG9yJjN4"}}}',
+    "Kaggle key": '{"username": "me", "key": "0123456789abcdef0123456789abcdef"}',
     "authorization header": "Authorization: Basic dXNlcjpwYXNzd29yZA==",
 }
 
@@ -54,6 +60,9 @@ def test_secrets_of_the_common_kinds_are_found_where_they_stand(kind: str) -> No
         "See https://huggingface.co/owner/name:main and http://localhost:8080/a@b",
         "the password is never a secret; token: the unit of text; key = value",
         "transformers==5.6.0 scikit-learn==1.5 sk-learn-intro hf_hub hf_transfer",
+        "wandb @ git+https://github.com/wandb/wandb@0123456789abcdef0123456789abcdef01234567",
+        "the machine's password is asked for\npassword authentication",
+        '"author": "me", "auth": true, "key": "train"',
         "password = getpass.getpass()\nself.token = token\ntoken=os.environ['HF_TOKEN']",
     ],
 )
@@ -83,11 +92,11 @@ def test_the_public_record_holds_no_path_no_user_and_no_diff(tmp_path: Path) -> 
             "resolved": config.model_dump(mode="json"),
         },
         "code": {"version": "0.1.0", "git_sha": "a" * 40, "dirty": True, "diff": "+secret\n"},
-        "packages": {"torch": "2.13.0+cpu", "odd": f"file://{home}/wheel"},
+        "packages": {"torch": "2.13.0+cpu", "odd": f"file://{home}/wheel", f"{home}/x": "1"},
         "lock_sha256": {"cpu.lock": "b" * 64},
         "image": {"path": str(home / "a.sif"), "sha256": "c" * 64},
         "model": {"path": "x", "folder": str(home / "models" / "base"), "fingerprint": "d" * 64},
-        "data": {"rows": {"train": 4}, "fingerprint": "e" * 64, "note": str(home)},
+        "data": {"rows": {"train": 4, str(home): 5}, "fingerprint": "e" * 64, "note": str(home)},
         "snapshot": "code/abc",
         "reproduces": {"code": {"diff": "+secret\n"}},
         "user": "somebody",
@@ -116,6 +125,17 @@ def test_links_count_as_what_they_lead_to(tmp_path: Path) -> None:
     (model / "plain.json").write_text("{}")
     (run / "up.json").symlink_to("../id_rsa")
     folders = allowed_folders(run, model)
+    other = tmp_path / "plain" / "snapshots" / "abc"
+    other.mkdir(parents=True)
+    (tmp_path / "plain" / "blobs").symlink_to(tmp_path)  # no cache: it leads anywhere
+    (other / "bad.json").symlink_to(secret)
+    assert leads_outside(other / "bad.json", allowed_folders(run, other))
+    inside = run / "folder"
+    inside.symlink_to(tmp_path)  # a folder that is a link
+    assert leads_outside(inside / "id_rsa", folders)
+    os.mkfifo(run / "pipe")
+    (run / "null").symlink_to("/dev/null")
+    assert leads_outside(run / "pipe", folders) and leads_outside(run / "null", folders)
     good = [model / "good.json", model / "plain.json"]
     bad = [model / "bad.json", model / "loop", model / "absent", run / "up.json", run]
     assert [leads_outside(path, folders) for path in [*good, *bad]] == [False] * 2 + [True] * 5

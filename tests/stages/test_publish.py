@@ -438,6 +438,15 @@ def test_links_and_a_marker_that_leads_outside_are_refused_by_name(
         publish.run(run, config, backoff=QUICK)
     for name in ("vocab.txt", "merges.txt", "loss.png"):
         assert name in str(caught.value)
+    # a second name for the same file is no link that could be followed: its content tells
+    for path in (run.loss_png, model / "vocab.txt"):
+        path.unlink()
+        path.hardlink_to(key)
+    (model / "merges.txt").unlink()
+    with pytest.raises(
+        RequestError, match=r"loss\.png line 1: private key\n.*vocab\.txt line 1: pr"
+    ):
+        publish.run(run, config, backoff=QUICK)
     marker = json.loads((run.adapter / "complete.json").read_text())
     marker["files"]["/etc/passwd"] = "0" * 64
     write_json(run.adapter / "complete.json", marker)

@@ -49,7 +49,11 @@ def public_record(record: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "data": {
             **{key: data[key] for key in ("truncated", "duplicates") if _number(data.get(key))},
             **{
-                key: {name: n for name, n in _section(data, key).items() if _number(n)}
+                key: {
+                    name: n
+                    for name, n in _section(data, key).items()
+                    if _number(n) and _text(name) is not None
+                }
                 for key in ("rows", "tokens")
             },
             "fingerprint": _text(data.get("fingerprint")),
@@ -111,7 +115,8 @@ def refuse_links(content: Mapping[str, Path | bytes], folders: Sequence[Path]) -
 def allowed_folders(run: Path, model: Path) -> list[Path]:
     """Where files that are uploaded may lie: the run, the base model and our cache."""
     folders = [run, model, cache_folder()]
-    if place := repository(model):  # links lead into its blobs
+    place = repository(model)  # links lead into its blobs
+    if place and not (place / "blobs").is_symlink():
         folders.append(place / "blobs")
     return folders
 
@@ -142,7 +147,7 @@ def _texts(values: Any) -> dict[str, str]:
 
 def _text_items(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
-        if (text := _text(value)) is not None:
+        if (text := _text(value)) is not None and _text(key) is not None:
             yield key, text
 
 

@@ -32,6 +32,10 @@ KINDS = {
     "Databricks token": rb"\bdapi[0-9a-f]{32}",
     "Telegram token": rb"\b\d{8,10}:AA[\w-]{32,}",
     "Azure storage key": rb"AccountKey=[A-Za-z0-9+/]{40,}={0,2}",
+    "Weights & Biases key": rb"\bwandb_v\d_\w{20,}|(?i:wandb)[^@/]{0,60}?\b[0-9a-f]{40}\b",
+    "registry login": rb"\"auth\"\s*:\s*\"[A-Za-z0-9+/]{8,}={0,2}\"",
+    "Kaggle key": rb"\"key\"\s*:\s*\"[0-9a-f]{32}\"",
+    "netrc password": rb"\bmachine\s+\S+\s+(?:login\s+\S+\s+)?password\s+\S+",
     "JSON web token": rb"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",
     "password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^\s/:@'\"<>{}$]*:[^\s/@'\"<>{}$]+@[\w.-]",
     "authorization header": rb"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)"
@@ -42,6 +46,8 @@ _ASSIGNED = re.compile(
     rb"(?i)(?:pass(?:word|wd|phrase)?|pwd|secret|(?:api|access|private|secret|auth|account)[_.-]?key"
     rb"|token|credentials?)[\"']?\s*(?::=|=>|[:=])\s*[\"']?([^\s\"',;<>\[\](){}$\\]{8,})"
 )
+_NETRC = re.compile(rb"^[+-]?\s*password\s+(\S{8,})\s*$")
+"""A line of a .netrc, where nothing stands between the name and the value."""
 _BITS = 2.7
 """Entropy of a character (Shannon) from which a value counts as random: `abcabc123` has 2.6."""
 
@@ -56,8 +62,10 @@ def find_secrets(content: bytes, assignments: bool = True) -> Iterator[tuple[int
         for kind, shape in _SHAPES.items():
             if shape.search(line):
                 yield number, kind
-        if assignments and any(_is_random(found[1]) for found in _ASSIGNED.finditer(line)):
-            yield number, "assigned secret"
+        if assignments:
+            given = [*_ASSIGNED.findall(line), *_NETRC.findall(line)]
+            if any(map(_is_random, given)):
+                yield number, "assigned secret"
 
 
 def _is_random(value: bytes) -> bool:

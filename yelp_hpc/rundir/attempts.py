@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.files import read_jsonl, read_object, write_json
+from yelp_hpc.rundir.files import read_jsonl, read_object, sweep, write_json
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 SILENT = 120.0
@@ -73,6 +73,7 @@ def write(paths: RunPaths, attempt: Attempt) -> None:
     """Write the attempt, in place of what stood there of it."""
     values = asdict(attempt)
     values["shards"] = task_text(values.pop("task"))
+    sweep(attempt.path(paths).parent)
     write_json(attempt.path(paths), values)
 
 
