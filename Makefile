@@ -59,7 +59,7 @@ cluster-down:
 audit:  ## how old the locks are, and the known vulnerabilities of what they name (needs pip-audit and the network)
 	@for lock in containers/*.lock; do git log -1 --format="$$lock is of %cs (%cr)" -- $$lock; done
 	@command -v pip-audit >/dev/null || { echo "pip-audit is not installed: pipx install pip-audit"; exit 1; }
-	for lock in containers/*.lock; do pip-audit --require-hashes --disable-pip -r $$lock || exit 1; done
+	for lock in containers/*.lock; do pip-audit --strict --require-hashes --disable-pip -r $$lock || exit 1; done
 
 lock:  ## write the lock files anew from pyproject.toml
 	bash containers/lock.sh

@@ -39,6 +39,17 @@ class Provenance:
         """Hexadecimal SHA-256 of all of it."""
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
 
+    @classmethod
+    def of(cls, made: Mapping[str, str]) -> Provenance | None:
+        """What a shard's metadata, keys without `yelp_hpc.`, spells; None where it is not whole."""
+        texts = {key: value for key, value in made.items() if key != "identity"}
+        limit = texts.pop("max_new_tokens", "?")
+        if {*texts, "max_new_tokens"} != {*cls.__dataclass_fields__}:
+            return None
+        if limit and not (limit.isascii() and limit.isdigit()):
+            return None
+        return cls(**texts, max_new_tokens=int(limit) if limit else None)
+
     def metadata(self) -> dict[str, str]:
         """Schema metadata: `yelp_hpc.<field>` and `yelp_hpc.identity`."""
         fields = {

@@ -6,7 +6,6 @@ stages recorded of it, the shards against the test set, and computes metrics.jso
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError
-from yelp_hpc.inference.provenance import PREFIX, wanted
+from yelp_hpc.inference.provenance import PREFIX, Provenance, wanted
 from yelp_hpc.proof import second_opinion
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
@@ -207,7 +206,8 @@ def _shard(
     except (OSError, pa.ArrowException, ValueError) as error:
         yield f"{path}: is torn or altered ({str(error).splitlines()[0]})"
         return
-    if origin.get("identity") != _identity(origin):
+    made = Provenance.of(origin)
+    if made is None or made.identity != origin.get("identity"):
         yield f"{path}: its provenance was altered (it does not hash to its identity)"
     for name, value in wanted(run, config, model).metadata().items():
         key = name.removeprefix(PREFIX)
@@ -241,13 +241,6 @@ def _follows(prediction: int | None, scores: Any, text: str | None, config: Conf
     if not scores or len(scores) != len(config.task.labels) or not all(map(math.isfinite, scores)):
         return False
     return bool(prediction == scores.index(max(scores)))
-
-
-def _identity(origin: Mapping[str, str]) -> str:
-    fields: dict[str, Any] = {k: v for k, v in origin.items() if k != "identity"}
-    limit = fields.get("max_new_tokens")
-    fields["max_new_tokens"] = int(limit) if limit and limit.isdigit() else None
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _test_labels(run: RunPaths) -> dict[int, int]:
