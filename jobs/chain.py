@@ -37,6 +37,7 @@ from yelp_hpc.jobs.submission import (
     records,
     sweep_pickles,
     take_up_programs,
+    taken_back,
 )
 from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import plain
@@ -301,8 +302,12 @@ def all_or_nothing(submissions: Sequence[Submission], *places: RunPaths) -> Iter
         yield
     except (RequestError, StageError):
         with suppress(StageError):
-            slurm.cancel([submission.job for submission in submissions])
+            queued = [submission.job for submission in submissions]
+            slurm.cancel(queued)
+            if queued:
+                tell(f"cancelled what was queued before: {', '.join(queued)}")
             for paths in places:
+                taken_back(paths, queued)
                 slurm.cancel([item.job for item in living(paths) if item.record is None])
         raise
 

@@ -11,7 +11,7 @@ import shlex
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +106,13 @@ def records(paths: RunPaths) -> list[dict[str, Any]]:
             key = (line["name"], line["job"], str(line.get("time", number)))
             found[key] = line
     return list(found.values())
+
+
+def taken_back(paths: RunPaths, jobs: Container[str]) -> None:
+    """Record that these, just submitted, are not to be counted any more."""
+    for line in records(paths):
+        if line["job"] in jobs:
+            append_jsonl(paths.submissions, {**line, "cancelled": time.time()})
 
 
 def cancelled(paths: RunPaths, what: Sequence[Live]) -> None:

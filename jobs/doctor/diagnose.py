@@ -45,6 +45,7 @@ from yelp_hpc.jobs.doctor.run import (
 from yelp_hpc.jobs.doctor.slurm import check_slurm
 from yelp_hpc.jobs.preflight import MODULES, missing_modules, on_host_python
 from yelp_hpc.jobs.site.client import client
+from yelp_hpc.jobs.site.refusals import as_the_shell_fills_it
 from yelp_hpc.jobs.site.slurm_facts import SlurmFacts, ask_slurm
 from yelp_hpc.own_files import own_module, version
 from yelp_hpc.progress import say as tell
@@ -100,7 +101,7 @@ def diagnose(
     if not facts.problem:
         facts = facts.model_copy(update={"refusals": _refusals(request)})
     return [
-        *check_slurm(facts, cluster, config),
+        *check_slurm(facts, as_the_shell_fills_it(cluster, os.environ), config),
         *_host_side(request, found),
         *(_node_side(request, found, facts, wait_seconds, say) if on_node else []),
     ]

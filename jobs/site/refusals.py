@@ -12,6 +12,7 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.site.client import NoAnswer, unanswered
+from yelp_hpc.rundir.paths import STAGES
 
 # what sbatch says → the keys to change, as the cluster file has them; {} is the stage
 _SECTION = "{0}.%s or defaults.%s"
@@ -118,6 +119,18 @@ def user_defaults(want: Resources, environ: Mapping[str, str]) -> dict[str, tupl
             if value is not None and value.isprintable() and _usable(option, value):
                 found[option] = (value, f"SBATCH_{name}")
     return found
+
+
+def as_the_shell_fills_it(cluster: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:
+    """The cluster file with what its stages take from the user's shell, as far as it has a key."""
+    filled = {}
+    for stage in STAGES:
+        taken = user_defaults(cluster.resources(stage), environ)
+        own = {
+            key: taken[key][0] for key in ("account", "partition", "qos", "time") if key in taken
+        }
+        filled[stage] = getattr(cluster, stage).model_copy(update=own)
+    return cluster.model_copy(update=filled)
 
 
 def _usable(option: str, value: str) -> bool:

@@ -125,6 +125,20 @@ def test_an_id_that_another_job_has_now_is_left_alone(
     assert go(run) == ["102"]
 
 
+def test_a_chain_that_is_refused_half_way_is_taken_back(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = '[ "$(cat $S/n)" = 102 ] && echo "QOSMaxSubmitJobPerUserLimit" >&2 && exit 1'
+    jobs = play({"sbatch": f"{limit}\n{QUEUED}echo $n", "squeue": f"{HEAD}exit 0"})
+    with pytest.raises(RequestError, match="max_array_size"):
+        submit("all", run.root, run.config, run.cluster)
+    assert "cancelled what was queued before: 101, 102" in capsys.readouterr().err
+    assert jobs.read_text() == ""
+    assert state_of(run) == "cancelled"
+    play({})
+    assert go(run) == ["103"]
+
+
 def test_a_queue_that_cannot_be_asked_is_no_empty_one(
     play: Callable[[dict[str, str]], Path], run: FakeRun
 ) -> None:
