@@ -345,7 +345,7 @@ class Ours:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        from yelp_hpc.data.packing import default_pieces
+        from yelp_hpc.data.packing import default_pieces, more_pieces
         from yelp_hpc.models.packed.batch import prepare_model
         from yelp_hpc.models.packed.dropout import use_sequence_dropout
         from yelp_hpc.ranks.rank import StopRequest
@@ -378,7 +378,7 @@ class Ours:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         mean = sum(map(self.rows.own_length, range(len(rows)))) / len(rows)
         pieces = default_pieces(BATCH * mean, self.rows.prefix_length, BATCH)
-        self.budget = Budget(0, max_tokens, pieces, recompute=False, threads=args.threads)
+        self.budget = Budget(0, max_tokens, pieces, False, args.threads, more=more_pieces(False))
         cpu, scaler = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False)
         self.gradients = Gradients(
             "fp32", 42, World(0, 1, cpu), model, dropout, scaler, self.rows, StopRequest(),

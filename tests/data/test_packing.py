@@ -103,8 +103,11 @@ def test_a_cut_batch_fits_its_budget_in_equal_pieces(pieces: int, max_tokens: in
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("more", [0, 1, 3])
 @pytest.mark.parametrize("max_tokens", [100, 101, 180, 260, 5000])
-def test_a_batch_is_cut_into_the_fewest_pieces_that_fit(pieces: int, max_tokens: int) -> None:
+def test_a_batch_is_cut_into_the_fewest_pieces_that_fit(
+    pieces: int, more: int, max_tokens: int
+) -> None:
     draw = random.Random(max_tokens)
     for _ in range(30):
         lengths = [draw.randint(2, 90) for _ in range(draw.randint(8, 24))]
@@ -116,10 +119,10 @@ def test_a_batch_is_cut_into_the_fewest_pieces_that_fit(pieces: int, max_tokens:
                 for piece, load in zip(cut, loads, strict=True)
             )
 
-        counts = range(pieces, 10 * len(lengths), pieces)
+        counts = range(pieces, 10 * len(lengths), more or pieces)
         count = next(n for n in counts if fits(deal(lengths, n)))
         expected = [piece for piece in deal(lengths, count) if piece]
-        assert cut_batch(lengths, pieces, max_tokens, 10) == expected
+        assert cut_batch(lengths, pieces, max_tokens, 10, more) == expected
 
 
 def test_cuts_at_the_edge_of_the_budget() -> None:

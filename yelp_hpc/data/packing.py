@@ -114,23 +114,24 @@ def plan_microbatches(
 
 
 def cut_batch(
-    lengths: Sequence[int], pieces: int, max_tokens: int, prefix_length: int
+    lengths: Sequence[int], pieces: int, max_tokens: int, prefix_length: int, more: int = 0
 ) -> list[list[int]]:
     """The micro-batches of a global batch (by index; `lengths` without the prefix).
 
     They are the same for any number of ranks, which is why every number of them trains the same
-    bytes: `pieces` of nearly equal tokens, or 2, 3, … times as many until each fits `max_tokens`,
-    so that ranks that share them evenly once share them evenly always. A sequence over the budget
-    is a micro-batch of its own.
+    bytes: `pieces` of nearly equal tokens, then `more` and `more` until each fits `max_tokens`. 0:
+    as many again, so that ranks that share them evenly once share them evenly always. A sequence
+    over the budget is a micro-batch of its own.
     """
-    most = max(max_tokens - prefix_length, 1)
+    most, more = max(max_tokens - prefix_length, 1), more or pieces
     # more pieces than sequences are empty ones
-    count = min(pieces * max(1, sum(lengths) // (most * pieces)), max(pieces, len(lengths)))
+    least = pieces + more * max(0, (sum(lengths) // most - pieces) // more)
+    count = min(least, max(pieces, len(lengths)))
     while True:
         cut = [piece for piece in deal(lengths, count) if piece]
         if all(len(piece) == 1 or sum(lengths[i] for i in piece) <= most for piece in cut):
             return cut
-        count += pieces
+        count += more
 
 
 def default_pieces(batch_tokens: float, prefix_length: int, global_batch: int) -> int:
@@ -144,8 +145,18 @@ def default_pieces(batch_tokens: float, prefix_length: int, global_batch: int) -
     return next(n for n in (8, 4, 2, 1) if n == 1 or n <= min(allowed, global_batch))
 
 
+def more_pieces(cuda: bool) -> int:
+    """`more` of `cut_batch`: GPUs share micro-batches evenly, a CPU, mostly alone, has few."""
+    return 0 if cuda else 1
+
+
 def microbatch_tokens(
-    plan: DataPlan, lengths: Sequence[int], pieces: int, max_tokens: int, prefix_length: int
+    plan: DataPlan,
+    lengths: Sequence[int],
+    pieces: int,
+    max_tokens: int,
+    prefix_length: int,
+    more: int = 0,
 ) -> Iterator[list[int]]:
     """Tokens of each micro-batch, the shared prefix included, of step after step.
 
@@ -153,7 +164,7 @@ def microbatch_tokens(
     """
     for step in range(plan.steps):
         own = [lengths[row] for row in plan.batch(step)]
-        cut = cut_batch(own, pieces, max_tokens, prefix_length)
+        cut = cut_batch(own, pieces, max_tokens, prefix_length, more)
         yield [prefix_length + sum(own[i] for i in piece) for piece in cut]
 
 

@@ -15,6 +15,7 @@ from yelp_hpc.data.packing import (
     deal,
     default_pieces,
     microbatch_tokens,
+    more_pieces,
     plan_microbatches,
 )
 from yelp_hpc.forecast.memory import (
@@ -76,8 +77,10 @@ def training_work(
         mean = sum(lengths.train) / len(lengths.train) * settings.global_batch
         pieces = default_pieces(mean, prefix, settings.global_batch)
 
+    more = more_pieces(cuda=card is not None)
+
     def cut(budget: int) -> Iterator[list[int]]:
-        return microbatch_tokens(plan, lengths.train, pieces, budget, prefix)
+        return microbatch_tokens(plan, lengths.train, pieces, budget, prefix, more)
 
     def largest(budget: int) -> int:
         return max(map(max, cut(budget)))

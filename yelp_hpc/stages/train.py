@@ -336,7 +336,7 @@ def settle_budgets(
     """The record of how batches are cut, made at the first start and when the settings change."""
     import torch
 
-    from yelp_hpc.data.packing import default_pieces, microbatch_tokens
+    from yelp_hpc.data.packing import default_pieces, microbatch_tokens, more_pieces
     from yelp_hpc.forecast.memory import choose_budget
     from yelp_hpc.forecast.model_shape import model_shape
     from yelp_hpc.training.budget import Budget, read_budgets, write_budgets
@@ -354,8 +354,10 @@ def settle_budgets(
     cuda = world.device.type == "cuda"
     memory = torch.cuda.get_device_properties(world.device).total_memory if cuda else free_memory()
 
+    more = more_pieces(cuda)
+
     def largest(budget: int) -> int:
-        return max(map(max, microbatch_tokens(plan, own, pieces, budget, prefix)))
+        return max(map(max, microbatch_tokens(plan, own, pieces, budget, prefix, more)))
 
     max_tokens, recompute = choose_budget(shape, config, memory, cuda, largest)
     chosen = Budget(
@@ -366,6 +368,7 @@ def settle_budgets(
         threads=budgets[0].threads if budgets else torch.get_num_threads(),
         asked=asked,
         why="the settings changed" if budgets else "the first start",
+        more=more,
     )
     budgets.append(chosen)
     write_budgets(paths, budgets)

@@ -23,7 +23,7 @@ class Budget:
     max_tokens: int
     """Of a micro-batch."""
     pieces: int
-    """Micro-batches of a global batch: so many, or two, three, … times as many."""
+    """Micro-batches of a global batch, where so many fit."""
     recompute: bool
     """Whether the layers are computed twice to save memory."""
     threads: int
@@ -31,6 +31,8 @@ class Budget:
     asked: tuple[Any, ...] = ()
     """The settings that it was made for; others are a new wish."""
     why: str = "the first start"
+    more: int = 0
+    """How many more micro-batches at a time where they do not fit; 0: as many again."""
 
 
 def read_budgets(run: RunPaths) -> list[Budget]:

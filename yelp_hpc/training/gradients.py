@@ -63,7 +63,9 @@ class Gradients:
     def of(self, step: int, rows: tuple[int, ...], budget: Budget) -> Summed:
         """Leave the gradients of a global batch in the parameters, equal on every rank."""
         own = [self.train.own_length(row) for row in rows]
-        cut = cut_batch(own, budget.pieces, budget.max_tokens, self.train.prefix_length)
+        cut = cut_batch(
+            own, budget.pieces, budget.max_tokens, self.train.prefix_length, budget.more
+        )
         work = [self.train.prefix_length + sum(own[i] for i in piece) for piece in cut]
         shares = deal(work, self.world.size)
         supervised = sum(self.train.supervised(rows))
