@@ -206,3 +206,15 @@ def test_no_command_of_the_pages_ends_in_a_traceback(login: Login) -> None:
         code, output = login.type(shlex.join(given.get(word, word) for word in words))
         assert "Traceback" not in output and code in (0, 1, 2), f"{line}\n{output}"
         assert "no such option" not in output.lower(), f"{line}\n{output}"
+
+
+def test_predict_looks_at_plain_text_without_pyarrow(login: Login) -> None:
+    run = trained(login)
+    asked = "yelp-hpc predict --run run --input new.csv --out out.csv"
+    (login.home / "new.csv").write_text("id,text\n1,good\n2,\n")
+    code, output = login.type(asked)
+    assert code == 2 and "line 3: text is empty" in output
+    (login.home / "new.csv").write_text("id,text\n1,good\n2,bad\n")
+    code, output = login.type(asked)
+    assert code == 2 and "no pyarrow" in output and "container.image" in output
+    assert not run.predict.exists() and not (login.home / "out.csv").exists()

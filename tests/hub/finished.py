@@ -23,10 +23,10 @@ def settings(model: Path, base: str = BASE, **publish: Any) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
 
 
-def finish_run(root: Path, model: Path, base: str = BASE) -> RunPaths:
+def finish_run(root: Path, model: Path, base: str = BASE, **sizes: Any) -> RunPaths:
     """Prepare, a random adapter, real predictions, their metrics and run.json under `root`.
 
-    `base`: what the configuration names the model in `model`.
+    `base`: what the configuration names the model in `model`; `sizes`: of that model.
     """
     import torch
     from peft import get_peft_model_state_dict
@@ -37,7 +37,7 @@ def finish_run(root: Path, model: Path, base: str = BASE) -> RunPaths:
     from yelp_hpc.stages.train import training_fingerprint
     from yelp_hpc.training.adapter import adapter_config, add_lora
 
-    make_model(model)
+    make_model(model, **sizes)
     run = prepare_run(root, model)
     write_marker(
         run.prepare,

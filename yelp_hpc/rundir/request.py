@@ -101,6 +101,8 @@ class AskedPrediction(Asked):
                 for name in files:
                     write_synced(folder / name, (source / name).read_bytes())
                 write_marker(folder, files, copy_of=str(source))
+        if self.request.model == "tuned" and adapter_sha256(paths) != self.request.adapter_sha256:
+            raise StageError(f"{self.request.run}: its adapter has changed meanwhile; ask again")
         return super().record(root, live)
 
 

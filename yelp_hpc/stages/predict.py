@@ -8,6 +8,7 @@ labels, and answered.json last.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -37,9 +38,12 @@ from yelp_hpc.inference.answers import answer_names
 from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import (
+    TEMPORARY,
+    abandoned,
     damaged_files,
     json_bytes,
     read_marker,
+    remove,
     sha256_file,
     sweep,
     write_bytes,
@@ -154,7 +158,9 @@ def collect(paths: RunPaths, config: Config) -> None:
     require_input(request)
     require_complete(paths, config, labelled)
     out = Path(request.out)
-    sweep(out.parent)
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # the folder is the user's own
+        if (writer := TEMPORARY.fullmatch(path.name)) and abandoned(path, writer):
+            remove(path)
     rows = 0
     made = {**wanted(paths, config, request.model).metadata(), "yelp_hpc.run": request.run}
     made |= {f"yelp_hpc.input.{name}": digest for name, digest in request.sha256.items()}
