@@ -151,6 +151,10 @@ def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
     if fact.rows:
         words = slurm.reason_in_words(fact.rows[0].reason)
         return "waiting", words
+    if fact.unseen:
+        if any(not attempt.verdict for attempt in last.values()):
+            return "running", "squeue does not show it"
+        return "waiting", "submitted; squeue does not show it yet"
     failed = [attempt for attempt in last.values() if attempt.verdict == "failed"]
     if failed:
         return "failed", failed[-1].reason.partition("\n")[0]
@@ -168,8 +172,6 @@ def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
         if stopped and "submit again" in stopped[-1]:
             return "stopped", stopped[-1].partition("\n")[0]
         return "stopped", "interrupted; submit it again to go on"
-    if fact.young:
-        return "waiting", "submitted; squeue does not show it yet"
     if fact.shards_done:
         return "partial", "submit infer to do the rest"
     if fact.submission is None:

@@ -204,10 +204,12 @@ def living(paths: RunPaths, patience: float = 0.0) -> list[Live]:
     for line, cluster in elsewhere:
         if not attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
             found.append(Live(line["name"], line["job"], cluster, line))
+    newest = {line["name"]: line for line in mine}
     for line in mine:
+        last = line is newest[line["name"]]
         own = [row for row in rows if attempts.within(row.job, line["job"])]
         shown = [row for row in own if slurm.is_of(row, line)]
-        if any(row.live for row in shown) or (not own and young(paths, line)):
+        if any(row.live for row in shown) or (not own and unseen(paths, line, last)):
             found.append(Live(line["name"], line["job"], "", line))
     known = {line["job"].partition("_")[0] for line in mine}
     lost = {row.parent: row for row in rows if row.live and row.parent not in known}
@@ -234,20 +236,25 @@ def by_cluster(
     )
 
 
-def young(paths: RunPaths, line: Mapping[str, Any]) -> bool:
-    """Whether a submission may be too new to be shown, and has not ended by its own account."""
-    if attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
+def unseen(paths: RunPaths, line: Mapping[str, Any], ask: bool = True) -> bool:
+    """Whether a submission that squeue does not show may live nevertheless.
+
+    One that has not ended by its own account: scontrol tells, which has no cache; where it cannot
+    be asked (or shall not, for an old one), one whose supervisor shows life, or that is too new.
+    """
+    tasks = len(line.get("tasks", [""]))
+    if line.get("cancelled") or attempts.over(paths, line["name"], line["job"], tasks):
         return False
     if line.get("host") == socket.gethostname():
         new = abs(time.time() - float(line.get("time", 0.0))) < YOUNG_SECONDS
     else:
         new = attempts.age(paths.submissions) < YOUNG_SECONDS
-    if not new:
-        return False
-    try:  # scontrol has no cache
-        told = slurm.facts_of(line["job"])
-    except (StageError, RequestError):
-        return True
+    told: Mapping[str, str] | None = None
+    if new or ask:
+        with suppress(StageError, RequestError):
+            told = slurm.facts_of(line["job"])
+    if told is None:
+        return new or attempts.beating(paths, line["name"], line["job"])
     if not told or told.get("JobState") in slurm.FINISHED:
         return False
     return told.get("Command", "") == str(line.get("script") or "").partition(" ")[0]

@@ -16,7 +16,7 @@ from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
 from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
 from yelp_hpc.jobs.slurm import Row
-from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_programs, young
+from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_programs, unseen
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_jsonl
@@ -45,8 +45,8 @@ class Facts:
     steps: int | None = None
     said: str = ""
     """The last words of a job whose supervisor never began."""
-    young: bool = False
-    """Submitted so lately that Slurm may not show it yet."""
+    unseen: bool = False
+    """Squeue does not show it, and it lives nevertheless."""
 
 
 def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
@@ -55,10 +55,11 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
     take_up_programs(paths)
     newest = {record["name"]: record for record in records(paths)}
     mine, elsewhere = by_cluster(list(newest.values()))
+    shown: list[Row] | None = None
     seen, problems = [], [f"{line['name']} is with cluster {c}" for line, c in elsewhere]
     try:
-        rows = slurm.everything([line["job"] for line in mine])
-        seen = [row for row in rows if any(_belongs(row, line) for line in mine)]
+        shown = slurm.everything([line["job"] for line in mine])
+        seen = [row for row in shown if any(_belongs(row, line) for line in mine)]
     except YelpHpcError as error:
         problems.append(str(error))
     done_by_marker = {}
@@ -84,6 +85,7 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
             ]
         except YelpHpcError as error:
             problems.append(f"no accounts: {error}")
+    absent = [ln for ln in gone if not any(attempts.within(r.job, ln["job"]) for r in shown or ())]
     log = read_jsonl(paths.train_log)
     facts = []
     for name in names:
@@ -97,7 +99,7 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
                 done=done_by_marker[name],
                 submission=record,
                 alive=bool(record and _alive(paths, record, elsewhere)),
-                young=bool(record in gone and young(paths, record)),
+                unseen=bool(record in absent and unseen(paths, record, shown is not None)),
                 said=last_output(paths, name, job) if record in gone or _local(record) else "",
                 rows=tuple(row for row in queued if attempts.within(row.job, job)),
                 accounting=tuple(row for row in accounted if attempts.within(row.job, job)),

@@ -13,6 +13,7 @@ import pytest
 
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, YelpHpcError
+from yelp_hpc.jobs import submission
 from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.jobs.status import collect_status
@@ -90,7 +91,7 @@ def run(tmp_path: Path) -> FakeRun:
 
 def go(run: FakeRun) -> list[str]:
     made = submit("train", run.root, run.config, run.cluster, say=lambda text: None)
-    return [submission.job for submission in made]
+    return [each.job for each in made]
 
 
 def state_of(run: FakeRun) -> str:
@@ -109,6 +110,25 @@ def test_a_job_is_queued_once_found_again_and_cancelled(
     assert cancel(run.root) == ["101"]
     assert jobs.read_text() == ""
     assert state_of(run) == "cancelled"
+
+
+@pytest.mark.parametrize("site", ["a queue that shows nothing yet", "a queue without a word"])
+def test_what_squeue_never_shows_is_asked_of_the_controller(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "YOUNG_SECONDS", 0.0)
+    jobs = play(SITES[site])
+    go(run)
+    with pytest.raises(RequestError, match="train is job 101"):
+        go(run)
+    attempts.write(RunPaths(run.root), attempts.Attempt("train", "101", 0))
+    assert state_of(run) == "running"
+    play({**SITES[site], "scontrol": AWAY})
+    with pytest.raises(RequestError, match="train is job 101"):  # its supervisor shows life
+        go(run)
+    play(SITES[site])
+    jobs.write_text("")
+    assert go(run) == ["102"]
 
 
 @pytest.mark.parametrize("clients", [{}, {"scontrol": ""}, {"scontrol": AWAY}])

@@ -122,7 +122,13 @@ def test_what_is_said_of_each_state() -> None:
     of(f"stopped: {again}", "train", attempts=(attempt("lost", reason="submit again"),))
     of("running: suspended by Slurm", "train", rows=(Row("7", "SUSPENDED"), Row("8", "PENDING")))
     of("running: ", "train", rows=(Row("7_1", "SUSPENDED"), Row("7_2", "RUNNING")))
-    of("waiting: submitted; squeue does not show it yet", "train", young=True)
+    of("waiting: submitted; squeue does not show it yet", "train", unseen=True)
+    of(
+        "running: squeue does not show it",
+        "train",
+        unseen=True,
+        attempts=(attempt("", ended=None),),
+    )
     of("failed: it never began: no such file", "train", said="no such file")
     of("failed: Slurm says FAILED: no such file", "train", said="no such file",
        accounting=(Row("7", "FAILED"),))  # fmt: skip
