@@ -93,7 +93,11 @@ def check_qos(
             yield config_line("qos", "failure", text, f"{where}: {fit[0]}")
     if slurm.enforces("limits"):
         for qos in qos_in_force(slurm, want):
-            yield from _qos_limits(qos, cluster, config, stage)
+            yield from _limits(qos, f"qos {qos.name}", cluster, config, stage)
+        places = {"", *(partition.name for partition in partitions_of(slurm, want))}
+        for own in slurm.associations or ():
+            if own.limits and own.account == account and own.partition in places:
+                yield from _limits(own.limits, own.limits.name, cluster, config, stage)
 
 
 def qos_in_force(slurm: SlurmFacts, want: Resources) -> list[Qos]:
@@ -109,16 +113,14 @@ def qos_in_force(slurm: SlurmFacts, want: Resources) -> list[Qos]:
     return [qos for qos in slurm.qos if qos.name in names]
 
 
-def _qos_limits(
-    qos: Qos, cluster: ClusterConfig, config: Config | None, stage: str
+def _limits(
+    qos: Qos, whose: str, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
     want = cluster.resources(stage)
     asked = minutes(want.time or "60")
     if qos.max_minutes is not None and asked > qos.max_minutes:
         where = key(cluster, stage, "time")
-        text = (
-            f"{where} is {time_text(asked)}, but qos {qos.name} allows {time_text(qos.max_minutes)}"
-        )
+        text = f"{where} is {time_text(asked)}, but {whose} allows {time_text(qos.max_minutes)}"
         yield config_line("qos", "failure", text, f"{where}: {time_text(qos.max_minutes)}")
     nodes = want.least_nodes
     limits = []
@@ -130,7 +132,7 @@ def _qos_limits(
             limits.append(total)
     if want.gpus and limits and want.gpus * nodes > min(limits):
         where = key(cluster, stage, "gpus")
-        text = f"{where} is {want.gpus} on {nodes} nodes, but qos {qos.name} allows {min(limits)}"
+        text = f"{where} is {want.gpus} on {nodes} nodes, but {whose} allows {min(limits)}"
         yield config_line("qos", "failure", text, f"{where}: {max(1, min(limits) // nodes)}")
     if config and stage == "infer" and qos.submitted_a_user is not None:
         # the two arrays, and the other four jobs of the chain
@@ -138,5 +140,5 @@ def _qos_limits(
         asked = tasks * len(config.infer.models) + 4
         room = (qos.submitted_a_user - 4) // len(config.infer.models)
         if asked > qos.submitted_a_user:
-            text = f"{asked} jobs would be queued, but qos {qos.name} allows {qos.submitted_a_user}"
+            text = f"{asked} jobs would be queued, but {whose} allows {qos.submitted_a_user}"
             yield config_line("qos", "failure", text, f"max_array_size: {max(2, room)}")

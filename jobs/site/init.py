@@ -94,6 +94,8 @@ def _longest(slurm: SlurmFacts, partition: Partition | None, account: str | None
     limits = [partition.max_minutes if partition else None]
     if slurm.enforces("limits"):
         limits += [qos.max_minutes for qos in qos_in_force(slurm, want)]
+        mine = (own for own in slurm.associations or () if own.account == account)
+        limits += [own.limits.max_minutes for own in mine if own.limits]
     return min((limit for limit in limits if limit is not None), default=7 * DAY)
 
 

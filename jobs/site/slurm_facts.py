@@ -56,17 +56,8 @@ class Node(Frozen):
     gpus: dict[str, int] = Field(default={})
 
 
-class Association(Frozen):
-    """An account that the user may charge; `partition` "" is any."""
-
-    account: str
-    partition: str = ""
-    qos: tuple[str, ...] = ()
-    default_qos: str = ""
-
-
 class Qos(Frozen):
-    """A quality of service; a None limit is none."""
+    """A quality of service, or an association's own limits; a None limit is none."""
 
     name: str
     max_minutes: int | None = None
@@ -77,6 +68,16 @@ class Qos(Frozen):
     typed_a_user: dict[str, int] = Field(default={})
     """GPU type → limit."""
     submitted_a_user: int | None = None
+
+
+class Association(Frozen):
+    """An account that the user may charge; `partition` "" is any."""
+
+    account: str
+    partition: str = ""
+    qos: tuple[str, ...] = ()
+    default_qos: str = ""
+    limits: Qos | None = None
 
 
 class SlurmFacts(Frozen):
@@ -137,7 +138,7 @@ def ask_slurm() -> SlurmFacts:
     where = [f"cluster={cluster}"] if cluster else []
     try:
         show = ["sacctmgr", "-nP", "show"]
-        fields = "format=Account,Partition,QOS,DefaultQOS"
+        fields = "format=Account,Partition,QOS,DefaultQOS,MaxWall,MaxTRES,GrpTRES,MaxSubmit"
         text = client([*show, "assoc", f"user={user}", *where, fields], timeout=30)
         facts["associations"] = parse_associations(text)
         text = client([*show, "user", user, "format=DefaultAccount"], timeout=30)
@@ -229,15 +230,15 @@ def parse_gres(text: str) -> dict[str, int]:
 
 
 def parse_associations(text: str) -> tuple[Association, ...]:
-    """`sacctmgr -nP show assoc format=Account,Partition,QOS,DefaultQOS`."""
+    """`sacctmgr -nP show assoc format=Account,Partition,QOS,DefaultQOS` and four limits."""
     found = []
     for line in text.splitlines():
-        account, partition, qos, default = (line.split("|") + [""] * 4)[:4]
+        account, partition, qos, default, *limits = (line.split("|") + [""] * 8)[:8]
         if account:
             names = tuple(name.lstrip("+") for name in qos.split(",") if name)
-            found.append(
-                Association(account=account, partition=partition, qos=names, default_qos=default)
-            )
+            own = {"account": account, "partition": partition, "default_qos": default}
+            (told,) = parse_qos("|".join([f"account {account}", *limits])) or (None,)
+            found.append(Association.model_validate({**own, "qos": names, "limits": told}))
     return tuple(found)
 
 
