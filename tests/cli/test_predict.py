@@ -34,13 +34,18 @@ def predict(folder: Path, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_dry_run_on_slurm_shows_the_array_and_writes_nothing(finished: Path) -> None:
+def test_a_dry_run_on_slurm_shows_the_array_in_the_image_and_writes_nothing(finished: Path) -> None:
+    (finished / "yelp_hpc.sif").write_bytes(b"")
+    (finished / "answers").mkdir()
+    (finished / "cluster.yaml").write_text("container: {image: yelp_hpc.sif, cache: cache}\n")
     before = sorted(finished.rglob("*"))
-    where = ["--input", "new.csv", "--out", "out.csv"]
+    where = ["--input", "new.csv", "--out", "answers/out.csv", "--cluster", "cluster.yaml"]
     code, shown, errors = predict(
         finished, *where, "--executor", "slurm", "--shards", "4", "--dry-run"
     )
     assert code == 0, errors
+    assert f"--bind {finished}/answers " in shown  # the file is written into it
+    assert f"--bind {finished}/new.csv:{finished}/new.csv:ro" in shown
     assert shown.count("#SBATCH --array=0-3") == 1
     assert "--dependency=afterok:JOB_ID_OF_prepare" in shown
     assert "--dependency=afterany:JOB_ID_OF_infer-tuned" in shown
