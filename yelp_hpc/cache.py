@@ -18,7 +18,9 @@ SEEN = "YELP_HPC_HUB"
 def cache_folder() -> Path:
     """Ours: `YELP_HPC_CACHE`, else `yelp_hpc` in `XDG_CACHE_HOME` or `~/.cache`."""
     named = os.environ.get("YELP_HPC_CACHE")
-    return Path(named) if named else _user_caches(os.environ) / "yelp_hpc"
+    if named:  # a module file or an `export` in quotes leaves the ~ to us
+        return Path(os.path.expanduser(named))  # noqa: PTH111 - never raises
+    return _user_caches(os.environ) / "yelp_hpc"
 
 
 def _user_caches(env: Mapping[str, str]) -> Path:

@@ -62,7 +62,7 @@ def shipped(name: str | Path) -> Path:
 
     `demo`, `demo.yaml` and `configs/demo.yaml` all name the demo's configuration.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - never raises
     if path.exists() or path.is_absolute():
         return path
     for folder in (SHARE, SHARE / "configs", SHARE / "configs" / "clusters"):

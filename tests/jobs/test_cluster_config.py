@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from yelp_hpc.cache import cache_folder
 from yelp_hpc.errors import RequestError
 from yelp_hpc.jobs.cluster import load_cluster, minutes, time_text
 
@@ -94,6 +95,8 @@ def test_every_path_is_what_a_shell_would_make_of_it(
 
     assert '"/h/x' in load("~/x") and '"/p/x' in load("$PROJECT/x") and '"/p' in load("${PROJECT}")
     assert f'"/scratch/{getpass.getuser()}' in load("/scratch/$USER")
+    monkeypatch.setenv("YELP_HPC_CACHE", "~/cache")
+    assert str(cache_folder()) == "/h/cache"
     for bad, says in (
         ("/scratch/$NOPE", r"\$NOPE is not set here"),
         ("~nobody9/x", "no user here"),
