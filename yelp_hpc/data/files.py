@@ -254,14 +254,14 @@ class _Rest:
         yield from self.file
 
 
-def arrow_batches(path: Path) -> Iterator[Any]:
-    """The record batches of a parquet or Arrow file, at most 1,024 rows each."""
+def arrow_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
+    """The record batches of a parquet or Arrow file, at most so many rows each."""
     import pyarrow.parquet as pq
 
     if format_of(path) == ".parquet":
-        yield from pq.ParquetFile(path).iter_batches(1024)
+        yield from pq.ParquetFile(path).iter_batches(rows)
     else:
-        yield from _ipc_batches(path)
+        yield from _ipc_batches(path, rows)
 
 
 def _arrow(path: Path) -> Iterator[Record]:
@@ -277,7 +277,7 @@ def _arrow(path: Path) -> Iterator[Record]:
         raise ValueError(str(error).splitlines()[0]) from None
 
 
-def _ipc_batches(path: Path) -> Iterator[Any]:
+def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
     """The record batches of an Arrow file or stream, in small slices."""
     import pyarrow as pa
 
@@ -288,8 +288,8 @@ def _ipc_batches(path: Path) -> Iterator[Any]:
     except pa.ArrowInvalid:
         found = iter(pa.ipc.open_stream(pa.memory_map(str(path))))
     for batch in found:
-        for start in range(0, batch.num_rows, 1024):
-            yield batch.slice(start, 1024)
+        for start in range(0, batch.num_rows, rows):
+            yield batch.slice(start, rows)
 
 
 def class_names(path: Path, column: str) -> list[str] | None:

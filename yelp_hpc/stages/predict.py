@@ -36,7 +36,7 @@ from yelp_hpc.evaluation.measure import measure
 from yelp_hpc.evaluation.outcome import print_outcome
 from yelp_hpc.inference.answers import answer_names
 from yelp_hpc.inference.provenance import wanted
-from yelp_hpc.progress import say
+from yelp_hpc.progress import say, track
 from yelp_hpc.rundir.files import (
     TEMPORARY,
     abandoned,
@@ -97,8 +97,9 @@ def prepare(paths: RunPaths, config: Config) -> None:
     sets = PreparedSets(paths, config, prompt)
     rows = read_input(request)
     with sets.writing("test", alpaca=False) as part:
-        while chunk := [record for _, record in islice(rows, CHUNK)]:
-            start = sets.rows["test"]
+        starts = range(0, found.rows, CHUNK)
+        for start in track(starts, len(starts), "tokenise"):
+            chunk = [record for _, record in islice(rows, CHUNK)]
             labels = [_label(record, request, found.classes) for record in chunk]
             ids = range(start, start + len(chunk))
             part.add(ids, labels, [text_of(record, request) for record in chunk])
@@ -166,9 +167,10 @@ def collect(paths: RunPaths, config: Config) -> None:
     made |= {f"yelp_hpc.input.{name}": digest for name, digest in request.sha256.items()}
     added = pa.schema(answer_schema(config, request.prefix))
     stream = Answers(paths, config, request.model)
+    total = pq.read_metadata(paths.split("test")).num_rows
     schema, chunks = _input_chunks(request)
     with table_writer(out, pa.schema([*schema, *added], metadata=made)) as write:
-        for chunk in chunks:
+        for chunk in track(chunks, -(-total // BATCH), "join"):
             ids = pa.array(range(rows, rows + len(chunk)), pa.int64())
             columns = answer_columns(stream.of(ids), config)
             arrays = [column.cast(f.type) for f, column in zip(added, columns, strict=True)]
@@ -180,7 +182,7 @@ def collect(paths: RunPaths, config: Config) -> None:
             for field, column in zip(added, arrays, strict=True):
                 chunk = chunk.append_column(field, column)
             write(chunk)
-    if rows != pq.read_metadata(paths.split("test")).num_rows:
+    if rows != total:
         out.unlink()
         raise StageError(f"{request.input} has changed since its rows were prepared")
     if labelled:
@@ -226,7 +228,7 @@ def _tables_of(paths: list[Path]) -> tuple[pa.Schema, Iterator[pa.Table]]:
 
     def tables() -> Iterator[pa.Table]:
         for path in paths:
-            for batch in arrow_batches(path):
+            for batch in arrow_batches(path, BATCH):
                 table = pa.Table.from_batches([batch]).replace_schema_metadata(None)
                 columns = [
                     table[field.name].cast(field.type)

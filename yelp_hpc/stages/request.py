@@ -12,11 +12,14 @@ from yelp_hpc.data.files import BINARY_FORMATS, format_of
 from yelp_hpc.data.output import output_problems
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.inference.answers import answer_names
+from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import damaged_files, read_object, sha256_file
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.request import Request, adapter_sha256, read_request
 from yelp_hpc.stages.rows import input_files, scan
+
+_LARGE = 50e6  # bytes that take seconds to read
 
 
 def make_request(
@@ -57,6 +60,9 @@ def make_request(
     if problems:
         raise RequestError(all_problems("nothing was submitted or written:", problems))
     files = input_files(source)
+    size = sum(path.stat().st_size for path in files)
+    if size > _LARGE:
+        say(f"predict: looking at every row of {source} ({size / 1e6:,.0f} MB)")
     own = config.data.source == "file"
     recorded = read_object(run.run_json).get("model") or {}
     request = Request(
