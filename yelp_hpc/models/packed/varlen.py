@@ -5,7 +5,8 @@ Reads and writes tensors only.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -52,14 +53,22 @@ def varlen_kernel(device: torch.device, head_dim: int, dtype: torch.dtype) -> An
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-        made = torch.zeros(8, 2, head_dim, dtype=dtype, device=device, requires_grad=True)
-        options: Any = {"scale": 1.0, "window_size": (-1, 0), "enable_gqa": False}
         kernel: Any = varlen_attn
+        if "enable_gqa" not in signature(varlen_attn).parameters:
+            kernel = partial(_without_gqa, varlen_attn)  # torch 2.11
+        ends = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        made = torch.zeros(8, 4, head_dim, dtype=dtype, device=device, requires_grad=True)
+        options: Any = {"scale": 1.0, "window_size": (-1, 0), "enable_gqa": True}
         with torch.enable_grad():
-            kernel(made, made, made, ends, ends, 5, 5, **options).sum().backward()
+            few = made[:, :2]
+            kernel(made, few, few, ends, ends, 5, 5, **options).sum().backward()
     except Exception as error:  # the import, the signature, the card, the head size, the format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         say(f"attention: padded rows, for torch's variable-length kernel does not run: {reason}")
         return None
-    return varlen_attn
+    return kernel
+
+
+def _without_gqa(kernel: Any, *states: Any, enable_gqa: bool, **options: Any) -> Any:
+    """The kernel of a torch that takes fewer key and value heads without being told."""
+    return kernel(*states, **options)
