@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 APART  := -n 2 --dist loadfile -m "not cluster and not slow"
 
-.PHONY: demo test test-quick test-all test-sites mutants system lint docs cluster cluster-down lock audit release clean
+.PHONY: demo test test-quick test-all test-sites mutants system lint docs bench cluster cluster-down lock audit release clean
 
 # Installs what the lock names. A machine without the CPU build of torch takes the CUDA set.
 $(VENV)/installed: containers/cpu.lock containers/cuda.lock containers/install.py pyproject.toml
@@ -44,6 +44,9 @@ lint: $(VENV)/installed
 
 docs: $(VENV)/installed  ## the manual, into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/installed  ## the README's measurements, each from nothing (hours; BENCH="train_efficiency gpu" for some)
+	PYTHONPATH=. $(BIN)/python benchmarks/bench.py $(BENCH)
 
 test-sites: $(VENV)/installed  ## the table of sites on this machine's Slurm and on that of Debian 13 (root)
 	$(BIN)/python -m pytest tests/cluster/test_sites.py

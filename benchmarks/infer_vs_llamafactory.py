@@ -1,6 +1,6 @@
 """Inference against LLaMA-Factory's `do_predict` and a plain transformers pipeline, in turn.
 
-    python benchmarks/infer_vs_llamafactory.py --run runs/demo --peer /path/to/peer-venv
+    python benchmarks/infer_vs_llamafactory.py --run runs/demo
 
 The same model, adapter, prompts and threads for all, fp32, greedy decoding. The rows are cut into
 rounds; in every round each contender predicts the round's rows once, so that a busy machine slows
@@ -9,10 +9,11 @@ have predicted a batch before the clock starts; the peer, a process of its own i
 timed by its own `predict_runtime`, in which only the first batch of the round is a cold one.
 
 Reads a run directory with `prepare/` and `train/adapter` (other reviews with `--reviews`); the
-peer's virtual environment needs llamafactory 0.9.5, jieba, nltk and rouge-chinese. Writes only the
-file named by `--json` and a temporary folder.
+peer is installed into its own virtual environment (`--peer-venv`) unless it is there already.
+Writes besides only the file named by `--json` and a temporary folder.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
@@ -26,9 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.runtime import set_runtime_defaults
+
+set_runtime_defaults()  # as `run` does, before torch is imported
+
 import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import f1_score
+from train_vs_llamafactory import install_peer
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import scored_answers
@@ -104,7 +110,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reviews", type=Path, help="csv (text, label) instead of its test set")
     parser.add_argument("--rows", type=int, default=192, help="reviews, the same for all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peer", type=Path, help="virtual environment of LLaMA-Factory")
+    default = Path.home() / ".cache/yelp_hpc/llamafactory"
+    parser.add_argument("--peer-venv", type=Path, default=default)
+    parser.add_argument("--skip-peer", action="store_true")
     parser.add_argument("--threads", type=int, help="threads of every contender")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--skip-pipeline", action="store_true")
@@ -159,7 +167,7 @@ def contenders_of(
         Contender("score", timed(score)),
         Contender("generate", timed(generate_predictor(decoder, text, budget))),
     ]
-    if options.peer:
+    if not options.skip_peer:
         contenders.append(
             Contender("LLaMA-Factory", peer(run, folder, tokenizer, options, scratch))
         )
@@ -228,9 +236,10 @@ def peer(
         **os.environ,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "HF_HUB_OFFLINE": "1",
-        "PATH": f"{options.peer}/bin:{os.environ['PATH']}",
+        "PATH": f"{options.peer_venv}/bin:{os.environ['PATH']}",
     }
     environment.pop("PYTHONPATH", None)
+    cli = install_peer(options.peer_venv).with_name("llamafactory-cli")
     rounds = iter(range(10_000))
 
     def predict(prompts: Prompts) -> tuple[list[int | None], float]:
@@ -245,7 +254,7 @@ def peer(
         out = scratch / f"peer-{next(rounds)}"
         request = scratch / "predict.yaml"  # JSON is YAML; its own reader of .json files is broken
         request.write_text(json.dumps({**settings, "output_dir": str(out)}))
-        command = [str(options.peer / "bin/llamafactory-cli"), "train", str(request)]
+        command = [str(cli), "train", str(request)]
         ended = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_vs_llamafactory import GIVEN, INSTRUCTION, install_peer, stub_torchaudio
+from benchmarks.train_vs_llamafactory import GIVEN, INSTRUCTION, install_peer
 
 
 def main() -> None:
@@ -119,7 +119,6 @@ def peers(work: Path, args: argparse.Namespace, python: Path) -> tuple[list[str]
 
 def peer_worker(flags: dict[str, Any]) -> None:
     """Runs under the peer's Python: what its training does before it loads the model."""
-    stub_torchaudio()
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer

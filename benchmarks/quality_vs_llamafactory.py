@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train_vs_llamafactory import PEER_FLAGS, SWITCHES, install_peer, stub_torchaudio
+from train_vs_llamafactory import PEER_FLAGS, SWITCHES, install_peer
 
 FIGURES = ("training_loss", "label_loss", "accuracy", "f1_macro")
 
@@ -117,7 +117,6 @@ def train_peer(args: argparse.Namespace, python: Path, seed: int, work: Path) ->
 
 def peer_worker(request: dict[str, Any]) -> None:
     """Runs under the peer's Python: writes the rows as it keeps tokens, then its own `run_exp`."""
-    stub_torchaudio()
     import pyarrow.parquet as pq
     from datasets import Dataset, DatasetDict
     from llamafactory.train.tuner import run_exp

@@ -30,9 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 PEER = ("llamafactory==0.9.5", "jieba", "nltk", "rouge-chinese")
@@ -104,7 +102,9 @@ def parse() -> argparse.Namespace:
 def install_peer(venv: Path) -> Path:
     """The peer's Python; makes its virtual environment if there is none (minutes)."""
     python = venv / "bin/python"
-    ready = "import importlib.util as u; assert u.find_spec('llamafactory')"
+    ready = (
+        "import importlib.util as u; assert all(map(u.find_spec, ('llamafactory', 'torchaudio')))"
+    )
     if python.exists() and subprocess.run([python, "-c", ready], check=False).returncode == 0:
         return python
     print(f"installing LLaMA-Factory into {venv}", flush=True)
@@ -113,9 +113,14 @@ def install_peer(venv: Path) -> Path:
         print(TORCH, file=constraint, flush=True)
         pip = [str(python), "-m", "pip"]
         subprocess.run([*pip, "install", "-q", "-c", constraint.name, TORCH, *PEER], check=True)
-    # The registry's builds of these do not load beside a CPU torch and break `import transformers`;
-    # the worker puts an empty torchaudio in place.
+    # The registry's builds of these do not load beside a CPU torch and break `import transformers`.
     subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio"], check=True)
+    # The peer imports torchaudio, which it never uses for text: an empty one stands in.
+    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
+    stub = Path(packages, "torchaudio", "__init__.py")
+    stub.parent.mkdir(exist_ok=True)
+    stub.touch()
     return python
 
 
@@ -243,16 +248,8 @@ def peer(
         process.wait()
 
 
-def stub_torchaudio() -> None:
-    """Let the peer import torchaudio, which it never uses for text."""
-    stub = ModuleType("torchaudio")
-    stub.__spec__ = ModuleSpec("torchaudio", None)
-    sys.modules["torchaudio"] = stub
-
-
 def peer_worker(request: dict[str, Any]) -> None:
     """Runs under the peer's Python: its own `run_exp`, halted after every optimizer step."""
-    stub_torchaudio()
     from llamafactory.train.tuner import run_exp
     from transformers import Trainer, TrainerCallback
 

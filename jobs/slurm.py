@@ -273,11 +273,11 @@ def requeue(job: str) -> None:
     client(["scontrol", "requeue", job])
 
 
-def exclude(job: str, nodes: Sequence[str]) -> None:
-    """Have a job that waits, as after a requeue, go elsewhere than to `nodes`.
+def elsewhere(job: str, nodes: Sequence[str]) -> str:
+    """The list of nodes for `exclude`: those that the job avoids already, and `nodes`.
 
     Raises:
-        StageError: it was refused, or its partition has not nodes enough beside them.
+        StageError: Slurm does not answer, or the partition has not nodes enough beside them.
     """
     facts = facts_of(job, patience=10)
     before = facts.get("ExcNodeList", "(null)")
@@ -287,8 +287,16 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
     needed = int(facts.get("NumNodes", "1").partition("-")[0])
     if there and int(there[1]) - len(nodes) < needed:
         raise StageError(f"partition {partition} has {there[1]} nodes and no other to go to")
-    every = ",".join([*([] if before == "(null)" else [before]), *nodes])
-    client(["scontrol", "update", f"JobId={job}", f"ExcNodeList={every}"])
+    return ",".join([*([] if before == "(null)" else [before]), *nodes])
+
+
+def exclude(job: str, nodes: str) -> None:
+    """Keep a job that waits, as after a requeue, off nodes.
+
+    Raises:
+        StageError: it was refused.
+    """
+    client(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
 
 
 def cancel(job_ids: Sequence[str]) -> None:

@@ -327,10 +327,12 @@ def _requeue(
 ) -> Verdict:
     """Ask for the requeue until somebody answers or the time limit comes."""
     why, action, pause = "requeue is off in the cluster file", "stopped", 1.0
+    avoided = _elsewhere(paths, attempt) if cluster.requeue else ""
     while cluster.requeue:
         try:
             slurm.requeue(attempt.job)
-            _go_elsewhere(paths, attempt)
+            if avoided:  # at once: Slurm takes it of a job that waits, and ends this one in seconds
+                slurm.exclude(attempt.job, avoided)
             return verdict
         except RequestError:
             why = "this node has no scontrol to ask for a requeue"
@@ -353,18 +355,14 @@ def _requeue(
     return Verdict(action, attempt.reason)
 
 
-def _go_elsewhere(paths: RunPaths, attempt: Attempt) -> None:
-    """Have the requeued job avoid the nodes whose hardware failed under this run.
-
-    Slurm takes that of a job that waits, and leaves this process some seconds after the requeue.
-    """
+def _elsewhere(paths: RunPaths, attempt: Attempt) -> str:
+    """What the requeued job is to avoid: the nodes whose hardware failed under this run."""
     nodes = list(dict.fromkeys(str(fault["node"]) for fault in read_faults(paths)))
-    if not nodes:
-        return
     try:
-        slurm.exclude(attempt.job, nodes)
+        return slurm.elsewhere(attempt.job, nodes) if nodes else ""
     except (StageError, RequestError) as error:
-        print(f"{', '.join(nodes)} had a fault and could not be excluded: {error}", flush=True)
+        print(f"{', '.join(nodes)} had a fault and cannot be left out: {error}", flush=True)
+        return ""
 
 
 def _begin_stage() -> None:

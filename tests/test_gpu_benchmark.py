@@ -30,7 +30,7 @@ def test_every_part_of_the_gpu_benchmark_holds_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:
-    """Torch without what a part needs: its error is in the file, the next part runs, the end is 1."""
+    """Its error is in the file, the next part runs, the command ends with 1."""
     code = (
         "import sys; sys.path.insert(0, 'benchmarks'); sys.argv[1:] = ['--small', '--parts', "
         "'masks', 'no_silent_cpu', '--out', sys.argv[1]]; import gpu; "
