@@ -1,7 +1,7 @@
 #!/bin/bash
 # Bring up a real Slurm on this one machine: 4 virtual nodes (c1 c2 g1 g2), fake RTX 3090s on g1 and g2,
-# partitions cpu and gpu, preemptible low (20 s of grace), low0 (none), lowc (cancelled) and lows (suspended), accounting.
-# Root, no systemd.
+# partitions cpu and gpu, preemptible low (20 s of grace), low0 (none) and lowc (cancelled), accounting; with SUSPENDS=1,
+# which gang-schedules all of them, also lows (suspended). Root, no systemd.
 # Run again it starts what is missing. slurm_install.sh installs the packages, slurm_down.sh stops it.
 set -euo pipefail
 LAB=${LAB:-/var/lib/yelp-hpc-cluster}; LOG=${LOG:-/var/log/yelp-hpc-cluster}; RUN=${RUN:-/run/yelp-hpc-cluster}; ETC=/etc/slurm
@@ -28,6 +28,8 @@ munge -n >/dev/null 2>&1 || { rm -f /run/munge/munge.socket.2*; runuser -u munge
 munge -n | unmunge >/dev/null; say munge up
 
 [ -s $LAB/firstid ] || echo $((RANDOM*30+1000)) > $LAB/firstid; FIRST=$(cat $LAB/firstid)   # fresh ids per fresh cluster
+GLOBAL=REQUEUE LOWS=
+[ "${SUSPENDS:-0}" = 0 ] || { GLOBAL=SUSPEND,GANG; LOWS="PartitionName=lows Nodes=c[1-2] PriorityTier=1 PreemptMode=SUSPEND"; }
 case $VER in 22.*) SIGOPT=SlurmctldParameters=preempt_send_user_signal;; *) SIGOPT=PreemptParameters=send_user_signal;; esac
 if [ $DBD = 1 ]; then ACCT=$'AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\nAccountingStoragePort=16819\nAccountingStoreFlags=job_comment,job_env,job_script\nAccountingStorageTRES=gres/gpu'
 else ACCT=AccountingStorageType=accounting_storage/none; case $VER in 22.*|23.*) ;; *) ACCT=;; esac; fi
@@ -70,7 +72,7 @@ MaxArraySize=10001
 JobRequeue=1
 FirstJobId=$FIRST
 PreemptType=preempt/partition_prio
-PreemptMode=SUSPEND,GANG
+PreemptMode=$GLOBAL
 $SIGOPT
 PriorityType=priority/basic
 SchedulerType=sched/backfill
@@ -90,7 +92,7 @@ PartitionName=gpu Nodes=g[1-2] PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=c[1-2],g[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=low0 Nodes=c[1-2],g[1-2] PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=lowc Nodes=c[1-2] PriorityTier=1 PreemptMode=CANCEL GraceTime=0
-PartitionName=lows Nodes=c[1-2] PriorityTier=1 PreemptMode=SUSPEND
+$LOWS
 C
 echo "NodeName=g[1-2] Name=gpu Type=rtx3090 File=$LAB/dev/gpu[0-3]" > $ETC/gres.conf
 # Slurm >= 23.11: slurmd always initialises cgroups unless told not to

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -333,7 +333,23 @@ def test_a_partition_that_cancels_what_it_preempts(slurm: Cluster, slurm_run: Ma
     assert states_of(run)["train"] == "done"
 
 
-def test_a_partition_that_suspends_what_it_preempts(slurm: Cluster, slurm_run: MakeRun) -> None:
+@pytest.fixture
+def suspending(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cluster with a partition whose jobs are suspended; all of it is gang-scheduled then."""
+    try:
+        slurm.stop_controller()
+        monkeypatch.setenv("SUSPENDS", "1")
+        slurm.script("slurm_up.sh")
+        yield
+    finally:
+        monkeypatch.delenv("SUSPENDS")
+        slurm.stop_controller()
+        slurm.script("slurm_up.sh")
+
+
+def test_a_partition_that_suspends_what_it_preempts(
+    slurm: Cluster, suspending: None, slurm_run: MakeRun
+) -> None:
     place = {"partition": "lows", "cpus": 4, "sbatch": {"nodelist": "c1"}}
     run = slurm_run(cluster={"train": place}, steps=60).prepared()
     job = go(run, "train")["train"]
