@@ -242,7 +242,6 @@ class TrainConfig(Frozen):
     gradient_checkpointing: OnOff = Field(
         "auto", description="compute layers twice to save memory; auto: only if it must be"
     )
-    compile: bool = Field(False, description="torch.compile the model")
     nproc: Auto | Annotated[int, Field(ge=1)] = Field(
         1, description="ranks a node, one a GPU; auto: as many as the node has"
     )
@@ -271,7 +270,7 @@ class TrainConfig(Frozen):
 FREE_TRAIN_SETTINGS = frozenset(
     {
         *("max_tokens", "micro_batches", "evaluate_rows"),
-        *("gradient_checkpointing", "compile", "nproc", "log_every", "tensorboard", "trackers"),
+        *("gradient_checkpointing", "nproc", "log_every", "tensorboard", "trackers"),
         *("save_every_steps", "save_every_minutes", "keep_checkpoints"),
     }
 )
@@ -291,6 +290,9 @@ class InferConfig(Frozen):
     max_tokens: int = Field(8192, ge=64, description="token budget of a batch")
     max_new_tokens: int = Field(32, ge=1, description="generate: longest answer in tokens")
     precision: Precision = Field("fp32", description="number format of the weights and sums")
+    fp16_accumulation: bool = Field(
+        False, description="sum fp16 products in fp16 on a GPU; its effect on F1 is not measured"
+    )
 
     @field_validator("models")
     @classmethod

@@ -48,7 +48,6 @@ CONFIG = _names(
             "gradient_checkpoint disable_gradient_checkpointing activation_checkpointing "
             "use_gradient_checkpointing"
         ),
-        "train.compile": "torch_compile compile_model",
         "lora.rank": "lora_rank lora_r r lora_dim",
         "lora.alpha": "lora_alpha lora_scaling",
         "lora.dropout": "lora_dropout",

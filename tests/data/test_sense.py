@@ -48,3 +48,10 @@ def test_the_shipped_configs_are_sound() -> None:
         loaded = load_config(name).config
         assert loaded.train.warmup_steps == 20
         assert list(warnings(loaded, *rows, 720)) == []
+
+
+def test_sums_in_fp16_of_another_format_are_said() -> None:
+    values = {"model": {"path": "m"}, "data": {"source": "demo"}}
+    infer = {"precision": "bf16", "fp16_accumulation": True}
+    (said,) = warnings(Config.model_validate({**values, "infer": infer}), 900, 500, None)
+    assert "--set infer.precision=fp16" in said

@@ -11,7 +11,14 @@ import pytest
 from yelp_hpc.config import load_config
 from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.files import read_json, write_json, write_marker
-from yelp_hpc.rundir.manifest import Asked, check_asked, load_run, record_run, update_run
+from yelp_hpc.rundir.manifest import (
+    Asked,
+    check_asked,
+    load_run,
+    record_run,
+    recorded_config,
+    update_run,
+)
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -65,3 +72,13 @@ def test_what_is_given_is_another_configuration_still(old: RunPaths, given: str)
     asked = Asked(load_config("c.yaml", (given,)), "c.yaml")
     with pytest.raises(RequestError, match="was made with another configuration"):
         check_asked(old.root, asked)
+
+
+def test_a_record_of_before_train_compile_went_is_read(tmp_path: Path) -> None:
+    values = {"model": {"path": "m"}, "data": {"source": "demo"}, "train": {"compile": False}}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"config": {"resolved": values}}))
+    assert recorded_config(path).train.epochs == 1
+    path.write_text(json.dumps({"config": {"resolved": {**values, "train": {"compile": True}}}}))
+    with pytest.raises(RequestError, match=r"train\.compile"):
+        recorded_config(path)

@@ -40,6 +40,11 @@ def warnings(
             f"only {test_rows} test rows: an accuracy of 0.5 is known to ±"
             f"{0.98 / test_rows**0.5:.2f}: give data.test_rows or data.test more"
         )
+    if config.infer.fp16_accumulation and config.infer.precision != "fp16":
+        yield (
+            f"infer.fp16_accumulation does nothing with infer.precision {config.infer.precision}: "
+            "--set infer.precision=fp16"
+        )
     if limit is not None and limit <= train.save_every_minutes:
         yield (
             f"train.save_every_minutes {train.save_every_minutes:g} is no shorter than the time "

@@ -71,6 +71,7 @@ def load(
     is packed.
     """
     device = torch.device("cuda" if usable_gpus() else "cpu")
+    torch.backends.cuda.matmul.allow_fp16_accumulation = config.infer.fp16_accumulation
     folder = model_folder(config.model)
     say(f"loading {folder} in {config.infer.precision} on {device}")
     loaded = load_model(folder, TORCH_DTYPES[config.infer.precision])

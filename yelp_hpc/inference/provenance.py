@@ -81,7 +81,8 @@ def wanted(run: RunPaths, config: Config, model: str) -> Provenance:
     return Provenance(
         model=model,
         mode=config.infer.mode,
-        precision=config.infer.precision,
+        precision=config.infer.precision
+        + (", summed in fp16" if config.infer.fp16_accumulation else ""),
         max_new_tokens=config.infer.max_new_tokens if config.infer.mode == "generate" else None,
         base_model=str((recorded.get("model") or {}).get("fingerprint") or config.model.path),
         adapter_sha256=adapter.get(WEIGHTS, ""),

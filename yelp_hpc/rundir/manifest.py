@@ -64,6 +64,9 @@ def recorded_config(path: Path) -> Config:
     if not isinstance(values, dict):
         raise RequestError(f"{path} cannot be used: it is no run.json (it holds no configuration)")
     check_values(Record, record, path)
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("compile") is False:  # a key that 0.1.0 had
+        values = {**values, "train": {k: v for k, v in train.items() if k != "compile"}}
     return check_values(Config, values, path, "config.resolved")
 
 

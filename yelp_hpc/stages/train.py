@@ -284,8 +284,6 @@ def build(
     found = take_the_way(model, config, model_path, longest, gradients=True)
     if budget_at(budgets, step).recompute and found.way != "alone":  # a row's masks are drawn once
         recompute_layers(model)
-    if settings.compile:
-        model.get_base_model().compile(dynamic=True)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
