@@ -20,6 +20,7 @@ import pytest
 from tests.hub.finished import finish_run
 from tests.tiny import reviews
 from yelp_hpc import Classifier
+from yelp_hpc import load_run as results
 from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.proof.verify import verify
@@ -278,6 +279,12 @@ def test_the_same_request_goes_on_and_another_is_another(
     again = asking(finished, source, tmp_path / "b.parquet")  # another file, the same answers
     assert again.folder == first.folder
     assert again.answer().is_file() and shard.stat().st_mtime_ns == made
+    frame = results(first.folder.root).predictions.to_pandas()
+    assert frame["text"].tolist() == TEXTS and frame["truth"].isna().all()
+    assert (
+        frame["tuned_answer"].tolist()
+        == pandas.read_csv(tmp_path / "a.csv", dtype=str)["answer"].tolist()
+    )
     assert asking(finished, source, tmp_path / "c.csv", model="base").folder != first.folder
     with source.open("a") as file:
         file.write("99,another,x\n")

@@ -50,8 +50,8 @@ def export_predictions(paths: RunPaths, config: Config, out: Path) -> int:
 def joined_schema(config: Config) -> pa.Schema:
     """The columns of `joined`.
 
-    `row`, `text` (as the model read it), `truth` (a label), `truth_name`, and each model's
-    `MODEL_answer` and so on, as `answer_schema` has them.
+    `row`, `text` (as the model read it), `truth` (a label; null where a row of `predict` has none),
+    `truth_name`, and each model's `MODEL_answer` and so on, as `answer_schema` has them.
     """
     fields = [
         pa.field("row", pa.int64()),
@@ -70,14 +70,15 @@ def joined(paths: RunPaths, config: Config) -> Iterator[pa.Table]:
             setting; the message names them and the commands that mend it. Nothing was yielded then.
     """
     task, schema = config.task, joined_schema(config)
-    require_complete(paths, config)
+    require_complete(paths, config, labelled=not paths.request.is_file())
     streams = {model: Answers(paths, config, model) for model in config.infer.models}
     labels, names = pa.array(task.labels), pa.array(task.shown)
     file = pq.ParquetFile(paths.split("test"))
     has_text = "text" in file.schema_arrow.names
     wanted_columns = ["row", "label", *(["text"] if has_text else [])]
     for batch in file.iter_batches(BATCH, columns=wanted_columns):
-        truth = batch.column("label").cast(pa.int32())
+        codes = integers(batch.column("label"))
+        truth = pa.array(np.maximum(codes, 0), mask=codes < 0)
         none = pa.nulls(batch.num_rows, pa.string())
         columns = [
             batch.column("row"),
