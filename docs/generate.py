@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
+from html import escape, unescape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,29 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if placeholder in markdown:
             markdown = markdown.replace(placeholder, made())
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """mkdocs' hook: have the copy button of a console block take its commands alone."""
+    return re.sub(r"(?<=<pre><span></span>)<code>(.*?)(?=</code>)", _copied, html, flags=re.DOTALL)
+
+
+def _copied(block: re.Match[str]) -> str:
+    text = unescape(re.sub(r"<[^>]+>", "", block[1]))
+    if not text.startswith("$ "):
+        return block[0]
+    return f'<code data-copy="{escape(commands_of(text), quote=True)}">{block[1]}'
+
+
+def commands_of(block: str) -> str:
+    """The commands of a console block, with their continued lines and without prompt and output."""
+    lines: list[str] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            lines.append(line.removeprefix("$ "))
+        elif lines and lines[-1].endswith("\\"):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def key_tables(model: type[BaseModel]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.logs import without_tail
 from yelp_hpc.jobs.submission import (
     Submission,
     boot_id,
@@ -68,7 +69,7 @@ def run_chain(
             submission, attempt = _run_task(job, task, paths, cluster, frozen, code, say)
             submissions.append(submission)
             if attempt is None or attempt.verdict == "failed":
-                reason = attempt.reason if attempt else "its supervisor died"
+                reason = without_tail(attempt.reason) if attempt else "its supervisor died"
                 failed[job.name] = reason
             elif attempt.verdict == "stopped":
                 raise SavedForRequeue(f"{job.name}: {attempt.reason}. Run the same command again.")

@@ -102,3 +102,11 @@ def tail(log: Path) -> str:
     except OSError:
         return f"(no log at {log})"
     return "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])
+
+
+def without_tail(reason: str) -> str:
+    """A verdict's reason where the log was shown already: its place instead of its last lines."""
+    why, mark, rest = reason.partition("\nlast lines of ")
+    if not mark:
+        return reason
+    return f"{why}; its log, shown above, is {rest.splitlines()[0].removesuffix(':')}"

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,16 @@ from yelp_hpc.stages.collect import collect
 
 @pytest.fixture(scope="session")
 def host_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`bin` of a virtual environment with the wheel and what it requires."""
+    """`bin` of a virtual environment with the wheel and what it requires.
+
+    Of the Python that YELP_HPC_HOST_PYTHON names, a login node's own; else of this one.
+    """
+    python = os.environ.get("YELP_HPC_HOST_PYTHON", sys.executable)
     folder = tmp_path_factory.mktemp("host")
     for name in [*package_files(), *map(Path, ("pyproject.toml", "README.md"))]:
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(IMPORT_ROOT / name, folder / "tree" / name)
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
     bin_folder = folder / "venv" / "bin"
     install = [str(bin_folder / "pip"), "install", "--quiet", str(folder / "tree")]
     done = subprocess.run(install, capture_output=True, text=True)
@@ -76,6 +81,16 @@ def login(host_only: Path, tmp_path: Path) -> Iterator[Login]:
     tool.unlink(missing_ok=True)
     yield Login(host_only, tmp_path)
     tool.unlink(missing_ok=True)
+
+
+def test_every_python_that_the_host_part_supports_is_said() -> None:
+    project = tomllib.loads((IMPORT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    said = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    assert said == ["3.11", "3.12", "3.13"] and project["requires-python"] == ">=3.11"
+    page = (IMPORT_ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert "Python 3.11, 3.12 or 3.13" in page
+    workflow = (IMPORT_ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert "YELP_HPC_HOST_PYTHON" in workflow and '"3.13"' in workflow
 
 
 def test_nothing_of_the_job_side_is_installed(login: Login) -> None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.evaluation.metrics import AVERAGES, TOP
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STUDY_DATA = ("Yelp/yelp_review_full", "yelp_review_full")
 """The data set of the study whose figures metrics.json carries along."""
@@ -133,13 +136,17 @@ def shows_study(metrics: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
     return data.get("path") in STUDY_DATA or conventions_differ(metrics)
 
 
-def print_outcome(metrics: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> None:
+def print_outcome(
+    metrics: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> None:
     """Print the table to standard output; `data` is that section of the configuration."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = console or Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE  # a log file has no width
     wide = console.width >= WIDE
