@@ -33,9 +33,11 @@ def seen_hub(env: Mapping[str, str]) -> Path:
     """The cache of the Hub's own client, as it finds it: read and never written."""
     for name in (SEEN, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if env.get(name):
-            return Path(env[name]).expanduser()
+            return Path(os.path.expanduser(env[name]))  # noqa: PTH111 - never raises
     home = env.get("HF_HOME")
-    return (Path(home).expanduser() if home else _user_caches(env) / "huggingface") / "hub"
+    if home:
+        return Path(os.path.expanduser(home), "hub")  # noqa: PTH111
+    return _user_caches(env) / "huggingface" / "hub"
 
 
 DEMO_MODEL = "demo:smollm2-135m"

@@ -62,9 +62,13 @@ def test_the_chain_runs_once_and_then_has_nothing_to_do(fake_run: MakeRun) -> No
 
 def test_when_the_first_stage_fails_nothing_else_starts(fake_run: MakeRun) -> None:
     run = fake_run("a run", shards=2, fail=["prepare"])
-    with pytest.raises(StageError, match="prepare failed: exit code 1"):
+    with pytest.raises(StageError, match="prepare failed: exit code 1") as failed:
         go(run)
     assert [line["name"] for line in run.trace()] == ["prepare"]
+    # its log was shown while it ran: what went wrong is not said twice
+    log = RunPaths(run.root).stage_log("prepare")
+    assert f"its log, shown above, is {log}" in str(failed.value)
+    assert "last lines of" not in str(failed.value)
 
 
 def test_the_frozen_code_holds_every_file_that_the_package_reads(tmp_path: Path) -> None:
