@@ -270,7 +270,7 @@ def test_every_command_line_parses() -> None:
     assert len(lines) >= 40
     problems = []
     for place, line in lines:
-        words = shlex.split(re.split(r"  +|\s[|>#]", line)[0])
+        words = shlex.split(re.split(r"  +|\s(?:[|>#]|2>)", line)[0])
         command: click.Command = cli
         context = click.Context(cli, info_name="yelp_hpc")
         try:
