@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from yelp_hpc.cli.main import main
+from yelp_hpc.cli.main import cli, main
 
 SUBMIT = "submit all --config c.yaml --run run --executor local"
 SHOW = "config show --config c.yaml --set"
@@ -222,3 +222,16 @@ def test_a_folder_and_a_glob_of_data_are_no_mistake(folder: Path) -> None:
     for place in ("rows", "rows/*.tsv"):
         (found,) = inputs(load_config("c.yaml", (f"data.train={place}",)).config).data
         assert (found.state, found.columns) == ("file", ("label", "text"))
+
+
+def test_every_other_name_leads_to_a_key_that_is_there() -> None:
+    from yelp_hpc import synonyms
+    from yelp_hpc.config import Config
+    from yelp_hpc.explain import dotted_keys
+    from yelp_hpc.jobs.cluster import ClusterConfig, Container, Resources
+
+    assert set(synonyms.CONFIG.values()) <= set(dotted_keys(Config))
+    sections = (ClusterConfig, Resources, Container)
+    assert set(synonyms.CLUSTER.values()) <= {k for s in sections for k in s.model_fields}
+    stages_and_commands = {meant.split()[0] for meant in synonyms.COMMANDS.values()}
+    assert {word for word in stages_and_commands if word[0] != "-"} <= set(cli.commands)
