@@ -17,7 +17,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.inference.provenance import PREFIX, Provenance, wanted
 from yelp_hpc.proof import second_opinion
-from yelp_hpc.rundir.changes import differences
+from yelp_hpc.rundir.changes import differences, dotted
 from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
 from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
@@ -94,7 +94,10 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
         yield f"config.given of {' '.join(str(error).split())}"
         return
     expected = again.model_dump(mode="json")
+    told = {key for part in (given, resolved) for key, _ in dotted(part)}
     for key, old, new in differences(expected, resolved):
+        if new is None and key not in told:
+            continue  # of a later version than the run's: its default is in force
         # Local paths are made absolute; publish may be set later, for it changes no result.
         made_absolute = key in ("data.train", "data.test", "model.path", "train.adapter")
         if key.startswith("publish.") or (
