@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yelp_hpc
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
-from yelp_hpc.explain import section_of
+from yelp_hpc.explain import keys, section_of
 from yelp_hpc.jobs.cluster import ClusterConfig
 
 SETTINGS: dict[str, type[BaseModel]] = {"Config": Config, "ClusterConfig": ClusterConfig}
@@ -72,10 +72,10 @@ def commands_of(block: str) -> str:
 
 def key_tables(model: type[BaseModel]) -> str:
     """A heading and a table for each section; keys outside of one come first."""
-    top = [(name, field) for name, field in model.model_fields.items() if not section_of(field)]
+    top = [(name, field) for name, field in keys(model).items() if not section_of(field)]
     parts = [table(top)] if top else []
     shown: dict[type[BaseModel], str] = {}
-    for name, field in model.model_fields.items():
+    for name, field in keys(model).items():
         inner = section_of(field)
         if inner is None:
             continue
@@ -87,7 +87,7 @@ def key_tables(model: type[BaseModel]) -> str:
             continue
         shown[inner] = name
         text = (inner.__doc__ or "").strip().splitlines()[0]
-        rows = [(f"{name}.{key}", value) for key, value in inner.model_fields.items()]
+        rows = [(f"{name}.{key}", value) for key, value in keys(inner).items()]
         parts.append(f"### `{name}` {{#{anchor(model, name)}}}\n\n{text}\n\n{table(rows)}")
     return "\n\n".join(parts)
 

@@ -166,6 +166,7 @@ def _inputs(config: Config) -> Iterator[Path]:
         config.data.train,
         config.data.test,
         config.train.adapter,
+        config.train.start,
     )
     for path in (Path(name) for name in named if name and Path(name).is_absolute()):
         yield path

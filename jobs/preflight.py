@@ -70,12 +70,14 @@ def _inputs(stages: Sequence[str], config: Config) -> Iterator[str]:
 
 
 def _adapter(stages: Sequence[str], config: Config) -> Iterator[str]:
-    """The adapter that is to be evaluated, where it is on this machine."""
-    if "train" in stages and config.train.adapter is not None:
-        try:
-            find_adapter(config.train.adapter, download=False)
-        except YelpHpcError as error:
-            yield f"train.adapter: {error}"
+    """The adapter that is to be evaluated or trained on, where it is on this machine."""
+    named = {"train.adapter": config.train.adapter, "train.from": config.train.start}
+    for key, source in named.items():
+        if source is not None and "train" in stages:
+            try:
+                find_adapter(source, download=False)
+            except YelpHpcError as error:
+                yield f"{key}: {error}"
 
 
 def _image(cluster: ClusterConfig) -> Iterator[str]:

@@ -34,7 +34,7 @@ import yelp_hpc
 from tests.tiny import make_model, reviews
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
-from yelp_hpc.explain import dotted_keys
+from yelp_hpc.explain import dotted_keys, keys
 from yelp_hpc.jobs.cluster import ClusterConfig
 
 ROOT = Path(__file__).parent.parent
@@ -300,7 +300,7 @@ def test_files_that_are_named_exist() -> None:
 
 def descriptions(model: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
     """`(key, description)` of every key of a settings class, its sections' too."""
-    for name, field in model.model_fields.items():
+    for name, field in keys(model).items():
         kinds = [field.annotation, *typing.get_args(field.annotation)]
         inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
         if inner:

@@ -213,6 +213,13 @@ class TrainConfig(Frozen):
         description="an adapter that exists, evaluated in place of a training: a run, a folder of "
         "PEFT's or a Hub id; rank, modules and variant are its own, `lora` and the rest are unread",
     )
+    start: str | None = Field(
+        None,
+        alias="from",
+        description="an adapter to go on from, as `adapter` names one: its weights in place of "
+        "fresh ones; with `schedule: constant` and a run that was trained so far in the same way, "
+        "its optimizer and step, too",
+    )
     learning_rate: float = Field(5e-5, gt=0, description="its peak, after the warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate, from its peak to 0"
@@ -261,6 +268,12 @@ class TrainConfig(Frozen):
     trackers: tuple[Tracker, ...] = Field(
         (), description="written from the log at the end of a training, as `track` does at any time"
     )
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> TrainConfig:
+        if self.adapter is not None and self.start is not None:
+            raise ValueError("adapter is evaluated as it is, from is trained on: name one of them")
+        return self
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a training of so many steps."""

@@ -55,8 +55,8 @@ def _field(model: type[BaseModel], parts: Sequence[str]) -> tuple[list[str], Fie
     field = None
     inner: Any = model
     for part in parts:
-        if inner is not None and part in inner.model_fields:
-            field = inner.model_fields[part]
+        if inner is not None and part in keys(inner):
+            field = keys(inner)[part]
             inner = section_of(field)
         elif inner is not None or not part.isdecimal():
             continue  # a way in which a union could be right
@@ -120,9 +120,14 @@ def _words(field: FieldInfo | None) -> list[str]:
     return found
 
 
+def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys of a settings class as users write them: `from`, which Python cannot name, too."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every leaf key of a settings class, dotted."""
-    for name, field in model.model_fields.items():
+    for name, field in keys(model).items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             yield from dotted_keys(section, f"{prefix}{name}.")
@@ -134,9 +139,9 @@ def _nearest(model: type[BaseModel], parts: list[str]) -> str:
     """Name the nearest valid key: in the same section first, then anywhere."""
     section: Any = model
     for part in parts[:-1]:
-        field = section.model_fields.get(part) if section else None
+        field = keys(section).get(part) if section else None
         section = section_of(field) if field else None
-    local = list(section.model_fields) if section else []
+    local = list(keys(section)) if section else []
     name = parts[-1].lower().replace("-", "_")
     meant = getattr(model, "synonyms", {}).get(name, "")
     if meant in local:

@@ -22,7 +22,11 @@ class Frozen(BaseModel):
     """A section of settings: unknown keys are refused, values cannot change after loading."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
     synonyms: ClassVar[Mapping[str, str]] = {}
     """What people write → the key that they mean: dotted, or of the section that it stands in."""

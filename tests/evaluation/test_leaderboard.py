@@ -16,7 +16,7 @@ import pytest
 from tests.fabricated import logits, make_run, write_shards
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.across.leaderboard import leaderboard, spread
-from yelp_hpc.evaluation.across.leaderboard_shown import leaderboard_page
+from yelp_hpc.evaluation.across.leaderboard_shown import leaderboard_page, notes
 from yelp_hpc.evaluation.metrics import f1_honest
 from yelp_hpc.proof.verify import verify_study
 from yelp_hpc.rundir.files import read_json, write_json, write_marker
@@ -135,6 +135,16 @@ def test_trials_that_were_prepared_differently_are_chosen_by_accuracy(tmp_path: 
     found = leaderboard(study)
     assert found["criterion"] == "validation_accuracy"
     assert found["trials"][0]["trial"] == 3
+
+
+def test_without_validation_rows_nothing_is_chosen(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    for run in study.runs:
+        study.run(run).train_log.write_text("")
+    found = rank(study)
+    assert [line["trial"] for line in found["trials"]] == [1, 2, 3]
+    assert not any(line["chosen"] or line["minus_chosen"] for line in found["trials"])
+    assert notes(found)[0].startswith("Nothing was chosen")
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ from yelp_hpc.config import config_from_dict
 from yelp_hpc.publishing.public import (
     allowed_folders,
     leads_outside,
+    public_config,
     public_record,
     without_local_keys,
 )
@@ -145,3 +146,10 @@ def test_where_a_tokenizer_lay_is_dropped() -> None:
     values = {"name_or_path": "/home/me/base", "tokenizer_file": "~/t.json", "eos_token": "/s/"}
     assert without_local_keys(values) == {"eos_token": "/s/"}
     assert without_local_keys({"name_or_path": "owner/name"}) == {"name_or_path": "owner/name"}
+
+
+@pytest.mark.parametrize("key", ["adapter", "from"])
+def test_of_another_adapter_its_name_alone_is_public(key: str) -> None:
+    for source, shown in (("/home/somebody/runs/first", "first"), ("owner/name", "owner/name")):
+        config = tiny_config(Path("model"), train={key: source})
+        assert public_config(config)["train"][key] == shown

@@ -26,6 +26,7 @@ from yelp_hpc.rundir.request import adapter_sha256, read_request
 from yelp_hpc.rundir.study import Study
 from yelp_hpc.settings import check_values
 
+_PATHS = ("data.train", "data.test", "model.path", "train.adapter", "train.from")
 TOLERANCE = 1e-9
 """Of a recomputed figure; sums over shards may be taken in another order."""
 
@@ -40,6 +41,8 @@ def verify(run: RunPaths) -> list[str]:
     asked = run.request.is_file()
     if not asked or "tuned" in config.infer.models:
         problems += damaged_files(run.adapter)
+    if not asked and config.train.start is not None:
+        problems += damaged_files(run.start)
     evaluation = (_prepared, _recorded, _trained, _predicted, _metrics, _published)
     for check in (_recorded, _predicted, _answered) if asked else evaluation:
         try:
@@ -99,7 +102,13 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
         if new is None and key not in told:
             continue  # of a later version than the run's: its default is in force
         # Local paths are made absolute; publish may be set later, for it changes no result.
-        made_absolute = key in ("data.train", "data.test", "model.path", "train.adapter")
+        made_absolute = key in (
+            "data.train",
+            "data.test",
+            "model.path",
+            "train.adapter",
+            "train.from",
+        )
         if key.startswith("publish.") or (
             made_absolute and old and Path(str(new)).name == Path(str(old)).name
         ):

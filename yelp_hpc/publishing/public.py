@@ -74,6 +74,9 @@ def public_config(config: Config) -> dict[str, Any]:
     for key in ("train", "test"):
         if values["data"].get(key):
             values["data"][key] = PurePath(values["data"][key]).name
+    for key in ("adapter", "from"):
+        if _is_path(values["train"].get(key) or ""):
+            values["train"][key] = PurePath(values["train"][key]).name
     if values["data"].get("path"):
         values["data"]["path"] = data_id(config) or PurePath(values["data"]["path"]).name
     for key in _PRIVATE:

@@ -213,9 +213,11 @@ def absolute_paths(config: Config) -> Config:
     model = {}
     if os.path.isdir(Path(config.model.path).expanduser()):  # noqa: PTH112 - never raises
         model["path"] = str(Path(config.model.path).expanduser().absolute())
-    train = {}
-    if (adapter := config.train.adapter) and os.path.isdir(Path(adapter).expanduser()):  # noqa: PTH112
-        train["adapter"] = str(Path(adapter).expanduser().absolute())
+    train = {
+        key: str(Path(value).expanduser().absolute())
+        for key in ("adapter", "start")
+        if (value := getattr(config.train, key)) and os.path.isdir(Path(value).expanduser())  # noqa: PTH112
+    }
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),

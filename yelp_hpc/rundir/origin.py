@@ -43,6 +43,9 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
     }
     for key, old, new in differences({k: trained.get(k) for k in wanted}, wanted):
         yield f"{run.run_json}: {key} is {new!r}, the adapter was trained with {old!r}"
+    begun = (read_marker(run.start) or {}).get("taken")
+    if config.train.start is not None and (begun is None or begun != trained.get("from")):
+        yield f"{run.start}: is not what the adapter's training began with"
     hashes = trained.get("data") or {}
     for name, path in (
         ("train", run.split("train")),

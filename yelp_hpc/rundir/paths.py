@@ -120,6 +120,11 @@ class RunPaths:
         return self.train / "adapter"
 
     @property
+    def start(self) -> Path:
+        """The adapter that training began with, where it was not a fresh one."""
+        return self.train / "from"
+
+    @property
     def train_log(self) -> Path:
         """A line for every step and every evaluation."""
         return self.train / "log.jsonl"

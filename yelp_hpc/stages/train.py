@@ -60,9 +60,14 @@ def run(paths: RunPaths, config: Config) -> None:
         take_adapter(paths, config, model_folder(config.model))
         return
     fingerprint = training_fingerprint(paths, config)
+    if config.train.start is not None:
+        from yelp_hpc.models.local import model_folder
+        from yelp_hpc.training.start import begin
+
+        fingerprint = begin(paths, config, model_folder(config.model), fingerprint)
     if is_complete(paths.adapter):
         marker = read_marker(paths.adapter) or {}
-        check_fingerprint(marker.get("fingerprint", {}), fingerprint, paths.adapter)
+        check_fingerprint(marker.get("fingerprint") or {}, fingerprint, paths.adapter)
         _draw(paths)
         print(f"train: already done ({paths.adapter}, step {marker.get('step')})", file=sys.stderr)
         return
@@ -258,9 +263,10 @@ def build(
     from yelp_hpc.stages.door import take_the_way
     from yelp_hpc.training.adapter import adapter_config, add_lora
     from yelp_hpc.training.budget import budget_at
-    from yelp_hpc.training.checkpoint import CheckpointStore
+    from yelp_hpc.training.checkpoint import CheckpointStore, load_adapter
     from yelp_hpc.training.data import read_rows
-    from yelp_hpc.training.loop import Training, recompute_layers
+    from yelp_hpc.training.loop import Training, peft_name, recompute_layers
+    from yelp_hpc.training.start import start_weights
 
     settings = config.train
     tokens = read_json(paths.tokens)
@@ -278,6 +284,9 @@ def build(
     )
     torch.set_num_threads(budgets[0].threads)
     model = add_lora(load_model(model_path, settings.precision), config).to(world.device)
+    if settings.start is not None:
+        named = {peft_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+        load_adapter(named, start_weights(paths))
     dropout = use_sequence_dropout(model, config.seed)
     checked = [validation.own_length(row) for row in range(len(validation))]
     longest = train.prefix_length + max([*own, *checked])

@@ -65,12 +65,15 @@ def spread_text(found: Mapping[str, Any] | None) -> str:
 def notes(found: Mapping[str, Any]) -> list[str]:
     """How the trial was chosen, what the others are less, and what is not finished."""
     chosen = next((line for line in found["trials"] if line["chosen"]), None)
+    how = (
+        f"Chosen by {found['method']['chosen']}"
+        if chosen
+        else "Nothing was chosen: no trial has all its seeds and validation rows"
+    )
     said = [
-        f"Chosen by {found['method']['chosen']}; reported on {found['rows']:,} test rows. "
-        "± is the standard deviation over seeds, intervals are a bootstrap over seeds and rows."
+        f"{how}; reported on {found['rows']:,} test rows. ± is the standard deviation over seeds, "
+        "intervals are a bootstrap over seeds and rows."
     ]
-    if chosen is None:
-        said = [f"Nothing was chosen: no trial has all its seeds and validation rows. {said[0]}"]
     worse = sure = 0
     for line in found["trials"]:
         if difference := line["minus_chosen"]:
