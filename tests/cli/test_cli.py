@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from yelp_hpc.cli.main import interrupted
 from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.files import MARKER, write_json
@@ -112,3 +113,12 @@ def test_a_torn_run_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"config": ')
     with pytest.raises(RequestError, match=r"run\.json cannot be read as JSON"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "run"),
+    [("study vary.yaml --out runs/s", "runs/s"), ("status --run=runs/r", "runs/r"), ("plan", "")],
+)
+def test_ctrl_c_names_the_run_or_the_study_that_goes_on(typed: str, run: str) -> None:
+    said = interrupted(typed.split())
+    assert (f"cancel --run {run}" in said) if run else said == "interrupted"

@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -343,8 +342,9 @@ cli.add_command(completion)
 
 def interrupted(arguments: Sequence[str]) -> str:
     """What Ctrl-C says: jobs on Slurm go on, and how to follow or stop them."""
-    run = next((b for a, b in pairwise(arguments) if a == "--run"), None)
-    run = run or next((a.removeprefix("--run=") for a in arguments if a.startswith("--run=")), None)
+    from yelp_hpc.cli.job_side import option
+
+    run = option(arguments, "--out" if arguments[:1] == ["study"] else "--run")
     if run is None:
         return "interrupted"
     return (
