@@ -254,7 +254,7 @@ class Calibration:
     Calibration of Modern Neural Networks"); bins are equally wide and closed on the right.
     """
 
-    def __init__(self, bins: int = 15, classes: int = 5) -> None:
+    def __init__(self, bins: int, classes: int) -> None:
         self.rows = np.zeros(bins, dtype=np.int64)
         self.right = np.zeros(bins, dtype=np.int64)
         self.confidence = np.zeros(bins)
