@@ -144,6 +144,35 @@ def test_windows_chunks_caps_and_sinks_are_packed(name: str, prefix: int) -> Non
     assert_equal_to_alone(model, prefix)
 
 
+def test_a_window_of_128_and_a_review_of_197_tokens_are_those_of_plain_transformers() -> None:
+    """Against a model that nothing of ours has touched, with transformers' own eager attention."""
+    layers = ["sliding_attention", "full_attention"]
+
+    def windowed(window: int) -> Any:
+        return tiny(Gemma3TextConfig(**SIZES, sliding_window=window, layer_types=layers))
+
+    draw = torch.Generator().manual_seed(5)
+    whole = torch.randint(2, 97, (197,), generator=draw).tolist()
+    own = [torch.randint(2, 97, (n,), generator=draw).tolist() for n in (1, 115, 116, 117)]
+    rows = [whole, *(whole[:12] + one for one in own)]  # 128 tokens and one more and one less
+    plain, model = windowed(128), windowed(128)
+    plain.set_attn_implementation("eager")
+    expected = plain_logits(plain, rows)
+    expected.logsumexp(1).sum().backward()
+    wanted = gradients(plain)
+    assert prove(model, gradients=True).way == "packed"
+    logits = forward_selected(model, pack(rows, 12))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    logits.logsumexp(1).sum().backward()
+    got = gradients(model)
+    assert got.keys() == wanted.keys() and wanted
+    for name in wanted:
+        assert (got[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
+    with torch.no_grad():  # the window is what makes it so
+        open_ended = plain_logits(windowed(512), rows)
+    assert ((open_ended - expected).abs().amax(1) > 1e-3).tolist() == [True, *[False] * 3, True]
+
+
 @pytest.mark.parametrize("way", ["rows", "alone"])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_what_mixes_tokens_outside_of_attention_is_computed_as_rows(name: str, way: Any) -> None:
