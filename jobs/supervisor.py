@@ -249,14 +249,12 @@ def _process(
 ) -> tuple[int, Verdict | None]:  # fmt: skip
     """Run one process to its end. Returns its exit code and, if it was ended here, why."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    head = f"=== job {attempt.job} restart {attempt.restart} on {attempt.node}: "
     try:
-        opened = open_log(log, "ab")
+        opened = open_log(log, "ab", head + shlex.join(argv))
     except OSError as error:
         raise StageError(f"cannot write the log {log}: {error.strerror}") from None
     with opened as output:
-        head = f"=== job {attempt.job} restart {attempt.restart} on {attempt.node}: "
-        output.write(f"{head}{shlex.join(argv)}\n".encode())
-        output.flush()
         try:
             child = subprocess.Popen(
                 argv,

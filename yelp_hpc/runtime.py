@@ -45,10 +45,20 @@ def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if name not in TOKENS}
 
 
-def open_log(path: Path, mode: Literal["rb", "ab"] = "rb") -> BinaryIO:
-    """Open a log; a link in its place, which could lead anywhere, is an `OSError`."""
+def open_log(path: Path, mode: Literal["rb", "ab"] = "rb", head: str = "") -> BinaryIO:
+    """Open a log; a link in its place, which could lead anywhere, is an `OSError`.
+
+    Args:
+        head: the first line of what is appended; where it cannot be written nothing is opened.
+    """
     flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_APPEND | os.O_CREAT
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        if head:
+            os.write(descriptor, f"{head}\n".encode())
+    except OSError:
+        os.close(descriptor)
+        raise
     return os.fdopen(descriptor, mode)
 
 

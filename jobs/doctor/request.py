@@ -148,12 +148,11 @@ def _judged(config: Config, folder: Path) -> dict[str, Any]:
         check_kind(folder)
     except RequestError as error:
         return {"unfit": str(error)}
-    if problem := model_problem(folder):
-        return {"problem": problem}
     if config.model.path.startswith("demo:"):
-        return {}
+        return {"problem": model_problem(folder)}
     answer = ask(config, folder)
-    return {"unfit": answer.problem, "notes": answer.notes}
+    problem = "" if answer.problem else model_problem(folder)
+    return {"unfit": answer.problem, "notes": answer.notes, "problem": problem}
 
 
 def _sibling(path: Path) -> str:

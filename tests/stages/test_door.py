@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
+from tests.test_malformed import call
 from tests.tiny import make_model, prepare_run, reviews, tiny_config
-from yelp_hpc.config import Config
+from yelp_hpc.config import Config, load_config
 from yelp_hpc.data.encoding import Encoder
 from yelp_hpc.errors import RequestError
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -21,6 +23,7 @@ from yelp_hpc.jobs.doctor.request import Inputs, Request, inputs
 from yelp_hpc.jobs.doctor.run import check_inputs
 from yelp_hpc.models.door import check_model
 from yelp_hpc.rundir.files import read_json, write_json
+from yelp_hpc.rundir.manifest import record_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import prepare
 from yelp_hpc.stages.door import admit, take_the_way
@@ -39,8 +42,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     class Done:
         stdout = ""
 
-    def run(command: list[str], input: str, **_: Any) -> Done:
-        asked, done, answer = json.loads(input), Done(), {"problem": "", "notes": []}
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if "yelp_hpc.stages.door" not in " ".join(command):
+            return real(command, **options)
+        asked, done = json.loads(options["input"]), Done()
+        answer: dict[str, Any] = {"problem": "", "notes": []}
         try:
             answer["notes"] = list(
                 admit(Config.model_validate(asked["config"]), Path(asked["folder"])).notes
@@ -156,6 +164,64 @@ def test_every_command_refuses_a_broken_model_folder_in_the_same_words(
             take_the_way(None, config, folder, 40)
         assert str(trained.value) == str(asked.value)
     assert run.tokens.is_file()
+
+
+def configured(case: Broken, sound: Path, folder: Path) -> str:
+    """Below `folder` a broken model, its data and c.yaml; returns what is said of the model."""
+    shutil.copytree(sound, folder / "model")
+    rows = "".join(f"{y},{text}\n" for text, y in reviews(40))
+    (folder / "reviews.csv").write_text(f"label,text\n{rows}")
+    data = {"train": str(folder / "reviews.csv"), "cutoff": 256}
+    config = tiny_config(folder / "model", data=data, train={"max_steps": 1, "nproc": 1})
+    (folder / "c.yaml").write_text(json.dumps(config.model_dump(mode="json")))  # JSON is YAML
+    case.break_(folder / "model")
+    with pytest.raises(RequestError, match=case.says) as asked:
+        check_model(config)
+    return " ".join(str(asked.value).split())
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name)
+def test_the_command_line_refuses_it_in_the_same_words_and_writes_nothing(
+    case: Broken,
+    sound: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    said = configured(case, sound, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "no-slurm-here"))
+    for line in (
+        "plan --config c.yaml",
+        "submit all --config c.yaml --run run --dry-run",
+        "submit all --config c.yaml --run run --executor local",
+        "doctor --config c.yaml",
+    ):
+        code, output = call(line.split(" "), monkeypatch, capfd)
+        assert said in " ".join(output.split()), f"{line}\n{output}"
+        assert code == (1 if line.startswith("doctor") else 2), line
+        assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in BROKEN if c.train], ids=lambda case: case.name)
+def test_a_training_refuses_it_in_the_same_words(
+    case: Broken,
+    sound: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Where the folder was whole when its data were prepared."""
+    said = configured(case, sound, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = prepare_run(tmp_path / "run", sound)
+    record_run(run.root, load_config(tmp_path / "c.yaml"), "c.yaml", [])
+    code, output = call(["run", "train", "--run", "run"], monkeypatch, capfd)
+    assert said in " ".join(output.split()), output
+    assert code == 2 and "Traceback" not in output
+    assert not run.adapter.exists()
 
 
 def test_a_sound_folder_is_admitted_and_its_answer_kept(sound: Path, tmp_path: Path) -> None:

@@ -130,8 +130,9 @@ def _forecast(
         nodes, gpus = wanted.least_nodes, wanted.gpus or 1
         gpu = gpu or wanted.gpu_type
     card = find_card(gpu) if gpu and not probe else None
+    notes = check_model(config)  # first: it says the same as every other command
     shape = read_shape(config)
-    for note in check_model(config):
+    for note in notes:
         click.echo(note, err=True)
     measured, lengths = None, None
     if probe:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import RequestError, all_problems
-from yelp_hpc.rundir.files import parse_json
+from yelp_hpc.rundir.files import leads_out, parse_json
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -197,8 +197,10 @@ def weight_files(folder: Path, whole: bool = True) -> list[Path]:
             files = [folder / name]
             break
         index = read_json(folder / name)
-        shards = index.get("weight_map")
-        if not isinstance(shards, dict) or not shards or "metadata" not in index:
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        named = shards.values() if isinstance(shards, dict) else ()
+        whole_names = all(isinstance(shard, str) and not leads_out(shard) for shard in named)
+        if not shards or not named or not whole_names or "metadata" not in index:
             raise RequestError(
                 f"{folder / name} is no weight index (weight_map and metadata); "
                 "fetch the model again"

@@ -186,9 +186,11 @@ def _start(
     error.unlink(missing_ok=True)
     if log.is_symlink():
         log.unlink()  # it could lead anywhere
-    with open_log(log, "ab") as file:
-        file.write(f"--- started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
-        file.flush()
+    try:
+        opened = open_log(log, "ab", f"--- started {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
+    except OSError as why:
+        raise StageError(f"cannot write the log {log}: {why.strerror}") from None
+    with opened as file:
         process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,

@@ -103,9 +103,9 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
 
 def order(paths: RunPaths) -> Callable[[str], float]:
     """Of a job or array task: its place among all submissions, the last where none tells of it."""
-    first: dict[tuple[object, object], int] = {}
+    first: dict[tuple[str, str], int] = {}
     for number, line in enumerate(read_jsonl(paths.submissions)):  # a cancelled one stands twice
-        first.setdefault((line.get("job"), line.get("time")), number)
+        first.setdefault((str(line.get("job")), str(line.get("time"))), number)
     places = {job: number for (job, _), number in first.items()}
     return lambda job: places.get(job, places.get(job.partition("_")[0], math.inf))
 
