@@ -291,7 +291,7 @@ CASES = [
     Case(
         "model: no decoder",
         "plan --config good.yaml",
-        ("config.json", "hidden_size"),
+        ("m cannot be used: it has no tokenizer",),
         {"m/config.json": '{"model_type": "clip"}', "r.csv": ROWS},
     ),
     # run directories

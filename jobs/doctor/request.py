@@ -89,7 +89,7 @@ class Inputs(Frozen):
     problem: str = ""
     near: str = ""
     unfit: str = ""
-    """Why the model, whole as it is, cannot be used."""
+    """Why the model cannot be used, in the words of every command."""
     notes: tuple[str, ...] = ()
     remote: bool = False
     """It is a Hub model that is not in the cache."""
@@ -151,8 +151,8 @@ def _judged(config: Config, folder: Path) -> dict[str, Any]:
     if config.model.path.startswith("demo:"):
         return {"problem": model_problem(folder)}
     answer = ask(config, folder)
-    problem = "" if answer.problem else model_problem(folder)
-    return {"unfit": answer.problem, "notes": answer.notes, "problem": problem}
+    found = {"unfit": answer.problem, "notes": answer.notes}
+    return {**found, "problem": model_problem(folder)}
 
 
 def _sibling(path: Path) -> str:

@@ -121,7 +121,9 @@ def check_inputs(found: Inputs, request: Request) -> Iterator[Finding]:
     config = request.config
     assert config is not None
     near = f"; did you mean {found.near}?" if found.near else ""
-    if found.problem:
+    if found.unfit and found.problem:
+        yield command("model", "failure", found.unfit, request.fetch)
+    elif found.problem:
         text = f"model.path {config.model.path}: {found.problem}{near}"
         if found.near or found.model is None:
             remedy = f"model.path: {found.near or 'OWNER/NAME of a Hub model, or a folder'}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.config import FREE_TRAIN_SETTINGS, Config, config_from_dict
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.own_files import own_module
 from yelp_hpc.ranks.launch import launch
 from yelp_hpc.ranks.rank import StopRequest, run_rank
@@ -72,12 +72,15 @@ def run(paths: RunPaths, config: Config) -> None:
         print(f"train: already done ({paths.adapter}, step {marker.get('step')})", file=sys.stderr)
         return
     ranks = ranks_of_node(config)
+    from yelp_hpc.models.checkpoint import check_folder
     from yelp_hpc.models.local import model_folder
 
+    folder = model_folder(config.model)
+    check_folder(folder, whole=False, tokenizer=False)
     payload = {
         "run": str(paths.root),
         "config": config.model_dump(mode="json"),
-        "model": str(model_folder(config.model)),
+        "model": str(folder),
         "fingerprint": fingerprint,
     }
     command = own_module("yelp_hpc.stages.train")
@@ -346,6 +349,7 @@ def settle_budgets(
     from yelp_hpc.data.packing import default_pieces, microbatch_tokens, more_pieces
     from yelp_hpc.forecast.memory import choose_budget
     from yelp_hpc.forecast.model_shape import model_shape
+    from yelp_hpc.stages.door import admit
     from yelp_hpc.training.budget import Budget, read_budgets, write_budgets
 
     settings = config.train
@@ -353,7 +357,11 @@ def settle_budgets(
     asked = (settings.max_tokens, settings.micro_batches, settings.gradient_checkpointing)
     if budgets and budgets[-1].asked == asked:
         return budgets
-    shape = model_shape(read_json(model_path / "config.json"), str(model_path / "config.json"))
+    try:
+        shape = model_shape(read_json(model_path / "config.json"), str(model_path / "config.json"))
+    except (RequestError, StageError):
+        admit(config, model_path, prefix + max(own), tokenizer=False)  # every command's words
+        raise
     pieces = settings.micro_batches
     if pieces == "auto":
         mean = sum(own) / len(own) * settings.global_batch
