@@ -150,7 +150,8 @@ def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterCon
 
 def seen_repository(config: Config) -> Path | None:
     """The model in the cache of the Hub's own client; its token does not lie in there."""
-    if config.model.path.startswith("demo:") or Path(config.model.path).expanduser().is_dir():
+    local = os.path.isdir(Path(config.model.path).expanduser())  # noqa: PTH112 - never raises
+    if local or config.model.path.startswith("demo:"):
         return None
     found = seen_folders(config.model.path, config.model.revision)
     return repository(found[0]) if found else None
