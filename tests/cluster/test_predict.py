@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import yaml
 from tests.cluster.conftest import Cluster, processes, wait_ended, wait_for, yelp_hpc
 from tests.hub.finished import finish_run
 from tests.tiny import reviews
+from yelp_hpc import Classifier
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import read_json, read_jsonl, write_json
 from yelp_hpc.rundir.paths import RunPaths
@@ -91,3 +93,30 @@ def test_a_thousand_rows_under_kills_are_those_of_this_machine(
     assert len(there.read_text().splitlines()) >= ROWS + 1
     last = yelp_hpc(*asked[:2], str(run.root), *asked[3:8], str(there), *asked[9:])
     assert "nothing to do, everything is there" in last.stderr
+
+
+def test_in_the_image_the_answers_are_those_of_this_machine(
+    slurm: Cluster, image_sif: Path, open_folder: Path
+) -> None:
+    top = open_folder / "predict"
+    run = finish_run(top / "run", top / "model", str(top / "model"))
+    (top / "in").mkdir()
+    (top / "out").mkdir()
+    source = top / "in" / "new.jsonl"
+    lines = [{"id": i, "text": text} for i, (text, _) in enumerate(reviews(40, seed=12))]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cluster = top / "cluster.yaml"
+    values = {
+        "defaults": {"partition": "cpu", "memory": "500M", "time": "10"},
+        "container": {"image": str(image_sif), "cache": str(top / "cache")},
+    }
+    cluster.write_text(yaml.safe_dump(values))
+    asked = ["predict", "--run", str(run.root), "--input", str(source), "--shards", "2"]
+    where = ["--executor", "slurm", "--cluster", str(cluster), "--wait"]
+    yelp_hpc(*asked, "--out", str(top / "out" / "there.csv"), *where)
+    (root,) = run.predict.iterdir()
+    for name in ("prepare", "infer-tuned-0000", "collect"):
+        assert "apptainer exec" in RunPaths(root).stage_log(name).read_text()
+    there = (top / "out" / "there.csv").read_text()
+    answers = [one.label for one in Classifier(run.root).predict([str(x["text"]) for x in lines])]
+    assert [row["answer"] for row in csv.DictReader(there.splitlines())] == answers
