@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.options import CONFIG, JSON, SET
+from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, SET, WAIT
 
 
 @click.command()
@@ -47,12 +47,10 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
 @CONFIG
 @click.option("--out", required=True, metavar="DIR", type=click.Path(), help="the study's folder")
 @SET
-@click.option(
-    "--executor", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True
-)
-@click.option("--cluster", metavar="FILE", type=click.Path(), help="resources and container")
+@EXECUTOR
+@CLUSTER
 @click.option("--dry-run", is_flag=True, help="print the runs, and what each takes of another")
-@click.option("--wait", is_flag=True, help="follow until the end")
+@WAIT
 def study(
     file: str,
     config_file: str,

@@ -21,7 +21,7 @@ from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
 from yelp_hpc.cli.image import image
 from yelp_hpc.cli.meant import Commands, Words
-from yelp_hpc.cli.options import CONFIG, JSON, RUN, SET
+from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, RUN, SET, WAIT
 from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.predict import predict
 from yelp_hpc.cli.record import export, reproduce, track, verify
@@ -90,15 +90,10 @@ cli.add_command(plan)
 @CONFIG
 @RUN
 @SET
-@click.option("--executor", type=Words(["slurm", "local"]), default="slurm", show_default=True)
-@click.option(
-    "--cluster",
-    metavar="FILE",
-    type=click.Path(),
-    help="resources and container: configs/clusters/*.yaml",
-)
+@EXECUTOR
+@CLUSTER
 @click.option("--dry-run", is_flag=True, help="print the sbatch scripts and the commands only")
-@click.option("--wait", is_flag=True, help="follow until the end")
+@WAIT
 def submit(
     stage: str,
     config_file: str,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from yelp_hpc.evaluation import charts
-from yelp_hpc.evaluation.across.compared_shown import print_table
+from yelp_hpc.evaluation.across.compared_shown import print_table, terminal
 from yelp_hpc.evaluation.outcome import figure, interval
 
 _HEAD = ["", "trial", "seeds", "validation", "accuracy", "F1 macro"]
@@ -90,11 +89,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
 
 def print_leaderboard(found: Mapping[str, Any]) -> None:
     """Print the table to standard output."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 100
+    console = terminal()
     wide = console.width >= 130
     print_table(console, f"Study {found['study']}", head(found), rows(found, wide), {0, 1})
     for note in notes(found):
