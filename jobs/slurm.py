@@ -120,7 +120,7 @@ def _rows(text: str) -> list[Row]:
         if len(cells) < 7 or not re.fullmatch(r"\d+(_\S+)?(\+\d+)?", cells[0]):
             continue
         job, state, reason, node, used, limit, restarts = cells[:7]
-        submitted, user, *what = [*cells[7:], "", ""] if len(cells) < 9 else cells[7:]
+        submitted, user, *what = [*cells[7:], "", ""]
         rows.append(
             Row(
                 *(job, state, reason, node, used, limit),

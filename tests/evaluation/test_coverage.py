@@ -314,6 +314,8 @@ def test_what_makes_a_test_set_unreadable_is_said(tmp_path: Path) -> None:
     assert said() == f"{path} holds no rows; {mend}"
     write_test_set(run, [0, 1, 2], [5, 9, 5])
     assert said() == f"{path} holds row 5 more than once; {mend}"
+    write_test_set(run, [0, 1, 2], [5, 9, 9])
+    assert said() == f"{path} holds row 9 more than once; {mend}"
     rewrite(path, lambda table: table.drop_columns(["label"]))
     assert "label" in said() and said().endswith(f"); {mend}")
 

@@ -124,6 +124,10 @@ def plans() -> dict[str, Any]:
     }
     found = {
         "no machine": forecast(settings(), llama, LENGTHS),
+        "another adapter": forecast(
+            settings(lora={"target": ["up_proj"], "rank": 6}), llama, LENGTHS
+        ),
+        "too old a card": forecast(settings(), llama, LENGTHS, card=find_card("v100")),
         "four cards": forecast(settings(**half), glm, LENGTHS, card=find_card("rtx3090")),
         "two nodes, other assumptions": forecast(
             settings(**half), glm, LENGTHS, card=find_card("h100"), nodes=2, efficiency=0.5,

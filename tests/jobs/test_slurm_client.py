@@ -62,6 +62,8 @@ def test_the_queue_is_asked_for_all_tasks_and_a_banner_is_no_row(
     ended = slurm.everything(["7", "8"], patience=3.0)[1]
     assert (ended.job, ended.live, ended.runs) == ("8", False, False)
     assert asked[1] == [*head, "--jobs=7,8", "epoch=True", "patience=3.0"]
+    answering("JOBID|STATE|REASON|NODELIST|TIME|TIME_LIMIT|RESTARTS|\n")
+    assert slurm.queue(["7"]) == []  # a header alone
     answering("Welcome\nUsage: rc-squeue [-m]\n")
     with pytest.raises(StageError, match="name the real one"):
         slurm.queue(["7"])
@@ -168,6 +170,7 @@ def test_the_name_of_the_cluster(
         ("AssocGrpCPUMinutesLimit",
          "over a limit of your association (AssocGrpCPUMinutesLimit)", False),
         ("(Odd_Reason, more)", "Odd_Reason, more", False),
+        ("(XOddX)", "XOddX", False),
         ("partitiontimelimit", "partitiontimelimit", True),
     ],
 )  # fmt: skip
@@ -248,6 +251,8 @@ def test_the_end_of_a_job_is_what_slurm_counts_and_not_a_clock(
         with pytest.raises(ValueError):
             slurm.seconds(wrong)
     for unlimited in ("UNLIMITED", "Infinite"):
+        answering(told)
+        assert limit.ask() < math.inf
         answering(told.replace("1-00:02:00", unlimited))
         assert limit.ask() == math.inf
     answering(told.replace("RUNNING", "PENDING"))  # it is requeued: nothing runs down

@@ -191,6 +191,10 @@ def test_a_line_is_put_together_from_what_runs_what_was_and_what_is_left() -> No
               attempts=(attempt("lost", "6", node="g1"),
                         attempt("lost", node="g2", started=10.0, ended=75.0)))  # fmt: skip
     assert (over.node, over.elapsed, over.limit, over.restarts) == ("g2", "0:01:05", "", 0)
+    queued = Row("7_0", "PENDING", node="g1", elapsed="0:00")
+    runs = Row("7_1", "RUNNING", node="g2", elapsed="0:09")
+    both = of("running: ", "train", rows=(queued, runs))
+    assert (both.node, both.elapsed) == ("g2", "0:09")  # of those, one that runs
     assert over.gpu_hours == round(2 * (40 + 65) / 3600, 3) > 0
     lost = of("stopped: interrupted; submit it again to go on", "train",
               attempts=(attempt("lost", lost=20.0),))  # fmt: skip
