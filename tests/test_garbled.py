@@ -131,7 +131,7 @@ def test_a_section_of_the_record_that_is_none(
         ):
             code, output = call(command.split(" "), monkeypatch, capfd)
             check(output, code)
-            assert code in (1, 2) and f"{section}: input should be" in output, output
+            assert code in (1, 2) and f"{section}: is a section" in output, output
 
 
 def test_half_a_character_is_no_text(tmp_path: Path) -> None:

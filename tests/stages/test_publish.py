@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.hub.server import serving
 from tests.hub.state import Fault, Hub
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.proof.verify import verify
 from yelp_hpc.publishing.hub import Backoff
 from yelp_hpc.publishing.token import Token, find_token, redact
 from yelp_hpc.rundir.files import write_json
@@ -564,3 +566,46 @@ def test_the_snippet_runs_as_pasted_and_predicts_the_same(
     assert answers == [predicted[row["row"]] for row in test]
     assert len(set(answers)) > 1
     assert hub.count(f"GET /{REPO}/resolve/.*adapter_model.safetensors") >= 1
+
+
+def changed(path: Path, *keys: str, value: object) -> None:
+    """A leaf of a JSON file, replaced."""
+    whole = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    write_json(path, whole)
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [1], {"a": {}}, [[]], True], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("models",),
+        ("models", "tuned"),
+        ("models", "tuned", "confusion"),
+        ("models", "tuned", "per_class"),
+        ("models", "tuned", "f1"),
+        ("task",),
+        ("test",),
+    ],
+    ids=".".join,
+)
+def test_metrics_of_another_shape_are_one_message(
+    run: RunPaths, config: Config, keys: tuple[str, ...], value: object
+) -> None:
+    """Never a traceback of publish; verify says of each that it is not what the shards give."""
+    changed(run.metrics, *keys, value=value)
+    with suppress(StageError):  # what the card does not need is verify's to find
+        publish.run(run, config, dry_run=True)
+    problems = verify(run)
+    assert [p for p in problems if p.startswith(f"{run.metrics}: {keys[0]}")], problems
+    assert max(map(len, problems)) < 500
+
+
+@pytest.mark.parametrize(
+    "value", [[], 3, {"repo_id": REPO, "files": 3}, {"repo_id": REPO}], ids=str
+)
+def test_a_record_of_another_shape_is_one_message(run: RunPaths, value: object) -> None:
+    write_json(run.published, value)
+    assert [p for p in verify(run) if p.startswith(str(run.published))]

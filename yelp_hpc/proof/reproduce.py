@@ -17,7 +17,14 @@ import yaml
 from yelp_hpc.config import Config, LoadedConfig
 from yelp_hpc.errors import RequestError
 from yelp_hpc.rundir.changes import differences
-from yelp_hpc.rundir.files import json_bytes, read_json, read_jsonl, read_marker, write_bytes
+from yelp_hpc.rundir.files import (
+    json_bytes,
+    read_json,
+    read_jsonl,
+    read_marker,
+    read_object,
+    write_bytes,
+)
 from yelp_hpc.rundir.manifest import (
     code_state,
     package_versions,
@@ -224,7 +231,7 @@ def _compare_metrics(first: RunPaths, second: RunPaths, found: Comparison) -> No
     if not all(path.is_file() for path in paths):
         _note(found, "metrics.json", *(True if path.is_file() else None for path in paths))
         return
-    one, two = (read_json(path).get("models") for path in paths)
+    one, two = (read_object(path).get("models") for path in paths)
     different = list(differences(one, two))
     found.differences.extend(f"metrics.json {key}: {a!r} and {b!r}" for key, a, b in different)
     if not different:

@@ -18,7 +18,8 @@ from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.inference.provenance import PREFIX, Provenance, wanted
 from yelp_hpc.proof import second_opinion
 from yelp_hpc.rundir.changes import differences, dotted
-from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, sha256_file
+from yelp_hpc.rundir.collected import as_written
+from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, read_object, sha256_file
 from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
 from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
@@ -161,10 +162,11 @@ def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
 
 def _answered(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
     """The file that was asked for is the one that was written, by the adapter that was copied."""
-    request, made = read_request(run), read_json(run.answered)
+    request, made = read_request(run), read_object(run.answered)
     if request.adapter_sha256 != (adapter_sha256(run) if request.model == "tuned" else ""):
         yield f"{run.adapter}: is not the adapter that was asked for (request.json)"
-    out = Path(made["out"])
+    with as_written(run.answered, "give the `predict` command again"):
+        out = Path(made["out"])
     if not out.is_file() or made.get("sha256") != sha256_file(out):
         yield f"{out}: is missing or was altered since it was written"
 
@@ -279,10 +281,15 @@ def _metrics(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterat
         yield f"{run.metrics}: cannot be computed again: {reason}"
         return
     for key, mine, theirs in _unequal(json.loads(json.dumps(computed)), recorded, ""):
-        yield f"{run.metrics}: {key} is {theirs!r}, the shards give {mine!r}"
+        yield f"{run.metrics}: {key} is {_short(theirs)}, the shards give {_short(mine)}"
     if second_opinion.available():
         for key, value, stands in second_opinion.second_opinion(run, config, computed):
             yield f"{run.metrics}: {key} is {stands!r} by our counts, scikit-learn says {value!r}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _unequal(mine: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -305,7 +312,7 @@ def _published(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
     """What was published is what is here."""
     if not run.published.exists():
         return
-    published = read_json(run.published)
+    published = read_object(run.published)
     if published.get("repo_id") is None:
         return
     if published["repo_id"] != config.publish.repo_id:
@@ -313,7 +320,8 @@ def _published(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
             f"{run.published}: repo_id is {published['repo_id']!r}, "
             f"run.json says {config.publish.repo_id!r}"
         )
-    there = {file["name"]: file["sha256"] for file in published.get("files") or []}
+    with as_written(run.published, "delete it and publish again"):
+        there = {file["name"]: file["sha256"] for file in published.get("files") or []}
     local = {path.name: path for path in (run.metrics, run.run_json, run.loss_png)}
     if not config.publish.merged:
         local[WEIGHTS] = run.adapter / WEIGHTS

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import json_bytes, sha256_file, write_bytes
@@ -43,3 +45,19 @@ def collected(paths: RunPaths) -> bool:
             sign is None or sign[1].decode() == sha256_file(paths.metrics)
         )
     return False
+
+
+@contextmanager
+def as_written(path: Path, remedy: str) -> Iterator[None]:
+    """While the content of `path` is read: another shape than the one that is written is an error.
+
+    Raises:
+        StageError: what is looked for is not there, or is of another kind; it ends with `remedy`.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        what = " ".join(str(error).split())[:100]
+        raise StageError(
+            f"{path} does not hold what yelp_hpc writes ({type(error).__name__}: {what}); {remedy}"
+        ) from None

@@ -32,6 +32,7 @@ from yelp_hpc.publishing.secrets import find_secrets
 from yelp_hpc.publishing.token import Token, find_token, redact
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.changes import settings_of
+from yelp_hpc.rundir.collected import as_written
 from yelp_hpc.rundir.files import (
     MARKER,
     damaged_files,
@@ -163,17 +164,21 @@ def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[Hub
     pictures: dict[str, Path | bytes] = {}
     if paths.loss_png.is_file():
         pictures["loss.png"] = paths.loss_png
-    if tuned := metrics["models"].get("tuned"):
-        pictures["confusion.png"] = draw_confusion(tuned["confusion"], tuned["confusion_columns"])
-    content |= pictures
-    card = model_card(
-        config,
-        metrics,
-        record,
-        pictures=sorted(pictures),
-        gpu_hours=gpu_hours(paths),
-        native=_model_type(folder) == "chatglm",
-    )
+    remedy = f"make it again: python -m yelp_hpc collect --run {paths.root}"
+    with as_written(paths.metrics, remedy):
+        if tuned := metrics["models"].get("tuned"):
+            pictures["confusion.png"] = draw_confusion(
+                tuned["confusion"], tuned["confusion_columns"]
+            )
+        content |= pictures
+        card = model_card(
+            config,
+            metrics,
+            record,
+            pictures=sorted(pictures),
+            gpu_hours=gpu_hours(paths),
+            native=_model_type(folder) == "chatglm",
+        )
     content["README.md"] = card.encode()
     refuse_links(content, allowed_folders(paths.root, folder))
     for name in ("config.json", "tokenizer_config.json"):
