@@ -45,11 +45,13 @@ def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
         for attempt in attempts.read(paths, folder.name):
             last[paths.stage_log(folder.name, attempt.task)] = attempt
     failed = {path: a.ended or 0.0 for path, a in last.items() if a.verdict == "failed"} | before
-    return sorted(
-        known,
-        key=lambda path: (failed.get(path, 0.0), path.stat().st_mtime),
-        reverse=True,
-    )
+
+    def place(path: Path) -> tuple[float, float, str]:
+        own = path.with_name(f"{path.stem.partition('-rank-')[0]}.log")
+        shown = own if own in known else path  # a rank's log stands behind its stage's
+        return failed.get(path, 0.0), shown.stat().st_mtime, path.name
+
+    return sorted(known, key=place, reverse=True)
 
 
 def outputs(paths: RunPaths, name: str, job: str) -> Iterator[Path]:

@@ -81,13 +81,14 @@ def test_the_frozen_code_holds_every_file_that_the_package_reads(tmp_path: Path)
 
 
 def test_a_failed_shard_stops_only_what_needs_it_and_is_done_alone_next_time(
-    fake_run: MakeRun,
+    fake_run: MakeRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = fake_run(shards=3, cluster={"max_array_size": 2}, fail=["infer-base-1"]).prepared()
     (run.root / "train" / "adapter").mkdir(parents=True)
     (run.root / "train" / "adapter" / "complete.json").write_text('{"files": {}}')
-    with pytest.raises(StageError, match="the data is rotten"):
+    with pytest.raises(StageError, match=r"infer-base failed: shard 1 .* its log, shown above"):
         go(run, "infer")
+    assert capfd.readouterr().err.count("the data is rotten") == 1
     assert len(run.predictions("base")) == 2
     assert len(run.predictions("tuned")) == 3
     lines, _ = collect_status(run.root, run.config)
