@@ -225,8 +225,7 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises:
         ValueError: it is not JSON in UTF-8, is nested too deeply for a reader, holds a number that
-            no float can (1e309, NaN, an integer of 400 digits) or half a character, which no file
-            can be written with.
+            no float can (1e309, NaN, an integer of 400 digits) or half a character.
     """
     text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
