@@ -305,9 +305,17 @@ def timeline(starts: Sequence[Attempt]) -> str:
     return _svg(bottom + 38, label, body)
 
 
+_BESIDE = 19
+"""Characters of a name that have room beside its line."""
+
+
 def forest(title: str, rows: Sequence[tuple[str, float, Sequence[float] | None]]) -> str:
-    """A row a model: its figure as a dot, the interval as a line; the first row stands on top."""
-    high, top, left, right = 24.0, 8.0, 128.0, 344.0
+    """A row a model: its figure as a dot, the interval as a line; the first row stands on top.
+
+    Long names, whose ends tell them apart, stand above their lines.
+    """
+    above = max(len(name) for name, *_ in rows) > _BESIDE
+    high, top, left, right = (40.0, 8.0, 12.0, 344.0) if above else (24.0, 8.0, 128.0, 344.0)
     ends = [x for _, value, pair in rows for x in (value, *(pair or ()))]
     low, most = min(ends), max(ends)
     pad = 0.05 * (most - low) or 0.05
@@ -323,8 +331,11 @@ def forest(title: str, rows: Sequence[tuple[str, float, Sequence[float] | None]]
         body.append(_text(px(x), bottom + 15, f"{x:.3g}", "tick"))
     said = []
     for i, (name, value, pair) in enumerate(rows):
-        y = top + (i + 0.5) * high
-        body.append(_text(left - 8, y + 4, _cut(name, 19), "tick", "end"))
+        y = top + (i + (0.75 if above else 0.5)) * high
+        if above:
+            body.append(_text(left, y - 12, _cut(name, 56), "tick", "start"))
+        else:
+            body.append(_text(left - 8, y + 4, name, "tick", "end"))
         if pair:
             body.append(f'<path class="line s0" d="M{px(pair[0]):.1f} {y}H{px(pair[1]):.1f}"/>')
         body.append(f'<circle class="dot s0" cx="{px(value):.1f}" cy="{y}" r="4"/>')

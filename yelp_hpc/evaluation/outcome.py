@@ -111,11 +111,14 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     names, support = task["names"], test["support"]
     name, rows = names[best["label"]], sum(support)
     rarest = min(range(len(support)), key=lambda label: (support[label] == 0, support[label]))
-    text = (
-        f"Always answering {name!r}, the most frequent label ({max(support) / rows:.1%} of the "
-        f"rows; the rarest, {names[rarest]!r}, {support[rarest] / rows:.1%}), gets accuracy "
-        f"{best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
-    )
+    gets = f"gets accuracy {best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
+    if max(support) == min(support):
+        text = f"Every label has {max(support) / rows:.1%} of the rows: always answering one {gets}"
+    else:
+        text = (
+            f"Always answering {name!r}, the most frequent label ({max(support) / rows:.1%} of "
+            f"the rows; the rarest, {names[rarest]!r}, {support[rarest] / rows:.1%}), {gets}"
+        )
     if test["absent"]:
         shown = ", ".join(test["absent"][:10])
         more = f" and {len(test['absent']) - 10} more" if len(test["absent"]) > 10 else ""
