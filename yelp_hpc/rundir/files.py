@@ -7,6 +7,7 @@ says who writes it, so that those of killed writers are known and swept.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -227,7 +228,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not JSON in UTF-8, is nested too deeply for a reader, holds a number that
             no float can (1e309, NaN, an integer of 400 digits) or half a character.
     """
-    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    text = text if isinstance(text, str) else text.removeprefix(codecs.BOM_UTF8).decode()
     try:
         value = json.loads(
             text, parse_float=_finite_float, parse_int=_finite_int, parse_constant=_refuse_constant
@@ -338,8 +339,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise StageError(f"{path} cannot be read: {error.strerror}") from error
     for line in lines:
         with suppress(ValueError):
-            record = parse_json(line)
-            if isinstance(record, dict):
+            if isinstance(record := parse_json(line), dict):
                 records.append(record)
     return records
 
