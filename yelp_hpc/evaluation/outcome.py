@@ -110,11 +110,11 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     best = test["majority"]
     names, support = task["names"], test["support"]
     name, rows = names[best["label"]], sum(support)
-    rarest = min(range(len(support)), key=lambda label: (support[label] == 0, support[label]))
     gets = f"gets accuracy {best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
     if max(support) == min(support):
         text = f"Every label has {max(support) / rows:.1%} of the rows: always answering one {gets}"
     else:
+        rarest = min(range(len(support)), key=lambda label: (support[label] == 0, support[label]))
         text = (
             f"Always answering {name!r}, the most frequent label ({max(support) / rows:.1%} of "
             f"the rows; the rarest, {names[rarest]!r}, {support[rarest] / rows:.1%}), {gets}"
@@ -139,6 +139,16 @@ def shows_study(metrics: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
     return data.get("path") in STUDY_DATA or conventions_differ(metrics)
 
 
+def terminal() -> Console:
+    """Standard output, as wide as it is; a log file, which has no width, as `WIDE`."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    return console
+
+
 def print_outcome(
     metrics: Mapping[str, Any],
     data: Mapping[str, Any] | None = None,
@@ -146,12 +156,9 @@ def print_outcome(
 ) -> None:
     """Print the table to standard output; `data` is that section of the configuration."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDE  # a log file has no width
+    console = console or terminal()
     wide = console.width >= WIDE
     models = list(metrics["models"])
     table = Table(title="Outcome on the test set, 95 % bootstrap intervals", box=box.SIMPLE_HEAD)

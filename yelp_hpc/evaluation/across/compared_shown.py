@@ -5,13 +5,12 @@ Both show the same rows, made here from what `compared.compare` found.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from yelp_hpc.evaluation import charts
 from yelp_hpc.evaluation.across.compared import grouped
-from yelp_hpc.evaluation.outcome import WIDE, figure, interval, plus_minus
+from yelp_hpc.evaluation.outcome import figure, interval, plus_minus, terminal
 
 _METRICS = (("accuracy", "accuracy"), ("f1.macro", "F1 macro"), ("mae", "MAE"), ("kappa", "kappa"))
 """Which have a column; the rest stands in the JSON."""
@@ -118,16 +117,6 @@ def print_comparison(found: Mapping[str, Any]) -> None:
         print_table(console, "The same rows, second minus first", PAIR_HEAD, pairs, {0})
         console.print(f"{note(found)}\n", markup=False, highlight=False)
     print_table(console, "Cost", COST_HEAD, cost_rows(found), {0})
-
-
-def terminal() -> Any:
-    """Standard output, as wide as it is; a log file, which has no width, as `WIDE`."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDE
-    return console
 
 
 def print_table(

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from yelp_hpc.evaluation import charts
-from yelp_hpc.evaluation.across.compared_shown import print_table, terminal
-from yelp_hpc.evaluation.outcome import figure, interval
+from yelp_hpc.evaluation.across.compared_shown import print_table
+from yelp_hpc.evaluation.outcome import figure, interval, terminal
 
 _HEAD = ["", "trial", "seeds", "validation", "accuracy", "F1 macro"]
 
