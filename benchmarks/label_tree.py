@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from yelp_hpc.config import YELP, PromptConfig
+from yelp_hpc.config import PromptConfig
 from yelp_hpc.data.answer_tree import answer_tree
 from yelp_hpc.data.demo import model_folder, rated_snippets
 from yelp_hpc.data.packing import plan_microbatches
@@ -24,6 +24,7 @@ from yelp_hpc.data.prompt import Prompt, common_prefix
 from yelp_hpc.inference.scoring import label_scores
 from yelp_hpc.models.load import load_model, load_tokenizer
 from yelp_hpc.models.packed.batch import prepare_model
+from yelp_hpc.task import YELP
 
 BUDGET = 4096
 WORDS = """card payment transfer top up failed pending fee charged cash account balance limit pin

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from yelp_hpc.config import YELP, Config, TaskConfig
+from yelp_hpc.config import Config
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
+from yelp_hpc.task import YELP, TaskConfig
 
 TEXTS = ["awful place", 'so-so, "fine"', "it was\nokay", "naïve café", "love ★ it"]
 ROWS = [(text, i) for i, text in enumerate(TEXTS)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from yelp_hpc.config import YELP, PromptConfig
+from yelp_hpc.config import PromptConfig
 from yelp_hpc.data.answer_tree import answer_tree, scored_answers
 from yelp_hpc.data.prompt import Prompt, common_prefix
 from yelp_hpc.errors import RequestError
+from yelp_hpc.task import YELP
 
 
 def characters(texts: list[str]) -> list[list[int]]:

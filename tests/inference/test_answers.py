@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from yelp_hpc.config import TaskConfig
 from yelp_hpc.inference.answers import is_decided, parse_label
+from yelp_hpc.task import TaskConfig
 
 LABELS = {
     # a bare number is the label that the prompt asks for

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from yelp_hpc.config import TaskConfig
 from yelp_hpc.errors import RequestError
+from yelp_hpc.task import TaskConfig
 
 _FLOAT = re.compile(r"([-+]?\d+)\.0+")
 _STARS = re.compile(r"(\d+)(?:\.0+)?\s*(?:stars?|[★⭐])", re.IGNORECASE)

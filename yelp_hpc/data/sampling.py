@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from yelp_hpc.config import YELP, DataConfig
+from yelp_hpc.config import DataConfig
 from yelp_hpc.errors import RequestError
+from yelp_hpc.task import YELP
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from yelp_hpc.cache import cache_folder
-from yelp_hpc.config import YELP, Config, DataConfig, TaskConfig
+from yelp_hpc.config import Config, DataConfig
 from yelp_hpc.data import demo
 from yelp_hpc.data.files import (
     Record,
@@ -32,6 +32,7 @@ from yelp_hpc.data.hub import hub_error
 from yelp_hpc.data.labels import advice, classes_of, value_text
 from yelp_hpc.data.sampling import text_key
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.task import YELP, TaskConfig
 
 Row = tuple[str, int]
 _BATCH = 4096

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from yelp_hpc.config import Config, TaskConfig
+from yelp_hpc.config import Config
 from yelp_hpc.data.output import table_writer
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.coverage import (
@@ -28,6 +28,7 @@ from yelp_hpc.inference.answers import answer_names
 from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.task import TaskConfig
 
 BATCH = 8192
 
@@ -185,7 +186,7 @@ def answer_columns(shard: pa.Table, config: Config) -> list[pa.Array]:
 def expected_values(task: TaskConfig) -> list[float]:
     """What each label counts in the expected value: itself where all are numbers, else its place.
 
-    >>> from yelp_hpc.config import YELP
+    >>> from yelp_hpc.task import YELP
     >>> expected_values(YELP)
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """

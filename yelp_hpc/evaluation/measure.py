@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from yelp_hpc.config import YELP, Config, TaskConfig
+from yelp_hpc.config import Config
 from yelp_hpc.evaluation.counting import Counting
 from yelp_hpc.evaluation.coverage import Coverage, read_test_set, refuse_unless_complete
 from yelp_hpc.evaluation.metrics import AVERAGES, majority, per_class
@@ -27,6 +27,7 @@ from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.task import YELP, TaskConfig
 
 PUBLISHED = {
     "base": {"f1": {"micro": 0.406, "macro": 0.183, "weighted": 0.403}},

@@ -35,7 +35,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from yelp_hpc.config import YELP, Config, TaskConfig
+from yelp_hpc.config import Config
+from yelp_hpc.task import YELP, TaskConfig
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # "4stars" holds a number, "4th" does not.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from yelp_hpc.config import YELP, Config, TaskConfig
+from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import answer_tree, scored_answers
 from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.inference.answers import is_decided, parse_label
@@ -24,6 +24,7 @@ from yelp_hpc.models.local import model_folder
 from yelp_hpc.models.packed.batch import Way, prepare_model
 from yelp_hpc.progress import say
 from yelp_hpc.ranks.device import usable_gpus
+from yelp_hpc.task import YELP, TaskConfig
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.cache import DEMO_MODEL
-from yelp_hpc.config import YELP, Config
+from yelp_hpc.config import Config
 from yelp_hpc.evaluation.metrics import AVERAGES
 from yelp_hpc.publishing.snippet import article, snippet
 from yelp_hpc.rundir.attempts import GpuHours
+from yelp_hpc.task import YELP
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?")
 DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from yelp_hpc.config import DTYPES, YELP, Config
+from yelp_hpc.config import DTYPES, Config
+from yelp_hpc.task import YELP
 
 _RATING = (
     "",

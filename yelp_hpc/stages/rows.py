@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.config import TaskConfig
 from yelp_hpc.data.files import Record, class_names, data_files, records, text_fault, unescaped
 from yelp_hpc.data.labels import classes_of, value_text
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.rundir.request import Request
+from yelp_hpc.task import TaskConfig
 
 _SHOWN = 10
 _MOST_VALUES = 5000

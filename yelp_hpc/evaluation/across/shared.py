@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from yelp_hpc.config import Config, TaskConfig
+from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.evaluation.coverage import Coverage, TestSet, read_test_set, refuse_unless_complete
 from yelp_hpc.evaluation.metrics import Counts
@@ -25,6 +25,7 @@ from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.files import sha256_file
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.task import TaskConfig
 
 Key = tuple[bytes, int, int]
 """Digest of a text, its label, and which of the equal rows it is."""
