@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import Config
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
@@ -221,8 +222,15 @@ def test_train_and_test_are_judged_together(tmp_path: Path) -> None:
     assert [label for _, label in found] == [0, 1, 2, 3]
 
 
-def test_texts_are_mapped_and_their_file_is_gone(tmp_path: Path) -> None:
-    found, _ = read_source(config_of(GOOD["csv"][0](tmp_path), {}, YELP))
-    assert found[3] == ROWS[3]
-    assert found[1:3] == ROWS[1:3]
-    assert found.texts([4, 0]) == [TEXTS[4], TEXTS[0]]
+def test_texts_are_read_from_a_file_that_is_gone(tmp_path: Path) -> None:
+    rows = [(f"{TEXTS[i % 5]} {i}", i % 5) for i in range(10_000)]
+    path = file("r.csv", as_csv([{"label": y, "text": t} for t, y in rows]))(tmp_path)
+    found, _ = read_source(config_of(path, {}, YELP))
+    assert not [*(cache_folder() / "rows").iterdir()]
+    assert list(found) == rows
+    assert found[9_000] == rows[9_000] and found[-1] == rows[-1]
+    assert found[4_094:4_099] == rows[4_094:4_099]
+    asked = [8_191, 3, 9_999, 8_192, 0, 3]
+    assert found.texts(asked) == [rows[i][0] for i in asked]
+    with pytest.raises(IndexError):
+        found[10_000]

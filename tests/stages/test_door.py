@@ -258,6 +258,27 @@ def test_special_tokens_in_a_review_are_text_and_in_the_template_tokens(sound: P
     assert chat.spelled("x<eos>y<pad>") == ["<pad>", "<eos>"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_texts_are_encoded_as_a_call_of_the_tokenizer_does(sound: Path, own: bool) -> None:
+    """Whatever an earlier call asked for, and where the tokenizer's class does more than call."""
+    tokenizer = load(sound)
+    if own:
+
+        class Lower(type(tokenizer)):  # type: ignore[misc]
+            def _encode_plus(self, text: Any, **options: Any) -> Any:
+                lowered = text.lower() if isinstance(text, str) else [one.lower() for one in text]
+                return super()._encode_plus(lowered, **options)
+
+        tokenizer = Lower.from_pretrained(sound)
+    encode = Encoder(tokenizer, TEMPLATE)
+    inner = ("", "GOOD food 12", "naïve ☕\r\n ", "x" * 3000)
+    texts = [f"Review: {text}\nOutput: 3" for text in inner]
+    tokenizer(texts, padding=True, truncation=True, max_length=3, split_special_tokens=True)
+    assert (
+        encode([*texts, TEMPLATE + "<eos>"]) == tokenizer([*texts, TEMPLATE + "<eos>"])["input_ids"]
+    )
+
+
 def test_what_a_tokenizer_appends_is_left_off(sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(sound, folder)

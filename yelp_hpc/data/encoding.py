@@ -25,6 +25,7 @@ class Encoder:
         own = [token for token in self.special if token in self.head or token in self.tail]
         longest_first = sorted(own, key=len, reverse=True)
         self._own = re.compile("|".join(map(re.escape, longest_first))) if own else None
+        self._plainly = encodes_plainly(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without what the tokenizer puts behind.
@@ -33,11 +34,19 @@ class Encoder:
             RequestError: a review's special tokens cannot be told from the template's.
         """
         found = []
-        for text, ids in zip(texts, self.tokenizer(texts)["input_ids"], strict=True):
+        for text, ids in zip(texts, self._ids(texts), strict=True):
             inner = text[len(self.head) :].rpartition(self.tail)[0] if self.tail else ""
             spelled = self.spelled(inner if self.tail else text[len(self.head) :])
-            found.append(self._spelled_out(text) if spelled else self._without_end(list(ids)))
+            found.append(self._spelled_out(text) if spelled else self._without_end(ids))
         return found
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """What the tokenizer makes of whole texts."""
+        if self._plainly:
+            self.tokenizer("a")  # sets its backend to what a plain call asks of it
+            # the same without each token's place in the text, which nobody reads here
+            return [one.ids for one in self.tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        return [list(ids) for ids in self.tokenizer(texts)["input_ids"]]
 
     def spelled(self, review: str) -> list[str]:
         """The special tokens whose letters stand in a review."""
@@ -88,6 +97,17 @@ def special_tokens(tokenizer: Any) -> list[str]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     known = [token.content for token in added if getattr(token, "special", False)]
     return [token for token in dict.fromkeys([*known, *tokenizer.all_special_tokens]) if token]
+
+
+def encodes_plainly(tokenizer: Any) -> bool:
+    """Whether a call of the tokenizer is one of its Rust backend and nothing else."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name) is getattr(PreTrainedTokenizerFast, name)
+        for name in ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
+    )
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -128,7 +128,8 @@ def text_fault(record: Mapping[Any, Any], column: str) -> str:
         what = "is empty" if text is None or isinstance(text, str) else f"is {text!r}, no text"
         return f"{column} {what}"
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
         return f"{column} holds half a character (a lone surrogate)"
     return ""

@@ -21,11 +21,9 @@ Rule = Callable[[str], int | None]
 
 def value_text(value: Any) -> str:
     """A value of a label column as text; "" for a missing one."""
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else "" if value != value else str(value)
+    return "" if value is None else str(value).strip()
 
 
 def _whole(text: str) -> str:

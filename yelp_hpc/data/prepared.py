@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,6 +34,9 @@ SCHEMA = pa.schema(
 )
 _GROUP_TOKENS = 4_000_000
 """Tokens of a row group: what a writer and a reader hold at once."""
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+Chunk = tuple[Sequence[int], Sequence[int], list[str]]
+"""Row ids, labels and texts of some rows."""
 
 
 class PreparedSets:
@@ -46,7 +52,8 @@ class PreparedSets:
         self._common: list[int] | None = None
         self._shortest = self.longest = 0
         head, tail = config.prompt.template.split("{review}")
-        self._instruction, _, self._before = head.rpartition("\n")
+        instruction, _, self._before = head.rpartition("\n")
+        self._instruction = _quoted(instruction)
         self._after = tail.removesuffix("{label}").rstrip()
 
     @contextmanager
@@ -65,27 +72,31 @@ class PreparedSets:
             if records is not None:
                 records.write("\n]\n")
 
-    def count(self, name: str, row: int, label: int, ids: list[int]) -> None:
-        """Take in one row."""
-        self.rows[name] += 1
-        self.tokens[name] += len(ids)
-        if label >= 0:  # -1: a row without one
-            self.classes[name][label] += 1
-        self._digest.update(f"{name} {row} {label} {ids}\n".encode())
-        if self._common is None:
-            self._common, self._shortest = ids, len(ids)
-        elif ids[: len(self._common)] != self._common:
-            self._common = ids[: common_prefix([self._common, ids])]
-        self._shortest = min(self._shortest, len(ids))
-        self.longest = max(self.longest, len(ids))
+    def count(
+        self, name: str, rows: Sequence[int], labels: Sequence[int], ids: Sequence[list[int]]
+    ) -> None:
+        """Take in some rows."""
+        self.rows[name] += len(rows)
+        for row, label, one in zip(rows, labels, ids, strict=True):
+            self.tokens[name] += len(one)
+            if label >= 0:  # -1: a row without one
+                self.classes[name][label] += 1
+            self._digest.update(f"{name} {row} {label} {one}\n".encode())
+            if self._common is None:
+                self._common, self._shortest = one, len(one)
+            elif one[: len(self._common)] != self._common:
+                self._common = one[: common_prefix([self._common, one])]
+            self._shortest = min(self._shortest, len(one))
+            self.longest = max(self.longest, len(one))
 
-    def record(self, text: str, label: int) -> dict[str, str]:
-        """An alpaca record."""
-        return {
-            "instruction": self._instruction,
-            "input": self._before + text + self._after,
-            "output": self.labels[label],
-        }
+    def record(self, text: str, label: int) -> str:
+        """An alpaca record as it stands in its file: indented as by `json.dump`."""
+        lines = (
+            f'"instruction": {self._instruction}',
+            f'"input": {_quoted(self._before + text + self._after)}',
+            f'"output": {_quoted(self.labels[label])}',
+        )
+        return "\n  {\n    " + ",\n    ".join(lines) + "\n  }"
 
     def write_info(self) -> None:
         """Write LLaMA-Factory's list of the sets."""
@@ -114,23 +125,37 @@ class _Set:
         self.held: list[pa.RecordBatch] = []
         self.held_tokens = 0
 
-    def add(self, rows: Sequence[int], labels: Sequence[int], texts: Sequence[str]) -> None:
-        """Tokenise and write some rows."""
-        ids, used = self.whole.prompt.fit(texts)
+    def add(self, chunks: Iterable[Chunk]) -> None:
+        """Tokenise and write rows; while some are written, a thread tokenises the next."""
+        left = iter(chunks)
+
+        def fitted() -> tuple[Chunk, list[list[int]], list[str]] | None:
+            chunk = next(left, None)
+            return None if chunk is None else (chunk, *self.whole.prompt.fit(chunk[2]))
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(fitted)
+            while found := coming.result():
+                coming = thread.submit(fitted)
+                self._write(*found)
+
+    def _write(self, chunk: Chunk, ids: list[list[int]], used: list[str]) -> None:
+        rows, labels, texts = chunk
         self.whole.truncated += sum(a != b for a, b in zip(texts, used, strict=True))
-        for row, label, text, one in zip(rows, labels, used, ids, strict=True):
-            first = not self.whole.rows[self.name]
-            self.whole.count(self.name, row, label, one)
-            if self.records is None:
-                continue
-            record = json.dumps(self.whole.record(text, label), indent=2, ensure_ascii=False)
-            lines = record.replace("\n", "\n  ")  # a line break inside of a text is escaped
-            self.records.write(f"{'' if first else ','}\n  {lines}")
-        lengths = [len(one) for one in ids]
-        columns = [list(rows), list(labels), used, ids, lengths]
-        arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+        if self.records is not None:
+            records = ",".join(map(self.whole.record, used, labels))
+            self.records.write("," + records if self.whole.rows[self.name] else records)
+        self.whole.count(self.name, rows, labels, ids)
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        tokens = np.fromiter(chain.from_iterable(ids), np.int32, ends[-1])
+        columns = [list(rows), list(labels), used, None, lengths]
+        arrays = [
+            pa.ListArray.from_arrays(ends, tokens) if c is None else pa.array(c, type=f.type)
+            for c, f in zip(columns, SCHEMA, strict=True)
+        ]
         self.held.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
-        self.held_tokens += sum(lengths)
+        self.held_tokens += len(tokens)
         if self.held_tokens > _GROUP_TOKENS:
             self.flush()
 

@@ -117,10 +117,14 @@ class Prompt:
         answer, most = self.answers[0], self.cutoff - self._room
         used = [review[: self.cutoff * CHARACTERS_PER_TOKEN] for review in reviews]
         ids = self.encode([self.text(review, self.labels[0]) for review in used])
+        over = list(range(len(ids)))
+        while over := [i for i in over if len(ids[i]) - len(answer) > most]:
+            for i in over:
+                used[i] = self._shorter(used[i], len(ids[i]) - len(answer))
+            again = self.encode([self.text(used[i], self.labels[0]) for i in over])
+            for i, one in zip(over, again, strict=True):
+                ids[i] = one
         for i, one in enumerate(ids):
-            while len(one) - len(answer) > most:
-                used[i] = self._shorter(used[i], len(one) - len(answer))
-                one = self.encode([self.text(used[i], self.labels[0])])[0]
             if one[len(one) - len(answer) :] != answer:
                 raise RequestError(
                     "the tokenizer merges the answer with the text of a review; "

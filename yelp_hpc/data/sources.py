@@ -1,15 +1,17 @@
 """Texts and their classes from files, the Hub or the demo's packages, every faulty row named.
 
 A source gives rows in their order; the place in that order is the row id. They are written once
-into an Arrow file of this process's own and mapped from there, so that memory does not grow with
-the source.
+into an Arrow file of this process's own and read from there, some thousand rows at a time, so that
+memory does not grow with the source.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, overload
 
@@ -37,15 +39,16 @@ from yelp_hpc.task import YELP, TaskConfig
 Row = tuple[str, int]
 _BATCH = 4096
 _SHOWN = 10
+_NO_LABEL = (bool, list, dict)
 MOST_VALUES = 5000
 """Different labels after which the label column must be another column."""
 
 
 class Table(Sequence[Row]):
-    """`(text, class)` rows; the texts are mapped from a file."""
+    """`(text, class)` rows; `read` gives the texts of the i-th `_BATCH` of them."""
 
-    def __init__(self, texts: pa.ChunkedArray, labels: NDArray[np.int16]) -> None:
-        self._texts = texts
+    def __init__(self, read: Callable[[int], pa.Array], labels: NDArray[np.int16]) -> None:
+        self._batch = lru_cache(1)(read)
         self.labels = labels
         """`[n]` classes."""
 
@@ -59,7 +62,8 @@ class Table(Sequence[Row]):
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        return str(self._texts[place].as_py()), int(self.labels[place])
+        place = range(len(self))[place]
+        return self.texts([place])[0], int(self.labels[place])
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _BATCH):
@@ -68,7 +72,10 @@ class Table(Sequence[Row]):
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """The texts of some rows."""
-        found: list[str] = self._texts.take(pa.array(rows, pa.int64())).to_pylist()
+        found: list[str] = []
+        for number, places in groupby(rows, lambda row: row // _BATCH):
+            wanted = pa.array([row % _BATCH for row in places], pa.int64())
+            found += self._batch(number).take(wanted).to_numpy(zero_copy_only=False).tolist()
         return found
 
 
@@ -88,7 +95,8 @@ def read_source(config: Config) -> tuple[Table, Table | None]:
         distinct = {text_key(text): (text, rating) for text, rating in demo.rated_snippets()}
         texts, ratings = zip(*distinct.values(), strict=True)
         labels = np.array([demo.star_label(rating) for rating in ratings], dtype=np.int16)
-        return Table(pa.chunked_array([pa.array(texts, pa.large_string())]), labels), None
+        whole = pa.array(texts, pa.large_string())
+        return Table(lambda i: whole[i * _BATCH :], labels), None
     if data.source == "hub":
         spools = [_read_hub(data, s) for s in (data.train_split, data.test_split) if s]
     else:
@@ -121,7 +129,7 @@ class _Spool:
 
     source: str
     label_column: str
-    texts: pa.ChunkedArray
+    texts: Callable[[int], pa.Array]
     codes: NDArray[np.int32]
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """Each label as text → as it stood, and where it stood first."""
@@ -211,20 +219,20 @@ def _read_hub(data: DataConfig, split: str) -> _Spool:
 
 
 def _spool(source: str, rows: Iterable[Record], data: DataConfig, mend: str) -> _Spool:
-    """Write the texts into a file that is mapped; remember the labels and what is wrong.
+    """Write the texts into a file to be read again; remember the labels and what is wrong.
 
     Raises:
         RequestError: there are no rows, a column is missing, or the label column holds texts.
     """
     text_column, label_column = data.text_column, data.label_column
-    spool = _Spool(source, label_column, pa.chunked_array([], pa.large_string()), _codes([]))
+    spool = _Spool(source, label_column, lambda i: pa.array([], pa.large_string()), _codes([]))
     places: dict[str, int] = {}
     columns: dict[str, None] = {}
     codes: list[NDArray[np.int32]] = []
     schema = pa.schema([("text", pa.large_string())])
     folder = cache_folder() / "rows"
     folder.mkdir(parents=True, exist_ok=True)
-    # unlinked when it is closed: the map keeps it alive
+    # unlinked when it is closed: its reader keeps it alive
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
         texts: list[str] = []
         own: list[int] = []
@@ -270,8 +278,9 @@ def _spool(source: str, rows: Iterable[Record], data: DataConfig, mend: str) -> 
                 f"{', '.join(map(str, columns))}); {mend}"
                 + (headless if ".csv" in source.lower() and data.header else "")
             )
-        mapped = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-    spool.texts, spool.codes = mapped["text"], np.concatenate(codes)
+        # not mapped: pages that were read once would count as this process's memory
+        reader = pa.ipc.open_file(pa.OSFile(file.name))
+    spool.texts, spool.codes = (lambda i: reader.get_batch(i)["text"]), np.concatenate(codes)
     return spool
 
 
@@ -286,7 +295,7 @@ def _judged(
     if fault := text_fault(record, text_column):
         return fault, "", ""
     text, label = str(record[text_column]), record.get(label_column)
-    if isinstance(label, bool | list | dict):
+    if isinstance(label, _NO_LABEL):
         return f"{label_column} is {label!r}, no label", "", ""
     value = value_text(label)
     if not value:

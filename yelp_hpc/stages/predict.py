@@ -23,7 +23,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.data.files import BINARY_FORMATS, arrow_batches, format_of
 from yelp_hpc.data.labels import value_text
 from yelp_hpc.data.output import table_writer
-from yelp_hpc.data.prepared import PreparedSets
+from yelp_hpc.data.prepared import Chunk, PreparedSets
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.joined import (
     BATCH,
@@ -96,13 +96,17 @@ def prepare(paths: RunPaths, config: Config) -> None:
     prompt = bind_prompt(config, tokenizer)
     sets = PreparedSets(paths, config, prompt)
     rows = read_input(request)
-    with sets.writing("test", alpaca=False) as part:
+
+    def chunks() -> Iterator[Chunk]:
         starts = range(0, found.rows, CHUNK)
         for start in track(starts, len(starts), "tokenise"):
             chunk = [record for _, record in islice(rows, CHUNK)]
             labels = [_label(record, request, found.classes) for record in chunk]
             ids = range(start, start + len(chunk))
-            part.add(ids, labels, [text_of(record, request) for record in chunk])
+            yield ids, labels, [text_of(record, request) for record in chunk]
+
+    with sets.writing("test", alpaca=False) as part:
+        part.add(chunks())
     check_lengths(config, folder, sets.longest + 1)
     write_json(paths.tokens, tokens_of(config, prompt, tokenizer, end, sets.prefix()))
     update_run(

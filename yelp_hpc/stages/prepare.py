@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.encoding import Encoder
-from yelp_hpc.data.prepared import PreparedSets
+from yelp_hpc.data.prepared import Chunk, PreparedSets
 from yelp_hpc.data.prompt import Prompt
 from yelp_hpc.data.sampling import conflicting, duplicates, split_rows, text_keys
 from yelp_hpc.data.sense import warnings
@@ -60,10 +60,6 @@ def run(paths: RunPaths, config: Config) -> None:
         config.task.labels,
         unusable=_unusable(train_rows, tested) if config.data.drop_duplicates else None,
     )
-    drawn = sorted([*splits.train, *splits.validation])
-    keys = text_keys(_texts(train_rows, drawn))
-    twins = duplicates(keys, text_keys(_texts(tested, splits.test)))
-    conflicts = int(conflicting(keys, train_rows.labels[drawn]).sum())
 
     # Imported here: a faulty source is reported before the slow imports.
     from yelp_hpc.models.load import check_tokenizer, load_tokenizer
@@ -79,16 +75,27 @@ def run(paths: RunPaths, config: Config) -> None:
     prompt = bind_prompt(config, tokenizer)
 
     sets = PreparedSets(paths, config, prompt)
-    encode, spelled = Encoder(tokenizer, config.prompt.template), []
-    for name in SPLITS:
-        source, rows = tested if name == "test" else train_rows, getattr(splits, name)
+    encode = Encoder(tokenizer, config.prompt.template)
+    spelled: list[list[str]] = []
+    keys: dict[str, list[NDArray[np.uint64]]] = {name: [] for name in SPLITS}
+
+    def chunks(name: str) -> Iterator[Chunk]:
+        table, rows = tested if name == "test" else train_rows, getattr(splits, name)
         starts = range(0, len(rows), CHUNK)
+        for start in track(starts, len(starts), f"tokenise {name}"):
+            ids = rows[start : start + CHUNK]
+            texts = table.texts(ids)
+            spelled.extend(found for found in map(encode.spelled, texts) if found)
+            keys[name].append(text_keys(texts))
+            yield ids, table.labels[ids].tolist(), texts
+
+    for name in SPLITS:
         with sets.writing(name) as part:
-            for start in track(starts, len(starts), f"tokenise {name}"):
-                ids = rows[start : start + CHUNK]
-                texts = source.texts(ids)
-                spelled += [found for found in map(encode.spelled, texts) if found]
-                part.add(ids, source.labels[ids].tolist(), texts)
+            part.add(chunks(name))
+    trained = np.concatenate([*keys["train"], *keys["validation"]])
+    twins = duplicates(trained, np.concatenate(keys["test"]))
+    labels = train_rows.labels[[*splits.train, *splits.validation]]
+    conflicts = int(conflicting(trained, labels).sum())
     check_lengths(config, folder, sets.longest + 1)
     sets.write_info()
     prefix = sets.prefix()
