@@ -85,6 +85,7 @@ def test_the_study_stands_beside_stray_answers_and_its_own_data(tmp_path: Path) 
         text = page.read_text()
         assert text.count("<h2>The two F1 conventions</h2>") == 1 and "0.579" in text
         assert text.count("A student's report") == 1  # what it is, once
+        assert text.count("F1 macro, report&#39;s way") == 1
 
 
 def test_the_smoothed_line_keeps_up_with_the_curve() -> None:
@@ -196,3 +197,5 @@ def test_the_table_fits_80_columns_and_uses_120(
             assert title in shown[width], shown[width]  # no word is broken
     assert "±" in shown[80] and "[" not in shown[80] and "[" in shown[120]
     assert "report's way" not in shown[80]  # every answer was one of the labels
+    print_outcome(metrics, {"path": "Yelp/yelp_review_full"})
+    assert capsys.readouterr().out.count("report's way") == 3  # the report's own data

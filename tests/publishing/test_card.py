@@ -20,6 +20,7 @@ METRICS: dict[str, Any] = {
             "rows": 50,
             "answered": 48,
             "unparsed": 2,
+            "outside": 0,
             "accuracy": accuracy,
             "f1": {"micro": accuracy + 0.01, "macro": 0.5, "weighted": 0.52},
             "f1_report": {"micro": 0.6, "macro": 0.41, "weighted": 0.61},
@@ -87,6 +88,26 @@ def test_both_conventions_intervals_and_confusion_are_shown() -> None:
     assert "GPU-hours: 9.25 used, 1.00 of them lost to interruptions" in text
     assert "12 reviews over" in text and "3 test reviews also stand" in text
     assert "uncommitted changes" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "shown"),
+    [
+        ("a/b", {}, False),
+        ("a/b", {"unparsed": 1}, True),
+        ("a/b", {"outside": 1}, True),
+        ("Yelp/yelp_review_full", {}, True),
+    ],
+)
+def test_the_reports_convention_stands_where_it_differs_and_beside_its_own_data(
+    path: str, count: dict[str, int], shown: bool
+) -> None:
+    metrics = copy.deepcopy(METRICS)
+    for model in metrics["models"].values():
+        model |= {"unparsed": 0, "outside": 0}
+    metrics["models"]["base"] |= count
+    text = model_card(config(data={"path": path}), metrics, RECORD)
+    assert ("over labels seen" in text) == shown and "| F1 macro | 0.500" in text
 
 
 def test_the_distance_of_mistakes_is_counted() -> None:

@@ -48,11 +48,14 @@ def _get(model: Mapping[str, Any], key: str) -> Any:
 
 
 def outcome_rows(
-    metrics: Mapping[str, Any], spread: Callable[[list[float] | None], str] = interval
+    metrics: Mapping[str, Any],
+    study_shown: bool,
+    spread: Callable[[list[float] | None], str] = interval,
 ) -> list[tuple[str, list[tuple[str, str]], str]]:
     """`(name, [(value, interval) for each model], tuned minus base)` for each line.
 
     Args:
+        study_shown: what `shows_study` says; then F1 stands there in the report's way, too.
         spread: how an interval is written.
     """
     models = metrics["models"]
@@ -69,7 +72,7 @@ def outcome_rows(
         *((f"F1 {average}", f"f1.{average}") for average in AVERAGES),
         *(
             (f"F1 {average}, report's way", f"f1_report.{average}")
-            for average in (AVERAGES if conventions_differ(metrics) else ())
+            for average in (AVERAGES if study_shown else ())
         ),
         *((f"true label among the {k} best", f"top_k.{k}") for k in TOP if k <= last),
         (f"mean absolute error ({unit})", "mae"),
@@ -122,21 +125,21 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     if test["absent"]:
         shown = ", ".join(test["absent"][:10])
         more = f" and {len(test['absent']) - 10} more" if len(test["absent"]) > 10 else ""
-        text += (
-            f" No test row has the label {shown}{more}: F1 macro counts each of these as 0, "
-            f"F1 macro in the report's way leaves those out that nobody answered."
-        )
+        text += f" No test row has the label {shown}{more}: F1 macro counts each of these as 0."
     return text
 
 
-def conventions_differ(metrics: Mapping[str, Any]) -> bool:
-    """Whether an answer was unparsed or stray, so that the report's F1 is another than ours."""
-    return any(m["unparsed"] or m["outside"] for m in metrics["models"].values())
-
-
 def shows_study(metrics: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
-    """Whether the published study has a place beside the outcome: its data, or its F1 differs."""
-    return data.get("path") in STUDY_DATA or conventions_differ(metrics)
+    """Whether the published study and its F1 have a place beside the outcome.
+
+    That is on its own data, or where an answer was unparsed or stray, so that its F1 is another.
+
+    Args:
+        data: that section of the configuration.
+    """
+    models = metrics["models"].values()
+    stray = any(model.get("unparsed") or model.get("outside") for model in models)
+    return stray or data.get("path") in STUDY_DATA
 
 
 def terminal() -> Console:
@@ -168,13 +171,15 @@ def print_outcome(
     both = len(models) == 2
     if both:
         table.add_column("tuned − base", justify="right")
-    for title, cells, difference in outcome_rows(metrics, interval if wide else plus_minus):
+    study_shown = shows_study(metrics, data or {})
+    spread = interval if wide else plus_minus
+    for title, cells, difference in outcome_rows(metrics, study_shown, spread):
         values = [f"{value} {ends}".strip() for value, ends in cells]
         table.add_row(title, *values, *([difference] if both else []))
     console.print(table)
     notes = [mcnemar_sentence(metrics["comparison"])] if both else []
     notes.append(baseline_sentence(metrics))
-    if shows_study(metrics, data or {}):
+    if study_shown:
         notes.append(metrics["report"]["why_conventions_differ"])
     for note in notes:  # wrapped at words
         console.print(note, markup=False, highlight=False)

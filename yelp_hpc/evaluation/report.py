@@ -124,7 +124,7 @@ def outcome(metrics: Mapping[str, Any], study_shown: bool) -> dict[str, Any]:
     models = list(metrics["models"])
     both = len(models) == 2
     rows = []
-    for title, cells, difference in outcome_rows(metrics):
+    for title, cells, difference in outcome_rows(metrics, study_shown):
         value, _, ends = difference.partition(" ")
         rows.append((title, [*cells, (value, ends)] if both else cells))
     study = metrics["report"]

@@ -15,6 +15,7 @@ from typing import Any
 from yelp_hpc.cache import DEMO_MODEL
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation.metrics import AVERAGES
+from yelp_hpc.evaluation.outcome import shows_study
 from yelp_hpc.publishing.snippet import article, snippet
 from yelp_hpc.rundir.attempts import GpuHours
 from yelp_hpc.task import YELP
@@ -177,14 +178,18 @@ def _results(metrics: Mapping[str, Any], config: Config) -> str:
     ]
     rows.append(row("accuracy", "accuracy"))
     rows += [row(f"F1 {average}", "f1", average) for average in AVERAGES]
-    rows += [row(f"F1 {average}, over labels seen", "f1_report", average) for average in AVERAGES]
     notes = (
         "Square brackets hold 95 % bootstrap intervals. *F1* is over "
         f"{'the labels 0 to 4' if config.task == YELP else 'all labels of the task'} and counts "
-        "an answer that names none of them as wrong. *F1 over labels seen* drops such answers and "
-        "averages over every label that occurs, a stray one included; it is given because earlier "
-        "reports used it, and it is not comparable between models that leave different answers out."
+        "an answer that names none of them as wrong."
     )
+    if shows_study(metrics, config.data.model_dump()):
+        rows += [row(f"F1 {name}, over labels seen", "f1_report", name) for name in AVERAGES]
+        notes += (
+            " *F1 over labels seen* drops such answers and averages over every label that occurs, "
+            "a stray one included; it is given because earlier reports used it, and it is not "
+            "comparable between models that leave different answers out."
+        )
     return "## Results\n\n" + "\n".join([head, *rows]) + f"\n\n{notes}" + _confusion(models, config)
 
 
