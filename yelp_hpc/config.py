@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from yelp_hpc.own_files import shipped
 from yelp_hpc.settings import Frozen, read_settings
-from yelp_hpc.synonyms import CLUSTER, CONFIG, NO_KEY
+from yelp_hpc.synonyms import CONFIG, NO_KEY, OF_A_SITE
 from yelp_hpc.task import YELP, TaskConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -290,10 +290,7 @@ class Config(Frozen):
 
     synonyms: ClassVar[Mapping[str, str]] = CONFIG
     elsewhere: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(
-            ("defaults", "container", "array_parallelism", "partition", "account", *CLUSTER),
-            "it belongs into a cluster file, which --cluster names",
-        ),
+        **dict.fromkeys(OF_A_SITE, "it belongs into a cluster file, which --cluster names"),
         **NO_KEY,
     }
 

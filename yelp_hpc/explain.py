@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from yelp_hpc.errors import nearest
-from yelp_hpc.synonyms import word_meant
+from yelp_hpc.synonyms import value_meant, word_meant
 
 
 def explain(
@@ -37,15 +37,24 @@ def explain(
             message = in_words(item, field)
             wrong.setdefault(".".join(names), (item["input"], []))[1].append(message)
     for dotted, (value, messages) in wrong.items():
-        shown = "" if isinstance(value, dict) else f" (got {value!r})"
+        shown = "" if isinstance(value, dict) else f" (got {_as_yaml(value)})"
         said = ", or ".join(dict.fromkeys(messages)).replace(", or input should be", ", or")
+        said = value_meant(dotted, value) or said
         yield f"{_place(dotted.split('.'), origin)}{dotted or 'the file'}: {said}{shown}"
 
 
+def _as_yaml(value: Any) -> str:
+    """A value as it stands in YAML."""
+    words = {"None": "null", "True": "true", "False": "false"}
+    return words.get(repr(value), repr(value))
+
+
 def _place(parts: Sequence[str], origin: Mapping[str, str]) -> str:
-    """`FILE:LINE: ` of a key, or of the nearest one above that was given."""
+    """`FILE:LINE: ` of a key, of the nearest one above that was given, or of one below it."""
     named = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    below = f"{'.'.join(parts)}."
     where = next((origin[key] for key in named if key in origin), None)
+    where = where or next((at for key, at in origin.items() if key.startswith(below)), None)
     return f"{where}: " if where else ""
 
 
@@ -76,33 +85,52 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
     context = item.get("ctx", {})
     optional = field is not None and type(None) in get_args(field.annotation)
     null = "; null for none" if optional and value is not None else ""
+    if isinstance(value, dict) and field is not None and section_of(field) is None:
+        return "takes one value, and has no keys below it"
     if kind == "string_type" and isinstance(value, int | float | date):
         # YAML reads 0123 as 83: what stood there is gone
         return "put it in quotes: YAML reads it as a number or a date"
     if kind == "string_type":
         return f"input should be one text{null}"
     if kind in ("tuple_type", "list_type"):
-        entries = [part.strip() for part in str(value).split(",")]
+        words = _words(field)
+        entries = [word_meant(part, words) or part.strip() for part in str(value).split(",")]
+        if words and not {*entries} <= {*words}:
+            return f"input should be a list, of {', '.join(words)}"
         return f"input should be a list: [{', '.join(entries)}]"
+    if kind in ("too_short", "too_long"):
+        least = context.get("min_length")
+        bound = f"at most {context['max_length']}" if least is None else f"at least {least}"
+        return f"input should hold {bound} entr{'y' if bound[-2:] == ' 1' else 'ies'}"
+    if kind == "model_type" and value is None:
+        return "has no keys below it: indent them, or remove the line"
     if kind in ("model_type", "dict_type"):
         return "is a section: its keys stand below it, indented, each as `key: value`"
     if kind == "invalid_key":
-        return "must be a key; a number is written without separators: 10000 or 10_000"
+        return "a key is a word; a number is written without separators: 10000 or 10_000"
     if kind == "literal_error":
         words = [word for word in _words(field) if word] or [str(context["expected"])]
         meant = word_meant(value, words)
         hint = f"; did you mean {meant}?" if meant and len(words) > 1 else ""
         return f"input should be {' or '.join(words)}{hint}"
     if kind.startswith("int"):
-        return f"input should be a whole number{null}"
+        return f"input should be a whole number{null}{_without_unit(value, 'k')}"
     if kind.startswith("float"):
-        return f"input should be a number, with a decimal point{null}"
+        return f"input should be a number, with a decimal point{null}{_without_unit(value, '%')}"
     if kind.startswith("bool"):
         return "input should be true or false"
     if kind == "string_pattern_mismatch" and field is not None and field.description:
         return f"must fit: {field.description}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return message[:1].lower() + message[1:] + (null if kind.startswith("greater") else "")
+
+
+def _without_unit(value: Any, unit: str) -> str:
+    """`; write 0.08` for a text that is `8%`, `; write 1000` for `1k`."""
+    number = str(value).lower().removesuffix(unit).strip()
+    if not str(value).lower().endswith(unit) or not number.replace(".", "", 1).isdecimal():
+        return ""
+    return f"; write {float(number) * {'%': 0.01, 'k': 1000}[unit]:g}"
 
 
 def _words(field: FieldInfo | None) -> list[str]:
@@ -143,6 +171,9 @@ def _nearest(model: type[BaseModel], parts: list[str]) -> str:
         section = section_of(field) if field else None
     local = list(keys(section)) if section else []
     name = parts[-1].lower().replace("-", "_")
+    if "." in name:  # as it is written after --set
+        above, _, last = parts[-1].rpartition(".")
+        return f": write `{above.replace('.', ': ')}:` and below it, indented, `{last}: VALUE`"
     meant = getattr(model, "synonyms", {}).get(name, "")
     if meant in local:
         return f"; did you mean {'.'.join([*parts[:-1], meant])}?"

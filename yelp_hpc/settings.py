@@ -5,6 +5,7 @@ The machinery under `yelp_hpc.config` and `jobs/cluster.py`: no key of either is
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -84,7 +85,12 @@ def read_settings(
     Raises:
         RequestError: with all problems in one message.
     """
-    given, origin, problems = _read_yaml(path)
+    given, origin, problems = read_yaml(path)
+    if given is None:
+        raise RequestError(f"{path} is empty")
+    if not isinstance(given, dict):
+        kind = "a list" if isinstance(given, list) else "text"
+        raise RequestError(f"{path} must hold `key: value` lines at its top level, not {kind}")
     for override in overrides:
         problems += _apply_override(given, origin, override)
     try:
@@ -126,34 +132,26 @@ def parse_value(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = nearest(path.name, (p.name for p in _siblings(path)), cutoff=0.6)
-        hint = f"; did you mean {path.parent / near}?" if near else ""
-        raise RequestError(f"config file {path} does not exist{hint}") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text: byte {error.start} is not valid") from None
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+def read_yaml(path: Path) -> tuple[Any, dict[str, str], list[str]]:
+    """A YAML file's content of any shape, the place of each key, and each key written twice.
+
+    Raises:
+        RequestError: it is not there, cannot be read, is no UTF-8 or no YAML.
+    """
+    text = _read_text(path)
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RequestError(f"{path} is empty")
-        if not isinstance(node, yaml.MappingNode):
-            raise RequestError(f"{path} must hold `key: value` lines at its top level")
+            return None, {}, []
         origin: dict[str, str] = {}
-        problems = list(_walk(node, "", path, origin))
+        problems: list[str] = []
+        if isinstance(node, yaml.MappingNode):
+            problems += _walk(node, "", path, origin)
         return loader.construct_document(node), origin, problems
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        what = str(getattr(error, "problem", None) or error)
-        what = what.replace("character '\\t'", "a tab (indent with spaces)")
-        raise RequestError(f"{where} is not YAML: {what}") from None
+        raise RequestError(_not_yaml(path, error)) from None
     except RecursionError:
         raise RequestError(f"{path} is nested too deeply") from None
     finally:
@@ -161,8 +159,60 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
             loader.dispose()
 
 
-def _siblings(path: Path) -> list[Path]:
-    return sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+def _read_text(path: Path) -> str:
+    raw = b""
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"config file {path} does not exist{_instead(path)}") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        utf16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        raise RequestError(
+            f"{path} is not UTF-8 text (line {line}); save it as UTF-8, as by "
+            f"`iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8`"
+        ) from None
+    except IsADirectoryError:
+        inside = ", ".join(map(str, sorted(path.glob("*.y*ml"))[:5]))
+        named = f", as {inside}" if inside else ""
+        raise RequestError(f"{path} cannot be read: it is a folder; name a file{named}") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _instead(path: Path) -> str:
+    """What is said of a file that is not there: why, or which one is meant."""
+    if re.match(r"\w+:/", str(path)):
+        return ": it is an address; download it first"
+    if path.is_symlink():
+        return f": it is a link to {path.readlink()}, which is not there"
+    there = sorted(path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    found = {f.name: f for f in there} | {f.stem: f for f in there}
+    near = nearest(path.name, found, cutoff=0.6)
+    return f"; did you mean {found[near]}?" if near else ""
+
+
+_IN_WORDS = {
+    "character '\\t'": "a tab (indent with spaces)",
+    "but found another document": "a second document begins (`---`); a file holds one",
+    "mapping values are not allowed here": "no `key: value` can stand here: look at the "
+    "indentation, or put a text that holds `: ` in quotes",
+    "'<stream end>'": "the end of the file",
+}
+"""What the parser says → the same for people."""
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    what = str(getattr(error, "problem", None) or error)
+    for said, meant in _IN_WORDS.items():
+        what = what.replace(said, meant)
+    began = getattr(error, "context_mark", None)
+    if mark and began and began.line != mark.line and what.startswith("expected"):
+        what += f"; it began in line {began.line + 1}"
+    return f"{where} is not YAML: {what}"
 
 
 def _walk(node: yaml.MappingNode, prefix: str, path: Path, origin: dict[str, str]) -> Iterator[str]:

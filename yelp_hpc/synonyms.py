@@ -22,27 +22,35 @@ CONFIG = _names(
         "train.global_batch": (
             "batch batch_size bs train_batch_size per_device_train_batch_size "
             "gradient_accumulation_steps accumulation grad_accum global_batch_size "
-            "per_device_batch_size auto_find_batch_size batchsize"
+            "per_device_batch_size auto_find_batch_size batchsize micro_batch_size"
         ),
         "infer.max_tokens": "eval_batch_size per_device_eval_batch_size",
         "train.max_steps": "steps num_steps max_train_steps",
-        "train.warmup_steps": "warmup warmup_ratio num_warmup_steps warmup_proportion",
+        "train.warmup_steps": (
+            "warmup warmup_ratio num_warmup_steps warmup_proportion lr_warmup_steps"
+        ),
         "train.schedule": "scheduler lr_scheduler lr_scheduler_type",
         "train.precision": (
             "fp16 bf16 fp32 tf32 dtype torch_dtype mixed_precision pure_bf16 compute_dtype "
             "bnb_4bit_compute_dtype infer_dtype"
         ),
         "train.evaluate_every": (
-            "eval_steps eval_every evaluation_steps eval_strategy evaluation_strategy do_eval"
+            "eval_steps eval_every evaluation_steps eval_strategy evaluation_strategy "
+            "do_eval evals_per_epoch eval_interval"
         ),
         "train.log_every": "logging_steps log_steps logging_strategy log_interval",
-        "train.save_every_steps": "save_steps checkpoint_every save_strategy save_every",
+        "train.save_every_steps": (
+            "save_steps checkpoint_every save_strategy save_every saves_per_epoch save_interval"
+        ),
         "train.keep_checkpoints": "save_total_limit keep",
         "train.max_grad_norm": "grad_clip clip max_norm gradient_clipping clip_grad_norm",
         "train.adam_betas": "betas beta1 beta2 adam_beta1 adam_beta2",
         "train.adam_epsilon": "eps epsilon adam_eps",
         "train.weight_decay": "wd decay",
-        "train.trackers": "report_to tb logging_dir wandb mlflow trackio use_wandb tracker swanlab",
+        "train.trackers": (
+            "report_to tb logging_dir wandb mlflow trackio use_wandb tracker swanlab "
+            "wandb_project wandb_run use_mlflow mlflow_experiment_name"
+        ),
         "train.nproc": "nproc_per_node world_size num_processes ddp",
         "train.gradient_checkpointing": (
             "gradient_checkpoint disable_gradient_checkpointing activation_checkpointing "
@@ -51,7 +59,9 @@ CONFIG = _names(
         "lora.rank": "lora_rank lora_r r lora_dim",
         "lora.alpha": "lora_alpha lora_scaling",
         "lora.dropout": "lora_dropout",
-        "lora.target": "lora_target target_modules lora_target_modules targets",
+        "lora.target": (
+            "lora_target target_modules lora_target_modules targets lora_target_linear"
+        ),
         "model.path": (
             "model_name model_path model_name_or_path base_model model_id checkpoint "
             "name_or_path pretrained_model_name_or_path model tokenizer tokenizer_name "
@@ -59,18 +69,18 @@ CONFIG = _names(
         ),
         "data.train": (
             "dataset_name dataset_dir train_file train_files train_data train_dataset "
-            "data_path dataset data input data_file data_files"
+            "data_path dataset data input data_file data_files datasets dataset_path"
         ),
         "data.test": (
             "test_file eval_dataset validation_file test_data test_dataset eval_file dev_file"
         ),
         "data.train_rows": "max_samples n_train num_samples max_train_samples",
         "data.validation_share": (
-            "val_size validation_split eval_ratio val_ratio dev_ratio test_split_ratio"
+            "val_size validation_split eval_ratio val_ratio dev_ratio test_split_ratio val_set_size"
         ),
         "data.cutoff": (
             "cutoff_len max_length max_seq_length max_len max_seq_len model_max_length "
-            "seq_length sequence_length block_size context_length"
+            "seq_length sequence_length block_size context_length sequence_len"
         ),
         "data.test_rows": "max_eval_samples max_predict_samples n_test",
         "data.text_column": (
@@ -79,7 +89,7 @@ CONFIG = _names(
         "data.label_column": "label labels_column response_column target_column rating_column",
         "prompt.template": "instruction prompt chat_template system_prompt",
         "seed": "random_seed random_state manual_seed data_seed",
-        "infer.shards": "num_shards shard n_shards",
+        "infer.shards": "num_shards shard n_shards array sharding",
         "infer.mode": "predict_with_generate generate generation",
         "infer.max_new_tokens": "max_generate_length max_new generation_max_length",
         "publish.repo_id": "hub_model_id repo repository push_to_hub hub_repo export_hub_model_id",
@@ -101,12 +111,18 @@ CLUSTER = _names(
         "nodes": "nnodes num_nodes",
         "constraint": "feature features",
         "mail_user": "email mail",
+        "qos": "quality_of_service",
+        "exclude": "exclude_nodes",
         "image": "sif apptainer singularity img path",
         "binds": "bind mounts mount volumes",
         "setup": "modules module prologue init",
     }
 )
 """Name → key of the section that it stands in."""
+
+_SECTIONS = ("defaults", "container", "array_parallelism", "cluster", "slurm", "sbatch")
+OF_A_SITE = frozenset((*_SECTIONS, *CLUSTER, *CLUSTER.values()))
+"""What belongs into a cluster file, and not into a config."""
 
 NO_KEY = _names(
     {
@@ -127,6 +143,7 @@ NO_KEY = _names(
             "lora.dropout and lora.target"
         ): (
             "finetuning_type use_peft use_lora peft peft_type task_type bias modules_to_save "
+            "lora_modules_to_save "
             "additional_target use_rslora use_dora init_lora_weights"
         ),
         ("the optimizer is AdamW in fp32; leave it out (train.adam_betas, …)"): ("optim optimizer"),
@@ -144,21 +161,42 @@ NO_KEY = _names(
             "quantization_bit quantization_method load_in_4bit load_in_8bit "
             "quantization_config use_qlora double_quantization use_4bit"
         ),
-        ("an adapter is trained by the run itself and lies in DIR/train/adapter; leave it out"): (
-            "adapter_name_or_path adapter adapter_path lora_weights create_new_adapter"
-        ),
+        (
+            "a run trains its own adapter; one that exists is named by train.adapter, to be "
+            "evaluated, or by train.from, to be trained on"
+        ): ("adapter_name_or_path adapter adapter_path lora_weights create_new_adapter"),
         (
             "the adapter is the one after the last step; validation is in train/log.jsonl; "
             "leave it out"
         ): (
             "load_best_model_at_end metric_for_best_model greater_is_better "
-            "early_stopping_patience early_stopping_steps"
+            "early_stopping_patience early_stopping_steps early_stopping "
+            "early_stopping_callback"
         ),
         "sequences are packed without padding, always; leave it out": (
             "packing neat_packing group_by_length flash_attn attn_implementation use_unsloth "
             "enable_liger_kernel use_flash_attention_2 sdp_attention padding "
-            "pad_to_max_length"
+            "pad_to_max_length sample_packing pad_to_sequence_len flash_attention sdpa"
         ),
+        "the loss is of the answer alone, always; leave it out": (
+            "train_on_inputs train_on_prompt mask_prompt mask_history completion_only_loss "
+            "assistant_only_loss"
+        ),
+        "the model's own folder says it: model.path; leave it out": (
+            "model_type architecture tokenizer_type use_fast_tokenizer special_tokens eos_token "
+            "bos_token pad_token resize_vocab split_special_tokens tokenizer_config"
+        ),
+        "answers are given by the toolkit itself, a job a shard: infer.shards; leave it out": (
+            "vllm infer_backend gpu_memory_utilization tensor_parallel_size "
+            "pipeline_parallel_size vllm_maxlen engine"
+        ),
+        "a GPU is taken where there is one; leave it out": (
+            "device device_map use_cpu no_cuda cuda cpu"
+        ),
+        "`logs --run DIR` shows the log and `status --run DIR` the state; leave it out": (
+            "verbose quiet silent debug log_level loglevel logging_level"
+        ),
+        "nothing is asked; leave it out": "yes assume_yes no_input",
         "data are read once, by prepare; leave it out": (
             "dataloader_num_workers preprocessing_num_workers num_workers streaming "
             "remove_unused_columns dataloader_pin_memory dataset_num_proc buffer_size"
@@ -167,7 +205,8 @@ NO_KEY = _names(
         "`status --run DIR --watch` follows a run": "follow live",
         "it is not done; leave it out": (
             "neftune_noise_alpha label_smoothing_factor label_smoothing loraplus_lr_ratio "
-            "mixture_of_depths pissa_init use_badam use_galore"
+            "mixture_of_depths pissa_init use_badam use_galore torch_compile compile ema "
+            "cpu_offload offload"
         ),
         ("answers are scored, or decoded greedily (infer.mode): nothing is drawn; leave it out"): (
             "temperature top_p do_sample num_beams repetition_penalty"
@@ -185,7 +224,7 @@ NO_KEY = _names(
 """Name of another tool that has no key here → what there is instead."""
 
 OPTIONS = {
-    "--out DIR": "output o outfile target",
+    "--out DIR": "output o outfile target run run_dir dir",
     "--version": "v version",
     "--run DIR": "out output run_dir rundir run_directory dir d output_dir out_dir",
     "--config FILE": "c f conf cfg config_file yaml file",
@@ -273,3 +312,18 @@ def word_meant(written: object, allowed: Iterable[str]) -> str | None:
     known = list(allowed)
     other = (word for word in known if text in CHOICES.get(word, "").split())
     return next(other, None) or nearest(text, known, cutoff=0.6)
+
+
+def value_meant(key: str, value: object) -> str | None:
+    """What there is instead of a value that `key` does not take; None: its type says it all."""
+    if key == "lora.target" and str(value).strip() in ("all", "all-linear", "all_linear"):
+        return (
+            "no word stands for all modules: name them, as in [q_proj, v_proj]; a name that the "
+            "model does not know is answered with those that it has"
+        )
+    if key.startswith("infer.models.") and word_meant(value, ("base", "tuned")) is None:
+        return (
+            "input should be base or tuned; an adapter that exists is named by train.adapter, "
+            "several are a study, whose FILE has `train.adapter: [A, B]`"
+        )
+    return None

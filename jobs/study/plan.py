@@ -13,14 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from yelp_hpc.config import LoadedConfig, load_config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.rundir.changes import readers
 from yelp_hpc.rundir.manifest import Asked
 from yelp_hpc.rundir.study import SHARED, Study, StudyRun, is_study, read_by, read_study
-from yelp_hpc.settings import parse_value
+from yelp_hpc.settings import read_yaml
 
 Values = dict[str, Any]
 MOST = 500
@@ -84,17 +82,12 @@ def read_file(path: Path, seed: int) -> tuple[list[Values], list[int]]:
     Raises:
         RequestError: with everything that is wrong.
     """
-    try:
-        content = parse_value(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RequestError(f"{path} is not YAML: {getattr(error, 'problem', error)}") from None
+    content, _, problems = read_yaml(path)
     if isinstance(content, list):
         content = {"settings": content}
     if not isinstance(content, dict) or not content:
         raise RequestError(f"{path} must map keys of the config to lists of values: {_EXAMPLE}")
-    problems = list(_wrong(content))
+    problems += _wrong(content)
     if problems:
         raise RequestError(all_problems(f"{path} cannot be used:", problems))
     seeds = content.pop("seed", [seed])

@@ -39,7 +39,23 @@ TYPED = [
     (f"{SUBMIT} --model x", "--set model.path=VALUE"),
     (f"{SUBMIT} --adam_beta1 0.9", "--set train.adam_betas=VALUE"),
     (f"{SUBMIT} --eval_strategy steps", "--set train.evaluate_every=VALUE"),
+    (f"{SUBMIT} --sequence_len 512", "--set data.cutoff=VALUE"),
+    (f"{SUBMIT} --micro_batch_size 2", "--set train.global_batch=VALUE"),
+    (f"{SUBMIT} --val_set_size 0.1", "--set data.validation_share=VALUE"),
+    (f"{SUBMIT} --wandb_project x", "--set train.trackers=VALUE"),
     # flags for which there is something else
+    (f"{SUBMIT} --sample_packing", "always; leave it out"),
+    (f"{SUBMIT} --train_on_inputs false", "the answer alone, always"),
+    (f"{SUBMIT} --adapter_name_or_path x", "named by train.adapter"),
+    (f"{SUBMIT} --tensor_parallel_size 4", "a job a shard: infer.shards"),
+    (f"{SUBMIT} --eos_token x", "model's own folder"),
+    (f"{SUBMIT} --device cuda", "taken where there is one"),
+    (f"{SUBMIT} --verbose", "`logs --run DIR`"),
+    (f"{SUBMIT} --yes", "nothing is asked"),
+    (f"{SUBMIT} --frobnicate", "submit takes no --frobnicate; it takes {prepare|train"),
+    ("compare --run a --run b", "it takes RUN…, --json, --html"),
+    ("study s.yaml --config c.yaml --run out", "did you mean --out DIR?"),
+    ("--run run status", "`python -m yelp_hpc COMMAND --run …`"),
     (f"{SUBMIT} --stage sft", "submit train"),
     (f"{SUBMIT} --do_train", "submit train"),
     (f"{SUBMIT} --finetuning_type lora", "lora.rank"),
@@ -57,6 +73,8 @@ TYPED = [
     (f"{SUBMIT} --mem 64G", "`memory: VALUE` under `defaults:`"),
     (f"{SUBMIT} --gres gpu:1", "`gpus: VALUE` under `defaults:`"),
     (f"{SUBMIT} --reservation x", "`sbatch: {reservation: VALUE}`"),
+    (f"{SUBMIT} --qos high", "`qos: VALUE` under `defaults:`"),
+    (f"{SUBMIT} --exclude n1", "`exclude: VALUE` under `defaults:`"),
     (f"{SUBMIT} -p gpu", "`partition: VALUE`"),
     (f"{SUBMIT} --dryrun", "did you mean --dry-run?"),
     (f"{SUBMIT} --follow", "did you mean --wait?"),
@@ -64,6 +82,10 @@ TYPED = [
     ("submit all --config c.yaml --out run", "did you mean --run DIR?"),
     ("submit all --config c.yaml --run run --local", "did you mean --executor local?"),
     ("submit all --config c.yaml --run run --set train.epochs 3", "`--set train.epochs=3`"),
+    ("submit all --config c.yaml --run run --set name=my run", "quotes: --set 'name=my run'"),
+    ("predict reviews.csv", "`--input reviews.csv`"),
+    ("init reviews.csv", "`--data reviews.csv`"),
+    ("reproduce run", "`--from run`"),
     ("submit train infer --config c.yaml --run run", "one stage at a time"),
     ("submit train,infer --config c.yaml --run run", "one at a time"),
     ("collect --config c.yaml --run run", "the run directory holds its configuration"),
@@ -101,6 +123,14 @@ TYPED = [
     (f"{SHOW} data.source=huggingface", "did you mean hub?"),
     (f"{SHOW} infer.mode=greedy", "did you mean generate?"),
     (f"{SHOW} model=chatglm3", "model: is a section"),
+    (f"{SHOW} lora.target=all-linear", "no word stands for all modules"),
+    (f"{SHOW} lora.target=[]", "input should hold at least 1 entry (got [])"),
+    (f"{SHOW} lora.dropout=8%", "with a decimal point; write 0.08 (got '8%')"),
+    (f"{SHOW} data.cutoff=1k", "a whole number; write 1000 (got '1k')"),
+    (f"{SHOW} infer.models=both", "input should be a list, of base, tuned (got 'both')"),
+    (f"{SHOW} infer.models=[base,runs/other]", "`train.adapter: [A, B]`"),
+    (f"{SHOW} train.learning_rate.x=3", "--set: train.learning_rate: takes one value"),
+    (f"{SHOW} seed=", "(got null)"),
     # commands
     ("train --config c.yaml --run run", "submit train --config FILE --run DIR"),
     ("infer --run run", "run infer --run DIR"),
@@ -150,6 +180,20 @@ CLUSTERS = [
     ("defaults: {job_name: x}", "the launchers set it themselves"),
     ("defaults:\n\ttime: 30", "a tab (indent with spaces)"),
     ("slurm: {partition: gpu}", "resources stand under `defaults:`"),
+]
+MODEL = "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
+CONFIGS = [
+    (f"{MODEL}train:\n", "c.yaml:3: train: has no keys below it"),
+    (f"{MODEL}data.cutoff: 5\n", "write `data:` and below it, indented, `cutoff: VALUE`"),
+    (f"{MODEL}cluster: {{partition: gpu}}\n", "belongs into a cluster file"),
+    (f"{MODEL}adapter: qlora\n", "named by train.adapter"),
+    (f"{MODEL}train: {{learning_rate: 1,000}}\n", "a number is written without separators"),
+    (f"{MODEL}---\nseed: 3\n", "c.yaml:3:1 is not YAML: a second document begins"),
+    ("- model\n", "at its top level, not a list"),
+    ("model: {path: model\n", "got the end of the file; it began in line 1"),
+    ("model:\n  path: model\n   revision: x\n", "look at the indentation"),
+    (f"# caf\xe9\n{MODEL}".encode("latin1"), "not UTF-8 text (line 1); save it as UTF-8"),
+    (MODEL.encode("utf-16"), "`iconv -f UTF-16 -t UTF-8`"),
 ]
 
 
@@ -201,6 +245,43 @@ def test_a_cluster_file_is_mended_by_its_message(
     (folder / "cl.yaml").write_text(text + "\n")
     code, said = typed(DRY, monkeypatch, capsys)
     assert code == 2 and expected in " ".join(said.split()), said
+
+
+@pytest.mark.parametrize(("text", "expected"), CONFIGS, ids=range(len(CONFIGS)))
+def test_a_config_is_mended_by_its_message(
+    folder: Path,
+    text: str | bytes,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, said = typed("config show --config c.yaml", monkeypatch, capsys)
+    assert code == 2 and expected in " ".join(said.split()), said
+
+
+def test_a_config_that_is_no_file_says_what_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "link.yaml").symlink_to("gone")
+    for name, expected in {
+        "link.yaml": "link.yaml does not exist: it is a link to gone, which is not there",
+        ".": ". cannot be read: it is a folder; name a file, as c.yaml",
+        "c": "c does not exist; did you mean c.yaml?",
+        "https://x.org/c.yaml": "it is an address; download it first",
+    }.items():
+        for line in (f"config show --config {name}", f"study {name} --config c.yaml --out s"):
+            code, said = typed(line, monkeypatch, capsys)
+            assert code == 2 and expected in " ".join(said.split()), said
+
+
+def test_what_other_editors_add_is_no_mistake(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in (f"\ufeff{MODEL}", MODEL.replace("\n", "\r\n")):
+        (folder / "c.yaml").write_bytes(text.encode())
+        code, said = typed("config show --config c.yaml", monkeypatch, capsys)
+        assert code == 0 and "reviews.csv" in said
 
 
 def test_memory_is_taken_as_people_write_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import click
 
@@ -45,8 +46,11 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
     if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
         option = f"{error.param.opts[0]} {error.param.metavar or ''}".strip()
         word = next(iter(_left_over(error.ctx.command, arguments)), None)
-        hint = f"; write `{error.param.opts[0]} {word}`" if word else f": {error.param.help}"
-        return f"{option} is missing{hint}"
+        if word is None:
+            return f"{option} is missing: {error.param.help}"
+        needs = _option_of(word, error.ctx.command)
+        needs = error.param.opts[0] if needs in (None, "--run") else needs
+        return f"{option} is missing; write `{needs} {word}`"
     if error.message.startswith("Got unexpected extra argument"):
         return _extra_meant(error.ctx.command, arguments)
     return None
@@ -72,22 +76,35 @@ def _extra_meant(command: click.Command, arguments: Sequence[str]) -> str | None
     words = _left_over(command, arguments)
     if not words:
         return None
-    place = arguments.index(words[0])
-    if arguments[place - 2 : place - 1] == ["--set"]:
-        key = arguments[place - 1].strip(":=")
+    before = [a for o, a, w in zip(arguments, arguments[1:], arguments[2:], strict=False)
+              if (o, w) == ("--set", words[0])]  # fmt: skip
+    if before:
+        key = before[0].strip(":=")
+        if "=" in key:
+            return f"put it in quotes: --set '{key} {' '.join(words)}'"
         return f"write `--set {key}={words[0]}`, with = and without a space"
-    options = _options(command)
-    if words[0] in (*STAGES, "all") and "--dry-run" in options:
+    if words[0] in (*STAGES, "all") and "--dry-run" in _options(command):
         return f"one stage at a time, or all of them: `{command.name} all`; {words[0]} is one more"
-    if "--config" in options and words[0].endswith((".yaml", ".yml")):
-        return f"a file needs its option: `--config {words[0]}`"
-    if "--run" in options:
-        return f"a run directory needs its option: `--run {words[0]}`"
-    return None
+    option = _option_of(words[0], command)
+    if option is None:
+        return None
+    what = "a run directory" if option == "--run" else "a file"
+    return f"{what} needs its option: `{option} {words[0]}`"
 
 
-def option_meant(option: str, command: click.Command) -> str | None:
-    """What was meant by an option that `command` does not take, None when it is not known."""
+def _option_of(word: str, command: click.Command) -> str | None:
+    """The option that a file or a folder was meant for, by its name's end."""
+    wanted = ["--run"]
+    if word.endswith((".yaml", ".yml")):
+        wanted = ["--config", "--cluster", "--run"]
+    elif Path(word).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".gz", ".zip"):
+        wanted = ["--input", "--data", "--from"]
+    options = _options(command)
+    return next((option for option in wanted if option in options), None)
+
+
+def option_meant(option: str, command: click.Command) -> str:
+    """What was meant by an option that `command` does not take, or what it takes."""
     from yelp_hpc.config import Config
     from yelp_hpc.explain import dotted_keys
 
@@ -99,6 +116,8 @@ def option_meant(option: str, command: click.Command) -> str | None:
     for meant, typed in OPTIONS.items():
         if name in typed.split() and meant.split()[0] in own:
             return f"there is no option {option}; did you mean {meant}?"
+    if isinstance(command, click.Group):
+        return f"an option stands behind its command: `python -m yelp_hpc COMMAND {option} …`"
     if name in ("config", "set") and command.name in ("demo", "init"):
         return f"{command.name} takes no {option}: it brings or writes one"
     if name in ("config", "set") and "--run" in own:
@@ -124,7 +143,12 @@ def option_meant(option: str, command: click.Command) -> str | None:
             f"there is no option {option}; it is a key of the cluster file, which --cluster names: "
             f"`{line}` under `defaults:`"
         )
-    return f"there is no option {option}: {NO_KEY[name]}" if name in NO_KEY else None
+    if name in NO_KEY:
+        return f"there is no option {option}: {NO_KEY[name]}"
+    with click.Context(command) as context:
+        words = command.collect_usage_pieces(context)[1:]
+    key = "; a key of the config is changed by --set section.key=VALUE" if "--set" in own else ""
+    return f"{command.name} takes no {option}; it takes {', '.join([*words, *own])}{key}"
 
 
 _SHORT = {"-p": "partition", "-A": "account", "-t": "time", "-N": "nodes", "-C": "constraint",
