@@ -15,12 +15,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from yelp_hpc.cache import cache_folder
+from yelp_hpc.config import Config
+from yelp_hpc.explain import dotted_keys
 from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.runtime import TOKENS
 from yelp_hpc.settings import Frozen, read_settings
-from yelp_hpc.synonyms import CLUSTER, SBATCH
+from yelp_hpc.synonyms import CLUSTER, CONFIG, SBATCH
 
 
 def _one_line(value: str) -> str:
@@ -210,7 +212,7 @@ class ClusterConfig(Frozen):
     synonyms: ClassVar[Mapping[str, str]] = CLUSTER
     elsewhere: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
-            ("model", "data", "task", "prompt", "lora", "seed", "name"),
+            {part for key in (*dotted_keys(Config), *CONFIG) for part in key.split(".")},
             "it belongs into a config, which --config names",
         ),
         **dict.fromkeys(

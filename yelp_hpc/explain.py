@@ -85,13 +85,20 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
     context = item.get("ctx", {})
     optional = field is not None and type(None) in get_args(field.annotation)
     null = "; null for none" if optional and value is not None else ""
-    if isinstance(value, dict) and field is not None and section_of(field) is None:
+    plain = kind.startswith(("int", "float", "bool", "string_type", "literal"))
+    if isinstance(value, dict) and plain:
         return "takes one value, and has no keys below it"
+    if kind == "string_type" and isinstance(value, bool):
+        return "put it in quotes: YAML reads it as true or false"
     if kind == "string_type" and isinstance(value, int | float | date):
         # YAML reads 0123 as 83: what stood there is gone
         return "put it in quotes: YAML reads it as a number or a date"
     if kind == "string_type":
-        return f"input should be one text{null}"
+        listed = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        joined = f", as {','.join(value)}" if listed and value else ""
+        return f"input should be one text{joined}{null}"
+    if kind in ("tuple_type", "list_type") and isinstance(value, dict):
+        return "input should be a list: [A, B]"
     if kind in ("tuple_type", "list_type"):
         words = _words(field)
         entries = [word_meant(part, words) or part.strip() for part in str(value).split(",")]
@@ -156,8 +163,7 @@ def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every leaf key of a settings class, dotted."""
     for name, field in keys(model).items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if section := section_of(field):
             yield from dotted_keys(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"

@@ -326,4 +326,9 @@ def value_meant(key: str, value: object) -> str | None:
             "input should be base or tuned; an adapter that exists is named by train.adapter, "
             "several are a study, whose FILE has `train.adapter: [A, B]`"
         )
+    if key.endswith(".gpus") and ":" in str(value):
+        kind, _, count = str(value).removeprefix("gpu:").rpartition(":")
+        return f"input should be a whole number: gpus: {count}" + (kind and f", gpu_type: {kind}")
+    if key.endswith(".sbatch") and (value is True or value is None):
+        return "input should be text: '' for an option that takes no value"
     return None

@@ -179,6 +179,17 @@ CLUSTERS = [
     ("defaults: {nodelist: n1}", "`sbatch: {nodelist: VALUE}`"),
     ("defaults: {job_name: x}", "the launchers set it themselves"),
     ("defaults:\n\ttime: 30", "a tab (indent with spaces)"),
+    ("train: {shards: 4}", "unknown key train.shards: it belongs into a config"),
+    ("train: {lr: 1e-4}", "unknown key train.lr: it belongs into a config"),
+    ("image: x.sif", "did you mean container.image?"),
+    ("defaults:", "defaults: has no keys below it"),
+    ("train: {gpus: 'a100:4'}", "gpus: 4, gpu_type: a100 (got 'a100:4')"),
+    ("defaults: {exclude: [n1, n2]}", "input should be one text, as n1,n2"),
+    ("defaults: {partition: on}", "put it in quotes: YAML reads it as true or false"),
+    ("defaults: {sbatch: {exclusive: true}}", "'' for an option that takes no value"),
+    ("defaults: {sbatch: {array: 0-3}}", "array is set by the launchers"),
+    ("programs: {docker: x}", "docker is none of sbatch"),
+    ("setup: {load: x}", "input should be a list: [A, B]"),
     ("slurm: {partition: gpu}", "resources stand under `defaults:`"),
 ]
 MODEL = "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
