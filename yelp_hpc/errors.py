@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class YelpHpcError(Exception):
@@ -56,6 +57,16 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     lower = {option.lower(): option for option in known}
     near = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=cutoff)
     return lower[near[0]] if near else None
+
+
+def nearest_path(path: Path) -> str:
+    """What stands beside `path` and is most like it by name; "" when nothing is."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = nearest(path.name, names, cutoff=0.4)
+    return str(path.parent / near) if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -202,7 +202,7 @@ NO_KEY = _names(
             "remove_unused_columns dataloader_pin_memory dataset_num_proc buffer_size"
         ),
         ("the loss is always drawn: train/loss.png and report.html; leave it out"): ("plot_loss"),
-        "`status --run DIR --watch` follows a run": "follow live",
+        "`status --run DIR --watch` follows a run": "follow live f",
         "it is not done; leave it out": (
             "neftune_noise_alpha label_smoothing_factor label_smoothing loraplus_lr_ratio "
             "mixture_of_depths pissa_init use_badam use_galore torch_compile compile ema "
@@ -224,6 +224,7 @@ NO_KEY = _names(
 """Name of another tool that has no key here → what there is instead."""
 
 OPTIONS = {
+    "--input FILE": "in data infile file text source i",
     "--out DIR": "output o outfile target run run_dir dir",
     "--version": "v version",
     "--run DIR": "out output run_dir rundir run_directory dir d output_dir out_dir",

@@ -13,7 +13,7 @@ from typing import Any
 
 from yelp_hpc.cache import cache_folder, model_problem
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, nearest
+from yelp_hpc.errors import RequestError, nearest_path
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.probes import (
     cached_model,
@@ -118,7 +118,7 @@ def inputs(config: Config) -> Inputs:
         return Inputs(problem="is a file; name its folder", near=str(local.parent), **found)
     if page := re.search(r"//(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", config.model.path):
         return Inputs(problem="is the address of a page", near=page[1], **found)
-    return Inputs(problem="there is no such folder", near=_sibling(local), **found)
+    return Inputs(problem="there is no such folder", near=nearest_path(local), **found)
 
 
 def _data_file(key: str, value: str, header: bool) -> DataFile:
@@ -137,7 +137,7 @@ def _data_file(key: str, value: str, header: bool) -> DataFile:
         key=key,
         path=value,
         state=state,
-        near="" if state == "file" else _sibling(path),
+        near="" if state == "file" else nearest_path(path),
         columns=None if columns is None else tuple(columns),
     )
 
@@ -153,16 +153,6 @@ def _judged(config: Config, folder: Path) -> dict[str, Any]:
     answer = ask(config, folder)
     found = {"unfit": answer.problem, "notes": answer.notes}
     return {**found, "problem": model_problem(folder)}
-
-
-def _sibling(path: Path) -> str:
-    """The name beside `path` that is most like it."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return ""
-    near = nearest(path.name, names, cutoff=0.4)
-    return str(path.parent / near) if near else ""
 
 
 def needed_paths(request: Request, found: Inputs | None) -> dict[str, str]:

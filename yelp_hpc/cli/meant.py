@@ -39,7 +39,7 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
     if error.ctx is None:
         return None
     if isinstance(error, click.NoSuchOption):
-        return option_meant(error.option_name, error.ctx.command)
+        return option_meant(error.option_name, error.ctx.command, arguments)
     if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Argument):
         words = getattr(error.param.type, "choices", None)
         return f"{error.ctx.command.name} needs one of {', '.join(words)}" if words else None
@@ -86,8 +86,8 @@ def _extra_meant(command: click.Command, arguments: Sequence[str]) -> str | None
     if words[0] in (*STAGES, "all") and "--dry-run" in _options(command):
         return f"one stage at a time, or all of them: `{command.name} all`; {words[0]} is one more"
     option = _option_of(words[0], command)
-    if option is None:
-        return None
+    if option is None or option in arguments:
+        return _takes_no(words[0], command)
     what = "a run directory" if option == "--run" else "a file"
     return f"{what} needs its option: `{option} {words[0]}`"
 
@@ -103,28 +103,40 @@ def _option_of(word: str, command: click.Command) -> str | None:
     return next((option for option in wanted if option in options), None)
 
 
-def option_meant(option: str, command: click.Command) -> str:
-    """What was meant by an option that `command` does not take, or what it takes."""
+def option_meant(option: str, command: click.Command, arguments: Sequence[str] = ()) -> str:
+    """What was meant by an option that `command` does not take, or what it takes.
+
+    Args:
+        arguments: what stands on the line beside it.
+    """
     from yelp_hpc.config import Config
     from yelp_hpc.explain import dotted_keys
 
     name = option.lstrip("-").lower().replace("-", "_")
     own = _options(command)
-    for taken in own:
-        if name == taken.strip("-").replace("-", "_"):
-            return f"there is no option {option}; did you mean {taken}?"
+    for known in own:
+        if name == known.strip("-").replace("-", "_"):
+            return f"there is no option {option}; did you mean {known}?"
     for meant, typed in OPTIONS.items():
-        if name in typed.split() and meant.split()[0] in own:
-            return f"there is no option {option}; did you mean {meant}?"
+        known = meant.split()[0]
+        taken = next((p for p in command.params if known in p.opts), None)
+        if taken is not None and name in typed.split() and known not in arguments:
+            metavar = taken.metavar if taken.metavar in ("DIR", "FILE") else None
+            spelt = f"{known} {metavar}" if metavar else meant
+            return f"there is no option {option}; did you mean {spelt}?"
     if isinstance(command, click.Group):
         return f"an option stands behind its command: `python -m yelp_hpc COMMAND {option} …`"
     if name in ("config", "set") and command.name in ("demo", "init"):
         return f"{command.name} takes no {option}: it brings or writes one"
     if name in ("config", "set") and "--run" in own:
-        return f"{command.name} takes no {option}: the run directory holds its configuration"
+        stage = command.name if command.name in STAGES else "all"
+        return (
+            f"{command.name} takes no {option}: the run directory holds its configuration; another "
+            f"one: `python -m yelp_hpc submit {stage} --config FILE --run DIR --set a.b=c`"
+        )
     keys = list(dotted_keys(Config))
     same = [key for key in keys if name in (key, key.rpartition(".")[2])]
-    near = [taken for taken in own if nearest(name, [taken.strip("-")], cutoff=0.75)]
+    near = [known for known in own if nearest(name, [known.strip("-")], cutoff=0.75)]
     resource = CLUSTER.get(name, name if name in set(CLUSTER.values()) else "")
     key = next(iter(same), None) or (None if resource in _SITE else key_of(name))
     if key and "--set" in own:
@@ -145,10 +157,14 @@ def option_meant(option: str, command: click.Command) -> str:
         )
     if name in NO_KEY:
         return f"there is no option {option}: {NO_KEY[name]}"
+    key = "; a key of the config is changed by --set section.key=VALUE" if "--set" in own else ""
+    return f"{_takes_no(option, command)}{key}"
+
+
+def _takes_no(word: str, command: click.Command) -> str:
     with click.Context(command) as context:
         words = command.collect_usage_pieces(context)[1:]
-    key = "; a key of the config is changed by --set section.key=VALUE" if "--set" in own else ""
-    return f"{command.name} takes no {option}; it takes {', '.join([*words, *own])}{key}"
+    return f"{command.name} takes no {word}; it takes {', '.join([*words, *_options(command)])}"
 
 
 _SHORT = {"-p": "partition", "-A": "account", "-t": "time", "-N": "nodes", "-C": "constraint",

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, nearest_path
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 BINARY_FORMATS = (".parquet", ".arrow", ".feather")
@@ -45,7 +45,9 @@ def data_files(place: str) -> list[Path]:
     elif path.is_file():
         found = [path]
     else:
-        raise RequestError(f"data file {path} does not exist")
+        near = nearest_path(path)
+        hint = f"; did you mean {near}?" if near else ""
+        raise RequestError(f"data file {path} does not exist{hint}")
     for file in found:
         format_of(file)
     return found
