@@ -7,10 +7,16 @@ which tests of exact resume would see; processes that tests start inherit the nu
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+from yelp_hpc.own_files import IMPORT_ROOT, package_files
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 CLUSTER = Path(__file__).parent / "cluster"
@@ -35,3 +41,24 @@ def pytest_runtest_makereport(
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"skipped, which CI does not allow: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bin` of a fresh virtual environment: the wheel, beside the packages that tests run with."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in [*package_files(), *map(Path, ("pyproject.toml", "README.md", "LICENSE"))]:
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(IMPORT_ROOT / name, folder / "tree" / name)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    site = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "packages.pth").write_text("\n".join({*here, sysconfig.get_paths()["purelib"]}))
+    pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "--quiet"]
+    wheel = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "tree")]
+    subprocess.run(wheel, check=True)
+    shutil.rmtree(folder / "tree")
+    (made,) = folder.glob("*.whl")
+    argv = [*pip, "install", "--no-deps", "--force-reinstall", str(made)]
+    subprocess.run(argv, check=True)
+    return folder / "venv" / "bin"

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +90,7 @@ FRESH = """
 import json, sys
 import yelp_hpc
 from yelp_hpc import Classifier
+assert yelp_hpc.__file__.startswith(sys.prefix), yelp_hpc.__file__
 assert not {"torch", "transformers", "pyarrow", "pandas"} & set(sys.modules)
 texts = json.loads(sys.argv[1])
 answers = {
@@ -114,10 +114,17 @@ print(json.dumps(answers))
 """
 
 
-def test_three_lines_in_a_fresh_process_from_a_run_a_merged_model_a_copy_and_the_hub(
-    run: RunPaths, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_three_lines_in_a_fresh_environment_from_a_run_a_merged_model_a_copy_and_the_hub(
+    run: RunPaths,
+    finished: Finished,
+    installed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the published adapter by transformers, the run's by PEFT's Auto class."""
+    """And the published adapter by transformers, the run's by PEFT's Auto class.
+
+    The environment has the wheel, and the working directory is empty.
+    """
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # read at import
@@ -139,19 +146,24 @@ def test_three_lines_in_a_fresh_process_from_a_run_a_merged_model_a_copy_and_the
         export_merged(run, config.model_copy(update={"model": local}), tmp_path / "merged")
         sources = [str(run.root), str(tmp_path / "merged"), str(copy), REPO]
         head, _, tail = config.prompt.template.removesuffix("{label}").partition("{review}")
+        empty = tmp_path / "empty"
+        empty.mkdir()
         given = [json.dumps(texts_of(run)), *sources, json.dumps([head, tail]), str(run.adapter)]
         done = subprocess.run(
-            [sys.executable, "-c", FRESH, *given],
+            [installed / "python", "-c", FRESH, *given],
             env={
-                **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "YELP_"))},
+                **{
+                    k: v
+                    for k, v in os.environ.items()
+                    if not k.startswith(("HF_", "YELP_", "PYTHON"))
+                },
                 "HF_ENDPOINT": hub.url,
                 "HF_TOKEN": "good-token",
                 "HF_HUB_DISABLE_XET": "1",
                 "HF_HOME": str(tmp_path / "home"),
                 "YELP_HPC_CACHE": str(tmp_path / "cache"),
-                "PYTHONPATH": str(Path(__file__).parents[2]),
             },
-            cwd=tmp_path,
+            cwd=empty,
             capture_output=True,
             text=True,
             check=False,

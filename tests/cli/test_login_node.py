@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,13 +58,24 @@ class Login:
     def __init__(self, bin_folder: Path, home: Path) -> None:
         self.bin, self.home = bin_folder, home
 
-    def type(self, line: str) -> tuple[int, str]:
-        """Exit code and all that is printed."""
+    def type(self, line: str, path: Iterable[str] = (), closed: bool = False) -> tuple[int, str]:
+        """Exit code and all that is printed.
+
+        Args:
+            path: what stands on PATH before `bin`.
+            closed: folders that may not be entered are closed to root, too.
+        """
         keep = ("LANG", "LC_ALL", "SSL_CERT_FILE", "PIP_INDEX_URL", "PIP_CONFIG_FILE")
         env = {key: os.environ[key] for key in keep if key in os.environ}
-        env |= {"PATH": str(self.bin), "HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
+        env |= {
+            "PATH": ":".join([*path, str(self.bin)]),
+            "HOME": str(self.home),
+            "HF_HUB_OFFLINE": "1",
+        }
+        rights = [shutil.which("setpriv") or "", "--bounding-set=-dac_override,-dac_read_search"]
+        as_user = rights if closed and os.geteuid() == 0 else []
         done = subprocess.run(
-            [self.bin / "bash", "-c", line],
+            [*as_user, self.bin / "bash", "-c", line],
             cwd=self.home,
             env=env,
             stdout=subprocess.PIPE,
@@ -166,6 +177,33 @@ def test_each_command_works_or_says_what_to_do(
         assert files(login) == before
 
 
+def test_odd_entries_of_path_are_passed_over(login: Login) -> None:
+    """A folder that may not be entered, a file, a link to nowhere, nothing, what is not there."""
+    trained(login)
+    (login.home / "x.sif").write_bytes(b"")
+    (login.home / "closed").mkdir(mode=0)
+    (login.home / "file").write_text("")
+    (login.home / "link").symlink_to("nowhere")
+    odd = [*(str(login.home / name) for name in ("closed", "file", "link")), "", "/no/such"]
+    assert login.type("ls closed", closed=True)[0] != 0
+    for line, code, expected in (
+        ("doctor", 1, "no Slurm client on PATH"),
+        ("submit all --config demo --run new", 2, "no pyarrow"),
+        ("submit all --config demo --run new --executor local", 2, "no pyarrow"),
+        ("status --run run", 0, "infer-tuned"),
+        ("cancel --run run", 0, "nothing to cancel"),
+        ("image check x.sif", 2, "apptainer is not on PATH"),
+        ("init", 2, "no Slurm on this machine"),
+    ):
+        done, output = login.type(f"yelp-hpc {line}", odd, closed=True)
+        assert done == code and expected in " ".join(output.split()), f"{line}\n{output}"
+        assert "Traceback" not in output
+    (login.bin / "apptainer").write_text("no program")
+    (login.bin / "apptainer").chmod(0o755)
+    done, output = login.type("yelp-hpc image check x.sif")
+    assert done == 1 and "apptainer cannot be started: Exec format error" in output
+
+
 def test_what_needs_the_job_side_goes_on_in_the_image(login: Login) -> None:
     """A fake apptainer shows its arguments: the run's image, the folders, the same command."""
     image = login.home / "yelp_hpc.sif"
@@ -205,7 +243,7 @@ def typed_on_the_login_node() -> list[str]:
             for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
                 found = re.match(r"(?:\$ )?((?:python -m yelp_hpc|yelp-hpc) .*)", line)
                 if found and "…" not in line:
-                    lines.append(re.split(r"  +|\s#", found[1])[0])
+                    lines.append(shlex.join(shlex.split(found[1], comments=True)))
     return list(dict.fromkeys(lines))
 
 
@@ -216,7 +254,7 @@ def test_no_command_of_the_pages_ends_in_a_traceback(login: Login) -> None:
     (login.home / "config.yaml").write_text(json.dumps(config))
     (login.home / "cluster.yaml").write_text("container: {image: yelp_hpc.sif}\n")
     for line in lines:
-        words = [word.strip("[]") for word in shlex.split(line)]
+        words = shlex.split(line)
         given = {"FILE": "config.yaml", "DIR": "runs/yelp"}
         code, output = login.type(shlex.join(given.get(word, word) for word in words))
         assert "Traceback" not in output and code in (0, 1, 2), f"{line}\n{output}"

@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
-import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from yelp_hpc.own_files import IMPORT_ROOT, package_files
+from yelp_hpc.rundir.files import read_json
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`yelp-hpc`, installed from a wheel beside the packages that these tests run with."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in [*package_files(), *map(Path, ("pyproject.toml", "README.md", "LICENSE"))]:
-        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(IMPORT_ROOT / name, folder / "tree" / name)
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-    site = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "packages.pth").write_text("\n".join({*here, sysconfig.get_paths()["purelib"]}))
-    pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "--quiet"]
-    wheel = [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "tree")]
-    subprocess.run(wheel, check=True)
-    shutil.rmtree(folder / "tree")
-    (made,) = folder.glob("*.whl")
-    argv = [*pip, "install", "--no-deps", "--force-reinstall", str(made)]
-    subprocess.run(argv, check=True)
-    return folder / "venv" / "bin" / "yelp-hpc"
+@pytest.fixture
+def typed(installed: Path, tmp_path: Path) -> Typed:
+    """Types `yelp-hpc WORDS` in an empty folder, with what is installed on PATH."""
 
-
-def test_the_demo_reaches_its_table(program: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "COLUMNS": "100"}
-    env.pop("PYTHONPATH", None)
-    told = subprocess.run([program, "--help"], env=env, capture_output=True, text=True)
-    assert f"{program} demo" in told.stdout  # its name alone would not be found
-    env["PATH"] = f"{program.parent}:{env['PATH']}"
-
-    def typed(*words: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "COLUMNS": "100", "PATH": f"{installed}:{os.environ['PATH']}"}
+        env.pop("PYTHONPATH", None)
         return subprocess.run(
-            [program, *words], cwd=tmp_path, env=env, capture_output=True, text=True
+            ["yelp-hpc", *words], cwd=tmp_path, env=env, capture_output=True, text=True
         )
 
+    return run
+
+
+def test_off_the_path_the_program_names_itself_in_full(installed: Path, tmp_path: Path) -> None:
+    program = installed / "yelp-hpc"
+    told = subprocess.run([program, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert f"{program} demo" in told.stdout  # its name alone would not be found
+
+
+def test_the_demo_reaches_its_table(typed: Typed, tmp_path: Path) -> None:
     small = ("train.max_steps=2", "data.train_rows=60", "data.test_rows=40", "infer.shards=1")
     sets = [word for change in small for word in ("--set", change)]
     done = typed("demo", *sets)
@@ -58,3 +46,20 @@ def test_the_demo_reaches_its_table(program: Path, tmp_path: Path) -> None:
     assert typed("verify", "--run", "runs/demo").returncode == 0
     again = typed("demo", *sets)
     assert again.returncode == 0 and "nothing to do" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_whole_demo_learns(
+    typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the README says it, nothing made smaller: five minutes and more."""
+    monkeypatch.delenv("OMP_NUM_THREADS")  # the tests', no user's
+    done = typed("demo")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "Outcome on the test set" in said
+    models = read_json(tmp_path / "runs/demo/metrics.json")["models"]
+    assert models["base"]["rows"] == models["tuned"]["answered"] == 500
+    assert models["tuned"]["accuracy"] > 0.45 > 0.25 > models["base"]["accuracy"]
+    assert typed("verify", "--run", "runs/demo").returncode == 0

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES
 from yelp_hpc.runtime import program, use_programs
@@ -52,7 +52,10 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     cluster = ClusterConfig(container=container)
     print(f"{name} is not installed here: going on in {container.image}", file=sys.stderr)
     sys.stderr.flush()
-    os.execvpe(argv[0], argv, stage_environment(cluster, stage, os.environ, token))
+    try:
+        os.execvpe(argv[0], argv, stage_environment(cluster, stage, os.environ, token))
+    except OSError as fault:
+        raise StageError(f"{argv[0]} cannot be started: {fault.strerror}") from None
 
 
 def _in_image() -> bool:

@@ -145,13 +145,16 @@ def _require(image: Path) -> None:
 
 
 def _apptainer(verb: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [program("apptainer"), "--silent", verb, *arguments],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [program("apptainer"), "--silent", verb, *arguments],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except OSError as error:
+        raise StageError(f"{program('apptainer')} cannot be started: {error.strerror}") from None
     if done.returncode != 0:
         tail = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-8:])
         raise StageError(f"{program('apptainer')} {verb} ended with {done.returncode}:\n{tail}")

@@ -33,17 +33,20 @@ def call(
     The step runs in its own session, so that whatever it started can be ended with it.
     """
     with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            argv,
-            cwd=folder,
-            env={**without_tokens(os.environ), **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # ended when the builder is killed, so that nothing goes on alone
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),
-        )
+        try:
+            child = subprocess.Popen(
+                argv,
+                cwd=folder,
+                env={**without_tokens(os.environ), **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # ended when the builder is killed, so that nothing goes on alone
+                preexec_fn=partial(die_with_parent, signal.SIGTERM),
+            )
+        except OSError as error:
+            raise StageError(f"{what}: {argv[0]} cannot be started: {error.strerror}") from None
         try:
             code = child.wait()
         except BaseException:
