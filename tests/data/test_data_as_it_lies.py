@@ -24,6 +24,7 @@ from yelp_hpc.task import YELP, TaskConfig
 TEXTS = ["awful place", 'so-so, "fine"', "it was\nokay", "naïve café", "love ★ it"]
 ROWS = [(text, i) for i, text in enumerate(TEXTS)]
 INTENTS = TaskConfig(labels=("card_arrival", "top_up_failed", "lost_card"), noun="message")
+KINDS = {"id": "int64", "text": "string"}
 STARS = TaskConfig(**{**YELP.model_dump(), "values": ["1", "2", "3", "4", "5"]})
 Write = Callable[[Path], Path]
 
@@ -209,6 +210,37 @@ def test_it_is_refused_with_what_to_set(name: str, tmp_path: Path) -> None:
     write, data, task, expected = BAD[name]
     with pytest.raises(RequestError, match=expected):
         read_source(config_of(write(tmp_path), data, task))
+
+
+def test_a_data_set_by_its_name_is_read_as_its_files_are(tmp_path: Path) -> None:
+    """`datasets` takes a folder for the name of one, too."""
+    names = ["top_up_failed", "lost_card", "card_arrival"]
+    rows = [(f"{TEXTS[i % 5]} {i}", i % 3) for i in range(5_000)]
+    found = pa.table(
+        {"label": [y for _, y in rows], "id": range(5_000), "text": [t for t, _ in rows]}
+    )
+    feature = {"names": names, "_type": "ClassLabel"}
+    kinds = {key: {"dtype": kind, "_type": "Value"} for key, kind in KINDS.items()}
+    about = json.dumps({"info": {"features": {"label": feature, **kinds}}})
+    (tmp_path / "named").mkdir()
+    pq.write_table(
+        found.replace_schema_metadata({"huggingface": about}), tmp_path / "named/r.parquet"
+    )
+    config = Config.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {
+                "source": "hub",
+                "path": str(tmp_path / "named"),
+                "test_split": None,
+                "test_rows": 1,
+            },
+            "task": INTENTS.model_dump(),
+        }
+    )
+    train, _ = read_source(config)
+    order = [INTENTS.labels.index(name) for name in names]
+    assert list(train) == [(text, order[i]) for text, i in rows]
 
 
 def test_train_and_test_are_judged_together(tmp_path: Path) -> None:

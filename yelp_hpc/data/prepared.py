@@ -149,9 +149,9 @@ class _Set:
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, ends[-1])
-        columns = [list(rows), list(labels), used, None, lengths]
+        columns = [list(rows), list(labels), used, pa.ListArray.from_arrays(ends, tokens), lengths]
         arrays = [
-            pa.ListArray.from_arrays(ends, tokens) if c is None else pa.array(c, type=f.type)
+            c if isinstance(c, pa.Array) else pa.array(c, type=f.type)
             for c, f in zip(columns, SCHEMA, strict=True)
         ]
         self.held.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))

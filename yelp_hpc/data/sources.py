@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, overload
 
@@ -212,7 +212,12 @@ def _read_hub(data: DataConfig, split: str) -> _Spool:
         ) from error
     except Exception as error:
         raise hub_error("data set", data.path, data.revision, error) from error
-    rows = ((f"row {i}", record) for i, record in enumerate(table))
+    batches = (zip(*batch.values(), strict=True) for batch in table.iter(_BATCH))
+    names = table.column_names
+    rows = (
+        (f"row {i}", dict(zip(names, values, strict=True)))
+        for i, values in enumerate(chain.from_iterable(batches))
+    )
     spool = _spool(f"data set {data.path}", rows, data, "set data.text_column and so on")
     spool.names = getattr(table.features.get(data.label_column), "names", None)
     return spool
