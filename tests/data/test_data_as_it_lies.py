@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import Config
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
@@ -212,8 +211,11 @@ def test_it_is_refused_with_what_to_set(name: str, tmp_path: Path) -> None:
         read_source(config_of(write(tmp_path), data, task))
 
 
-def test_a_data_set_by_its_name_is_read_as_its_files_are(tmp_path: Path) -> None:
+def test_a_data_set_by_its_name_is_read_as_its_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`datasets` takes a folder for the name of one, too."""
+    monkeypatch.setenv("YELP_HPC_CACHE", str(tmp_path / "cache"))
     names = ["top_up_failed", "lost_card", "card_arrival"]
     rows = [(f"{TEXTS[i % 5]} {i}", i % 3) for i in range(5_000)]
     found = pa.table(
@@ -254,11 +256,14 @@ def test_train_and_test_are_judged_together(tmp_path: Path) -> None:
     assert [label for _, label in found] == [0, 1, 2, 3]
 
 
-def test_texts_are_read_from_a_file_that_is_gone(tmp_path: Path) -> None:
+def test_texts_are_read_from_a_file_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YELP_HPC_CACHE", str(tmp_path / "cache"))
     rows = [(f"{TEXTS[i % 5]} {i}", i % 5) for i in range(10_000)]
     path = file("r.csv", as_csv([{"label": y, "text": t} for t, y in rows]))(tmp_path)
     found, _ = read_source(config_of(path, {}, YELP))
-    assert not [*(cache_folder() / "rows").iterdir()]
+    assert not [*(tmp_path / "cache/rows").iterdir()]
     assert list(found) == rows
     assert found[9_000] == rows[9_000] and found[-1] == rows[-1]
     assert found[4_094:4_099] == rows[4_094:4_099]
