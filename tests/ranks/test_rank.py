@@ -42,9 +42,44 @@ def test_an_error_in_a_rank_is_one_message(
     (tmp_path / "train-rank-0.log").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(kind, match=says) as error:
         launch([sys.executable, "-c", RANK.format(work=work)], b"", 2, tmp_path)
-    assert "Traceback" not in str(error.value)
+    assert "Traceback" not in str(error.value) + capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists(), "a link was followed"
-    if kind is RequestError:
-        assert "Traceback" not in capsys.readouterr().err
-        logs = [path.read_text() for path in tmp_path.glob("train-rank-*.log")]
-        assert any(says in log for log in logs)
+    logs = [path.read_text() for path in tmp_path.glob("train-rank-*.log")]
+    assert any(says in log for log in logs)
+    assert any("Traceback" in log for log in logs) is (kind is StageError)
+
+
+TOGETHER = """
+import os, sys
+from yelp_hpc.errors import RequestError
+from yelp_hpc.ranks.rank import run_rank
+
+def work(stop):
+    from yelp_hpc.ranks.world import join_world
+    guilty = os.environ["RANK"] in "{ranks}"
+    if guilty and "{when}" == "before":
+        raise {kind}("precision is wrong")
+    world = join_world()
+    if guilty:
+        raise {kind}("precision is wrong")
+    import torch
+    while True:
+        world.sum(torch.ones(4))
+
+os._exit(run_rank(work))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [("0", "RequestError"), ("1", "NotImplementedError"), ("01", "RequestError")]
+)
+def test_a_request_error_is_one_message_whoever_raises_it_before_or_after_they_met(
+    ranks: str, kind: str, when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others lose their peer, or wait for one that never comes: nobody hears of that."""
+    code = TOGETHER.format(ranks=ranks, kind=kind, when=when)
+    with pytest.raises(RequestError, match=rf"^rank [{ranks}]: precision is wrong\n") as error:
+        launch([sys.executable, "-c", code], b"", 2, tmp_path)
+    assert str(error.value).count("precision is wrong") == 1
+    assert capsys.readouterr().err.strip() == ""

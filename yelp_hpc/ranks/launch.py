@@ -200,6 +200,7 @@ def _start(
                 **without_tokens(os.environ),
                 **extra,
                 "YELP_HPC_RANK_ERROR": str(error),
+                "YELP_HPC_RANK_LOG": str(log),
                 "YELP_HPC_LAUNCHER": str(os.getpid()),
             },
         )

@@ -19,6 +19,7 @@ from types import FrameType
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, YelpHpcError
 from yelp_hpc.ranks.child import die_with_parent
+from yelp_hpc.runtime import open_log
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 SAVED = SavedForRequeue.exit_code
@@ -97,9 +98,19 @@ def run_rank(work: Callable[[StopRequest], None]) -> int:
         return error.exit_code
     except BaseException as error:
         code = _leave_report(error)
-        if code != RequestError.exit_code:  # the launcher says what was wrong with a request
-            traceback.print_exc()
+        if code != RequestError.exit_code:
+            _log_traceback()
         return code
+
+
+def _log_traceback() -> None:
+    """Into the rank's log alone: the launcher says what was wrong, and whose fault it was."""
+    log = os.environ.get("YELP_HPC_RANK_LOG")
+    if log is None:
+        traceback.print_exc()
+        return
+    with suppress(OSError), open_log(Path(log), "ab") as file:
+        file.write(traceback.format_exc().encode(errors="replace"))
 
 
 def _leave_report(error: BaseException) -> int:
