@@ -17,7 +17,9 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     Mamba2Config,
+    MiniMaxM3VLTextConfig,
     Phi3Config,
+    Phi4MultimodalConfig,
     Qwen3NextConfig,
 )
 
@@ -250,6 +252,25 @@ def test_the_twin_shows_a_window_that_rows_of_the_run_pass() -> None:
     small: Any = chosen[1]
     assert small.config.sliding_window < 16
     assert chosen[0].way == "packed"
+
+
+def test_blocks_of_sparse_attention_are_packed_only_where_all_of_them_are_seen() -> None:
+    config = MiniMaxM3VLTextConfig(layer_types=["full_attention", "minimax_m3_sparse"] * 30)
+    most = config.index_block_size * config.index_topk_blocks
+    assert limits_passed(config, most) == []
+    ways = [chosen[0].way for n in (most, most + 1) if (chosen := choose(config, n))]
+    assert ways == ["packed", "rows"]
+
+
+def test_an_adapter_that_no_text_goes_through_is_refused() -> None:
+    config = Phi4MultimodalConfig()
+    chosen = choose(config, 64)
+    assert chosen is not None
+    adapted = [n for n, p in chosen[1].named_parameters() if p.requires_grad]
+    assert adapted and not [n for n in adapted if "audio" in n or "image" in n]
+    model = tiny(LlamaConfig(**SIZES)).requires_grad_(False)
+    with pytest.raises(RequestError, match=r"adapts nothing in .* that text"):
+        prove(model, gradients=True)
 
 
 def test_long_rope_is_computed_one_row_a_call_where_rows_pass_its_first_length() -> None:

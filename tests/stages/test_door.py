@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import processors
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tests.test_malformed import call
 from tests.tiny import make_model, prepare_run, reviews, tiny_config
@@ -26,7 +29,7 @@ from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.manifest import record_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import prepare
-from yelp_hpc.stages.door import admit, take_the_way
+from yelp_hpc.stages.door import admit, examine, take_the_way
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,23 @@ def only(name: str, content: str = "{}") -> Callable[[Path], None]:
     return change
 
 
+def also(name: str) -> Callable[[Path], None]:
+    """One file more."""
+
+    def change(folder: Path) -> None:
+        (folder / name).write_text("{}")
+
+    return change
+
+
+def eighths(folder: Path) -> None:
+    """A matrix in eight bits, which config.json says nothing of."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -116,11 +136,19 @@ class Broken:
 BROKEN = [
     Broken("an adapter", only("adapter_config.json", '{"base_model_name_or_path": "me/base"}'),
            "is an adapter, not a model.*me/base"),
+    Broken("an adapter in it", also("adapter_config.json"), "holds an adapter beside a model"),
     Broken("GGUF", only("model.gguf"), "holds GGUF"),
     Broken("no config", lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     Broken("no model_type", only("config.json"), "names no model_type"),
     Broken("quantised", changed(quantization_config={"quant_method": "gptq", "bits": 4}),
            "quantised .gptq."),
+    Broken("quantised inside", changed(text_config={"quantization_config": {"bits": 4}}),
+           "weights are quantised"),
+    Broken("quantised unsaid", eighths, "quantised .F8_E4M3."),
+    Broken("a classifier", changed(architectures=["LlamaForSequenceClassification"]),
+           "LlamaForSequenceClassification, whose head gives no words"),
+    Broken("a drafting model", changed(model_type="gemma4_assistant"), "drafts for another model"),
+    Broken("another size", changed(intermediate_size=96), "do not fit its config.json"),
     Broken("an encoder", changed(model_type="bert"), "bert is an encoder"),
     Broken("an encoder-decoder", changed(model_type="t5", is_encoder_decoder=True),
            "t5 is an encoder-decoder"),
@@ -234,6 +262,28 @@ def test_a_sound_folder_is_admitted_and_its_answer_kept(sound: Path, tmp_path: P
     assert check_model(config) == ("from the cache",)
 
 
+def test_a_model_without_a_twin_is_asked_itself_in_prepare(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yelp_hpc.models.packed.proof.twin", lambda *_: None)
+    config = tiny_config(sound, data={"cutoff": 256})
+    assert admit(config, sound).way is None
+    assert check_model(config) == ("llama has no small twin here: prepare asks the model itself",)
+    assert examine(config, sound).way == "packed"
+
+
+def test_prepare_reads_every_weight(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = tiny_config(folder, data={"cutoff": 256})
+    assert check_model(config) == ()
+    with pytest.raises(RequestError, match=r"NaN or infinity.*\n  - lm_head.weight"):
+        examine(config, folder)
+
+
 def load(folder: Path) -> Any:
     from yelp_hpc.models.load import load_tokenizer
 
@@ -308,3 +358,30 @@ def test_prepare_counts_reviews_that_spell_special_tokens(
     prepare.run(run, config)
     assert "1 reviews spell special tokens (<eos>): kept as text" in capsys.readouterr().err
     assert read_json(run.tokens)["eos_id"] == 1
+
+
+def test_a_special_token_that_is_a_word_of_the_vocabulary_is_no_text(tmp_path: Path) -> None:
+    """As in Unigram vocabularies, where splitting special tokens leaves them what they are."""
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["<eos>", "<unk>"]
+    words.train_from_iterator(
+        [TEMPLATE.format(review="good food", label="0 1 2 3 4")],
+        trainers.WordLevelTrainer(special_tokens=special, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"
+    )
+    encode = Encoder(tokenizer, TEMPLATE)
+    assert encode(["Review: good<eos> sushi\nOutput: 3"])  # unknown words of a review are no fault
+    with pytest.raises(RequestError, match=r"spells the special token <eos>, .* \('good <eos>"):
+        encode(["Review: good <eos> food\nOutput: 3"])
+
+
+def test_an_answer_that_ends_a_sequence_is_refused(sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "3"}))
+    with pytest.raises(RequestError, match="the answer '3' holds the token that ends a sequence"):
+        admit(tiny_config(folder), folder)

@@ -26,6 +26,8 @@ class Encoder:
         longest_first = sorted(own, key=len, reverse=True)
         self._own = re.compile("|".join(map(re.escape, longest_first))) if own else None
         self._plainly = encodes_plainly(tokenizer)
+        told = (t for t in self.special if t != tokenizer.unk_token)  # any text may be unknown
+        self._marks = set(map(tokenizer.convert_tokens_to_ids, told))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without what the tokenizer puts behind.
@@ -57,17 +59,25 @@ class Encoder:
         return ids[:-count] if count and ids[-count:] == self._behind else ids
 
     def _spelled_out(self, text: str) -> list[int]:
+        plain = f"{self.head}a b{self.tail}"
+        known = self._without_end(list(self.tokenizer(plain)["input_ids"]))
         if self._own is None:
             ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]
-            return self._without_end(list(ids))
-        plain = f"{self.head}a b{self.tail}"
-        if self._pieces(plain) != self._without_end(list(self.tokenizer(plain)["input_ids"])):
+            ids = self._without_end(list(ids))
+        else:
+            ids = self._pieces(text)
+        apart = self._own is None or self._pieces(plain) == known
+        # a vocabulary of whole words or pieces may hold a special token as one of them
+        kept = sum(i in self._marks for i in ids) == sum(i in self._marks for i in known)
+        if not apart or not kept:
+            beside = " beside those of prompt.template" if self._own else ""
             raise RequestError(
                 f"a review spells the special token {self.spelled(text)[0]}, which this tokenizer "
-                "cannot take as text beside those of prompt.template; leave the review out, or the "
-                "special tokens out of the template"
+                f"cannot take as text{beside}; leave the review out "
+                f"({text[len(self.head) :][:40]!r}…)"
+                + (", or the special tokens out of the template" if self._own else "")
             )
-        return self._pieces(text)
+        return ids
 
     def _pieces(self, text: str) -> list[int]:
         """Ids of `text`, where only the template's own special tokens are tokens."""

@@ -22,8 +22,15 @@ _TIED = frozenset({
 })  # fmt: skip
 _NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
-    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
-    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"),
+    "heads": (
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "attention_heads",
+        "decoder_attention_heads",
+    ),
     "vocabulary": ("padded_vocab_size", "vocab_size"),
 }
 # State spaces without attention: counted as if one head did their work.
@@ -134,10 +141,13 @@ def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:
     Raises:
         RequestError: names every size that is missing or no positive whole number.
     """
-    inside = config.get("text_config")
+    inside = config.get("text_config") or config.get("global_config")  # BLT's largest part
     if isinstance(inside, Mapping):  # a wrapper for images or sound around the language model
-        config = {"tie_word_embeddings": config.get("tie_word_embeddings"), **inside}
+        kept = ("tie_word_embeddings", "vocab_size")
+        config = {**{key: config.get(key) for key in kept}, **inside}
     kind = str(config.get("model_type", ""))
+    if isinstance(config.get("layers_block_type"), list):  # may be all that says how many
+        config = {"num_hidden_layers": len(config["layers_block_type"]), **config}
     problems: list[str] = []
 
     def size(names: Sequence[str], default: int | None = None) -> int:

@@ -7,6 +7,7 @@ code of the folder.
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +28,20 @@ ENCODERS = frozenset({
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta",
     "xlm-roberta-xl", "xlnet", "xmod",
 })  # fmt: skip
+# What no folder of theirs can be used for.
+UNFIT = {
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "drafts for another model and is no language model by itself",
+    ),
+    "reformer": "compares tokens that fall into the same random bucket, and trains at one length",
+}
+# Heads that answer otherwise than with words, by the end of the class that config.json names.
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+         "ForMultipleChoice", "RewardModel", "ForEmbedding")  # fmt: skip
+_PACKED = re.compile(
+    r"(qweight|qzeros|weight_packed|weight_scale(_inv)?|proj_blocks|\.SCB|absmax)$"
+)
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 
@@ -92,7 +107,9 @@ def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> di
         raise RequestError(all_problems(f"{folder} cannot be used:", problems))
     if native:
         check_family(folder, config)
-    weight_files(folder, whole)
+    files = weight_files(folder, whole)
+    if form := next((form for file in files if (form := _quantised(file))), None):
+        raise RequestError(f"{folder} cannot be used: {quantised(form)}")
     return config
 
 
@@ -100,11 +117,17 @@ def check_kind(folder: Path) -> None:
     """Check that a folder holds a model, not something made from one.
 
     Raises:
-        RequestError: it is an adapter, or GGUF.
+        RequestError: it is an adapter, has one beside the model, or is GGUF.
     """
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and (folder / "config.json").is_file():
+        raise RequestError(
+            f"{folder} holds an adapter beside a model, which would be loaded into it unasked: "
+            "move adapter_config.json and its weights to a folder of their own (train.adapter)"
+        )
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
-    if (folder / "adapter_config.json").is_file():
+    if adapter:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         raise RequestError(
             f"{folder} is an adapter, not a model: set model.path to the model that it was trained "
@@ -124,13 +147,27 @@ def config_problems(config: dict[str, Any]) -> Iterator[str]:
         yield f"{kind} is an encoder-decoder: use a decoder, as Llama, Qwen or ChatGLM3 are"
     elif kind in ENCODERS and not config.get("is_decoder"):
         yield f"{kind} is an encoder, no decoder: use a decoder, as Llama, Qwen or ChatGLM3 are"
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        yield (
-            f"its weights are quantised ({method or 'quantization_config'}), which is not "
-            "supported: use the model that it was made from, with model.precision bf16 or fp16"
-        )
+    elif kind in UNFIT:
+        yield f"{kind} {UNFIT[kind]}: use a decoder, as Llama, Qwen or ChatGLM3 are"
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if str(name).endswith(HEADS):
+            yield f"it is a {name}, whose head gives no words: use the model that it was made from"
+    inner = config.get("text_config")
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if isinstance(inner, dict):
+        settings = settings or inner.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        yield quantised(str(method or "quantization_config"))
+
+
+def quantised(method: str) -> str:
+    """What is said of weights that are stored as fewer bits than they are computed with."""
+    return (
+        f"its weights are quantised ({method}), which is not supported: use the model that it was "
+        "made from, with train.precision and infer.precision bf16 or fp16"
+    )
 
 
 def other_chatglm(config: dict[str, Any], published_as: str = "") -> str | None:
@@ -235,6 +272,21 @@ def _damage(path: Path, whole: bool) -> str | None:
             return None if file.read(1) == b"\x80" else "truncated or not a torch file"
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         return f"cannot be read ({error})"
+
+
+def _quantised(path: Path) -> str | None:
+    """A type or a tensor by which a whole safetensors file shows that its weights are quantised."""
+    if path.suffix != ".safetensors":
+        return None
+    with path.open("rb") as file:
+        header = parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))
+    for name, tensor in header.items():
+        kind = str(tensor.get("dtype", ""))
+        if kind.startswith(("F8", "F6", "F4")):
+            return kind
+        if _PACKED.search(name):
+            return str(name)
+    return None
 
 
 def _safetensors_damage(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from yelp_hpc.config import DTYPES
-from yelp_hpc.errors import RequestError, all_problems, first_line
+from yelp_hpc.errors import RequestError, first_line
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig
 from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
 from yelp_hpc.models.checkpoint import (
@@ -27,6 +27,7 @@ from yelp_hpc.models.checkpoint import (
     read_json,
     weight_files,
 )
+from yelp_hpc.models.weights import READING, cannot_load, check_fit, check_sound, not_finite
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 
@@ -44,8 +45,8 @@ ATTENTION_PROJECTIONS = (
     ("in_proj",),  # Mamba and its like
 )
 
-# Weights that nothing reads; checkpoints carry them or not.
-_UNUSED_WEIGHTS = re.compile(r"rotary.*inv_freq$")
+# Parts of a model that see and hear: text does not go through them.
+_TOWERS = r".*(vision|visual|image|img|audio|speech).*"
 
 
 def check_native(folder: Path) -> dict[str, Any]:
@@ -185,56 +186,13 @@ def load_model(
             folder,
             dtype=dtype,
             attn_implementation=attn_implementation or attention_of(config),
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-            ignore_mismatched_sizes=True,  # reported below, all at once
-            output_loading_info=True,
+            **READING,
         )
     except Exception as error:  # whatever a torn file makes the readers raise
-        damaged = [f"{file.name}: {why}" for file in files if (why := _unreadable(file))]
-        if damaged:
-            headline = f"weights in {folder} are damaged; fetch the model again"
-            raise RequestError(all_problems(headline, damaged)) from None
-        raise RequestError(f"the model in {folder} cannot be loaded: {first_line(error)}") from None
-    problems = _misfits(info)
-    if problems:
-        headline = f"weights in {folder} do not fit its config.json"
-        raise RequestError(all_problems(headline, problems))
-    # A sum is finite exactly if every weight is; random bytes rarely make finite weights.
-    sums = {name: p.detach().sum(dtype=torch.float32) for name, p in model.named_parameters()}
-    sick = [name for name, total in sums.items() if not total.isfinite()]
-    if sick:
-        headline = f"weights in {folder} are damaged (NaN or infinity); fetch the model again"
-        raise RequestError(all_problems(headline, sick))
+        raise cannot_load(folder, files, error) from None
+    check_fit(folder, info)
+    check_sound(folder, [], list(not_finite(model.named_parameters())))
     return model.eval()
-
-
-def _misfits(info: dict[str, Any]) -> list[str]:
-    problems = []
-    for name, found, expected in sorted(info.get("mismatched_keys", ())):
-        line = f"{name} is {tuple(found)}, the config says {tuple(expected)}"
-        if "word_embeddings" in name or "embed_tokens" in name or "output_layer" in name:
-            line += " (wrong vocabulary size: padded_vocab_size or vocab_size)"
-        problems.append(line)
-    missing = [n for n in info.get("missing_keys", ()) if not _UNUSED_WEIGHTS.search(n)]
-    return problems + [f"{name} is missing" for name in sorted(missing)]
-
-
-def _unreadable(file: Path) -> str | None:
-    """Why a weight file cannot be read; None if it can."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    tensors.get_tensor(name)
-        else:
-            torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        return first_line(error)
-    return None
 
 
 def _last(error: BaseException) -> str:
@@ -243,15 +201,22 @@ def _last(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
+def towers(model: nn.Module) -> str | None:
+    """A pattern of the modules that no text goes through, for peft; None without any."""
+    seen = any(re.fullmatch(_TOWERS, name) for name, _ in model.named_modules())
+    return _TOWERS if seen else None
+
+
 def lora_targets(model: nn.Module, requested: list[str] | None) -> list[str]:
     """Modules to adapt: those requested, or the architecture's query, key and value projections.
 
-    A name stands for every module of that name, as in peft.
+    A name stands for every module of that name, as in peft, but for those of `towers`.
 
     Raises:
         RequestError: a name matches nothing; lists the model's names.
     """
-    names = [n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = (n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    names = [name for name in linear if not re.fullmatch(_TOWERS, name)]
     leaves = sorted({name.rpartition(".")[2] for name in names})
     if requested is None:
         for family in ATTENTION_PROJECTIONS:

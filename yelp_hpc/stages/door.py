@@ -18,6 +18,7 @@ from typing import Any
 
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
+from yelp_hpc.forecast.model_shape import model_shape
 from yelp_hpc.models.checkpoint import check_folder, has_tokenizer
 from yelp_hpc.models.packed.batch import Way
 
@@ -50,13 +51,27 @@ def admit(
         RequestError: with everything that is wrong.
     """
     from yelp_hpc.models.load import model_config
+    from yelp_hpc.models.weights import check_shapes
 
-    kind = check_folder(folder, whole=False, tokenizer=tokenizer)["model_type"]
+    written = check_folder(folder, whole=False, tokenizer=tokenizer)
+    kind = written["model_type"]
     values = model_config(folder)
     problems, notes = [], []
     try:
+        model_shape(written, str(folder / "config.json"))
+    except RequestError as error:
+        problems.append(str(error))
+    try:
         if tokenizer or has_tokenizer(folder, kind == "chatglm"):
             _bind(config, folder)
+    except RequestError as error:
+        problems.append(str(error))
+    try:
+        if unread := check_shapes(folder):
+            notes.append(
+                f"{values.model_type} has no use for {len(unread)} of the tensors in {folder} "
+                f"({unread[0]}, …): they stay unread"
+            )
     except RequestError as error:
         problems.append(str(error))
     generating = config.infer.mode == "generate"
@@ -77,12 +92,33 @@ def admit(
     if problems:
         raise RequestError(all_problems(f"{folder} cannot be used:", problems))
     if found is None:
+        notes.append(f"{values.model_type} has no small twin here: prepare asks the model itself")
         return Admission(None, None, tuple(notes))
     way, generate, why = found
     if way != "packed":
         how = "in padded batches" if way == "rows" else "one review a call"
         notes.append(f"{values.model_type} is computed {how}, not packed: {why}")
     return Admission(way, generate, tuple(notes))
+
+
+def examine(config: Config, folder: Path) -> Admission:
+    """`admit`, and all that only the weights themselves tell: what prepare asks of a model.
+
+    Raises:
+        RequestError: with everything that is wrong.
+    """
+    from yelp_hpc.models.load import load_model
+    from yelp_hpc.models.weights import check_values
+    from yelp_hpc.training.adapter import add_lora
+
+    found = admit(config, folder)
+    check_values(folder)
+    if found.way is None:
+        train = "tuned" in config.infer.models
+        model = load_model(folder, config.train.precision)
+        model = add_lora(model, config) if train else model
+        found = take_the_way(model, config, folder, config.data.cutoff, gradients=train)
+    return found
 
 
 def take_the_way(
@@ -126,8 +162,14 @@ def _bind(config: Config, folder: Path) -> None:
     from yelp_hpc.stages.prepare import bind_prompt
 
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, folder)
+    end = check_tokenizer(tokenizer, folder)
     prompt = bind_prompt(config, tokenizer)
+    ends = [label for label, ids in zip(prompt.labels, prompt.answers, strict=True) if end in ids]
+    if ends:
+        raise RequestError(
+            f"the answer {ends[0]!r} holds the token that ends a sequence ({end}): choose other "
+            "task.labels, or another eos_token in tokenizer_config.json"
+        )
     text = model_config(folder).get_text_config(decoder=True)
     rows = getattr(text, "padded_vocab_size", None) or text.vocab_size
     check_ids(prompt.encode([prompt.text("a")])[0], rows, "prompt.template")

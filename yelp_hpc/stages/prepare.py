@@ -66,9 +66,9 @@ def run(paths: RunPaths, config: Config) -> None:
     from yelp_hpc.models.local import folder_fingerprint, model_folder
 
     folder = model_folder(config.model)
-    from yelp_hpc.stages.door import admit, check_lengths
+    from yelp_hpc.stages.door import check_lengths, examine
 
-    for note in admit(config, folder).notes:
+    for note in examine(config, folder).notes:
         say(f"prepare: {note}")
     tokenizer = load_tokenizer(folder)
     end = check_tokenizer(tokenizer, folder)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from yelp_hpc.cache import DEMO_MODEL, demo_model_place
 from yelp_hpc.config import Config
-from yelp_hpc.models.load import lora_targets
+from yelp_hpc.models.load import lora_targets, towers
 from yelp_hpc.models.packed.masks import derive_seed
 
 
@@ -33,6 +33,7 @@ def add_lora(model: Any, config: Config) -> Any:
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works as well
             lora_dropout=lora.dropout,
             target_modules=targets,
+            exclude_modules=towers(model),
             task_type="CAUSAL_LM",
         ),
     )

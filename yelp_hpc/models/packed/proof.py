@@ -11,23 +11,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from yelp_hpc.errors import RequestError
-from yelp_hpc.models.load import attention_of, lora_targets
+from yelp_hpc.errors import RequestError, first_line
+from yelp_hpc.models.load import lora_targets, towers
 from yelp_hpc.models.packed.batch import Way, base_model, forward_selected, pack, prepare_model
-from yelp_hpc.models.packed.twin import LIMITS, ROWS, VOCABULARY, twin
+from yelp_hpc.models.packed.twin import ROWS, VOCABULARY, limits, twin
 
 PREFIX = 4
 LAST = 2  # the answer and its end, as in training
 WAYS: tuple[Way, ...] = ("packed", "rows", "alone")
 # Relative errors in fp32: of another row's logits when a text changes, of logits, of gradients.
-LEAK, LOGITS, GRADIENTS = 2e-6, 3e-5, 1e-4
+LEAK, LOGITS, GRADIENTS = 2e-6, 1e-5, 1e-4
 MOST = 0.1
 """No slack allows more."""
 HALF = 0.3
@@ -76,7 +76,17 @@ def prove(
     with _as_it_is(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepare_model(model, way="alone")
-        wanted, found = _plain(model, texts, device, gradients)
+        try:
+            wanted, found = _plain(model, texts, device, gradients)
+        except Exception as error:  # a model's own code may raise anything
+            raise RequestError(
+                f"{type(base_model(model)).__name__} cannot be computed: {first_line(error)}"
+            ) from None
+        if gradients and not found:
+            raise RequestError(
+                f"lora.target adapts nothing in {type(base_model(model)).__name__} that text goes "
+                "through"
+            )
         with torch.no_grad():
             batch = pack(texts, PREFIX, last=LAST).to(device)
             again = forward_selected(model, batch).float()
@@ -117,23 +127,49 @@ def choose(
     Raises:
         RequestError: as `prove`; `target` names nothing.
     """
-    text = config.get_text_config(decoder=True)
-    model = twin(text, longest, attention_of(text))
+    model = twin(config, longest)
     if model is None:
         return None
     model.requires_grad_(False)
     if train:
         model = _adapted(model, lora_targets(model, list(target) if target else None))
-    ways = WAYS
+    ways, text = WAYS, config.get_text_config(decoder=True)
+    why = ""
     if (original := rotation_limit(text, "longrope")) is not None and longest > original:
-        ways = ("alone",)  # the longest row of a batch decides how all of it is rotated
-    return prove(model, ways, gradients=train), model
+        ways = ("alone",)
+        why = f"the longest of a batch decides how all are turned beyond {original} (long RoPE)"
+    found = prove(model, ways, gradients=train)
+    found = replace(found, why=found.why or why)
+    if train:
+        _check_training(model)
+    return found, model
+
+
+def _check_training(model: nn.Module) -> None:
+    """A step with dropout and whatever else an architecture does in training alone."""
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            forward_selected(model, pack(rows(), PREFIX, last=LAST)).sum().backward()
+    except Exception as error:  # a model's own code may raise anything
+        raise RequestError(
+            f"{type(base_model(model)).__name__} cannot be trained: {first_line(error)}"
+        ) from None
+    finally:
+        model.eval()
+        model.zero_grad()
 
 
 def _adapted(model: nn.Module, targets: list[str]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        exclude_modules=towers(model),
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapted: Any = get_peft_model(cast(Any, model), lora)
@@ -157,12 +193,7 @@ def rotation_limit(text: Any, kind: str) -> int | None:
 
 def limits_passed(text: Any, longest: int) -> list[str]:
     """The keys of windows, chunks and the like that a row of `longest` tokens passes."""
-    values = {key: getattr(text, key, None) for key in LIMITS}
-    return [
-        key
-        for key, value in values.items()
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < longest
-    ]
+    return [key for key, limit in limits(text.to_dict()).items() if limit < longest]
 
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -176,10 +207,10 @@ def positions_of(text: Any) -> int | None:
     key = next((key for key in _POSITIONS if isinstance(getattr(text, key, None), int)), None)
     if key is None:
         return None
-    model = twin(text, max(ROWS), attention_of(text), {key: 2 * max(ROWS)})
+    model = twin(text, max(ROWS), {key: 2 * max(ROWS)})
     if model is None:
         return None
-    few = twin(text, max(ROWS), attention_of(text), {key: min(ROWS)})
+    few = twin(text, max(ROWS), {key: min(ROWS)})
     if few is None:
         return None
     try:
@@ -238,8 +269,8 @@ def _with_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.set_grad_enabled(gradients):
         result = logits()
-    if not gradients:
-        return result, {}
+    if not gradients or not result.requires_grad:
+        return result.detach(), {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         parameter.grad = None
