@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from yelp_hpc.config import Config
@@ -118,6 +119,8 @@ def submit(
     if asked:
         check_asked(paths.root, asked, stages_of(live))
     planned = plan(stage, config, paths, cluster)
+    if executor == "local":  # one after the other anyhow: in one process, which loads a model once
+        planned = [replace(job, tasks=(tuple(chain(*job.tasks)),)) for job in planned]
     if stage == "publish" and config.publish.repo_id is None:
         raise RequestError(_NO_REPOSITORY)
     _refuse_running(planned, live)

@@ -17,7 +17,9 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.image.file import variables
 from yelp_hpc.jobs.cluster import ClusterConfig, Container
+from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.manifest import absolute_paths
+from yelp_hpc.rundir.paths import Task
 from yelp_hpc.runtime import program, without_tokens
 
 # handed into the image besides container.env: what the stage and CUDA need to know about the job
@@ -47,11 +49,11 @@ _CACHES = {
 _INTO_IMAGE = ("APPTAINERENV_", "SINGULARITYENV_")
 
 
-def stage_argv(stage: str, run: Path, model: str = "", shard: int | None = None) -> list[str]:
-    """The arguments of `python -m yelp_hpc run`."""
+def stage_argv(stage: str, run: Path, model: str = "", task: Task = ()) -> list[str]:
+    """The arguments of `python -m yelp_hpc run`; `task`: the shards, () for all there are."""
     argv = [stage, "--run", str(run)]
     argv += ["--model", model] if model else []
-    return argv + ([] if shard is None else ["--shard", str(shard)])
+    return argv + (["--shard", task_text(task)] if task else [])
 
 
 def command(

@@ -1,16 +1,15 @@
 """Launcher of `infer`: a job array for each model, a task for each missing shard.
 
-More missing shards than the site's MaxArraySize are packed, neighbours into one task.
+More missing shards than the site's MaxArraySize are packed, neighbours into one task, which loads
+the model once.
 """
 
 from __future__ import annotations
 
 from yelp_hpc.config import Config
-from yelp_hpc.inference.provenance import wanted
-from yelp_hpc.inference.shards import missing_shards
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job, pack
-from yelp_hpc.jobs.progress import shards_done
+from yelp_hpc.jobs.progress import shards_missing
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -18,11 +17,8 @@ def jobs(config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
     """An array for each model with shards to do."""
     planned = []
     for model in config.infer.models:
-        identity = wanted(paths, config, model).identity
-        done = shards_done(paths, model, config.infer.shards, identity)
-        missing = missing_shards(done, config.infer.shards)
         # task ids run from 0 to MaxArraySize - 1
-        tasks = pack(missing, cluster.max_array_size)
+        tasks = pack(shards_missing(paths, config, model), cluster.max_array_size)
         if tasks:
             first = "train" if model == "tuned" else "prepare"
             planned.append(Job("infer", model, tasks, (("afterok", first),)))

@@ -7,6 +7,7 @@ the careful forms check hashes as well (before something is skipped).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from yelp_hpc.config import Config
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.inference.provenance import wanted
+from yelp_hpc.inference.shards import missing_shards
 from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.collected import collected
@@ -23,6 +25,7 @@ from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
 from yelp_hpc.rundir.request import answered
 
 Fingerprint = tuple[tuple[str, int, int], ...]
+_SHARD = re.compile(r"shard-(\d{4,6})")
 _NO_PROGRESS = (".jsonl", ".log", ".png", ".tmp")
 
 
@@ -58,6 +61,12 @@ def shards_done(paths: RunPaths, model: str, shards: int, identity: str | None =
     return [k for k in done if said.get(k, {}).get("identity") in (identity, None)]
 
 
+def shards_missing(paths: RunPaths, config: Config, model: str) -> list[int]:
+    """The shards of `model` that are not done with these settings."""
+    shards, identity = config.infer.shards, wanted(paths, config, model).identity
+    return missing_shards(shards_done(paths, model, shards, identity), shards)
+
+
 def shards_progress(paths: RunPaths, model: str, shards: int) -> dict[int, dict[str, Any]]:
     """What each shard that ever began says of itself, by shard.
 
@@ -80,8 +89,7 @@ def stage_done(paths: RunPaths, config: Config, stage: str, model: str = "") -> 
     if stage == "train":
         return trained(paths, careful=False)
     if stage == "infer":
-        shards, identity = config.infer.shards, wanted(paths, config, model).identity
-        return len(shards_done(paths, model, shards, identity)) == shards
+        return not shards_missing(paths, config, model)
     return made_with(paths, config, stage)
 
 
@@ -124,9 +132,13 @@ def _progress_files(
     if stage in ("collect", "publish"):
         places = [paths.metrics, paths.report, paths.published, paths.answered]
     elif stage == "infer":
-        names = [f"*shard-{shard:04d}*" for shard in task] or ["*"]
         folders = (paths.predictions(model), paths.partials(model))
-        places = [path for name in names for folder in folders for path in folder.glob(name)]
+        places = [
+            path
+            for folder in folders
+            for path in folder.glob("*")
+            if not task or ((found := _SHARD.search(path.name)) and int(found[1]) in task)
+        ]
     else:
         places = [paths.prepare if stage == "prepare" else paths.train]
     for place in places:

@@ -77,10 +77,11 @@ def _summarise(fact: Facts) -> JobStatus:
         elapsed = clock(max(0.0, attempts.last_seen(latest) - latest.started))
     shards, rows = {}, {}
     if fact.shards:
+        failed = {shard for task, a in last.items() if a.verdict == "failed" for shard in task}
         shards = {
             "done": len(fact.shards_done),
             "running": len(running),
-            "failed": sum(a.verdict == "failed" for a in last.values()),
+            "failed": len(failed.difference(fact.shards_done)),
             "all": fact.shards,
         }
         parts = [f"{shards['done']}/{fact.shards} shards"]

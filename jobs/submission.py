@@ -58,8 +58,8 @@ class Submission:
 
 def new_submission(job: Job, job_id: str, paths: RunPaths, cluster: ClusterConfig) -> Submission:
     """What was queued or started as `job_id`, with the command of its first task."""
-    first = next(iter(job.tasks[0]), None)
-    argv = command(cluster, paths.root, stage_argv(job.stage, paths.root, job.model, first), {})
+    arguments = stage_argv(job.stage, paths.root, job.model, job.tasks[0])
+    argv = command(cluster, paths.root, arguments, {})
     return Submission(job.name, job.stage, job_id, job.tasks, shlex.join(argv))
 
 

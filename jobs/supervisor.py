@@ -21,14 +21,13 @@ from pathlib import Path
 from types import FrameType
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
-from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv, stage_environment
 from yelp_hpc.jobs.image import ready_image
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.logs import tail
-from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_done
+from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_missing
 from yelp_hpc.jobs.site.client import NoAnswer
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings
 from yelp_hpc.jobs.train import write_trackers
@@ -40,7 +39,7 @@ from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.node_faults import read_faults
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.rundir.study import take_shared
 from yelp_hpc.runtime import open_log, use_programs
 
@@ -90,7 +89,7 @@ class Stop:
 
 
 def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task: str = "") -> str:
-    """Run a stage, or the shards of an array task one after the other, to a verdict.
+    """Run a stage, or the shards of an array task in one process, to a verdict.
 
     Returns the verdict when the work is done. Ends the process with 75 when the job was requeued or
     stopped after saving.
@@ -187,7 +186,7 @@ def _run(
     stop: Stop, paths: RunPaths, cluster: ClusterConfig, job: Job, attempt: Attempt, leader: bool,
     limit: slurm.TimeLimit | None,
 ) -> Verdict:  # fmt: skip
-    """Run the stage's process, or one for each shard, until done, stopped or failed."""
+    """Run the stage's process until done, stopped or failed; one for all shards of the task."""
     env = {**os.environ}
     if on_slurm():
         if job.stage == "train":  # whatever the user's shell says of a master is another's
@@ -207,15 +206,9 @@ def _run(
         token = hub_token(env, load_run(paths.root)[1].publish.token_file)
     failed: list[str] = []
     cap = cluster.requeue_cap
-    done: list[int] = []
-    if job.stage == "infer":
-        config = load_run(paths.root)[1]
-        identity = wanted(paths, config, job.model).identity
-        done = shards_done(paths, job.model, config.infer.shards, identity)
-    for shard in job.tasks[0] or (None,):
-        if shard in done:
-            continue
-        arguments = stage_argv(job.stage, paths.root, job.model, shard)
+    shards = _missing(paths, job, job.tasks[0])
+    while shards or not job.tasks[0]:
+        arguments = stage_argv(job.stage, paths.root, job.model, shards)
         argv = command(cluster, paths.root, arguments, env)
         child_env = stage_environment(cluster, job.stage, env, token)
         code, ended = _process(stop, paths, argv, child_env, log, attempt, leader, job, limit, save)
@@ -225,17 +218,26 @@ def _run(
                 starts = f"{attempt.stalled} starts in a row made no progress"
                 return Verdict("failed", f"{ended.reason}, but {starts}\n{tail(log)}")
             return ended
-        # a refused or failed shard must not keep the others of its task from being done
-        if shard is not None and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
-            failed.append(f"shard {shard} exited {code}")
+        # a refused or failed shard must not keep those after it in its task from being done
+        if shards and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
+            bad, *after = _missing(paths, job, shards) or shards[-1:]
+            failed.append(f"shard {bad} exited {code}")
+            shards = tuple(after)
             continue
         if code != 0:
             state = slurm.state_of(this_job()) if on_slurm() else "LOCAL"
             moved = _moved(paths, job, attempt)
             return judge(code, stop.signal, state, attempt.stalled, moved, cap, tail(log))
+        break
     if failed:
         return Verdict("failed", f"{'; '.join(failed)}\n{tail(log)}")
     return Verdict("done", "complete")
+
+
+def _missing(paths: RunPaths, job: Job, shards: Task) -> Task:
+    """Which of the shards are not done."""
+    missing = {*shards_missing(paths, load_run(paths.root)[1], job.model)} if shards else ()
+    return tuple(shard for shard in shards if shard in missing)
 
 
 def _moved(paths: RunPaths, job: Job, attempt: Attempt) -> bool:

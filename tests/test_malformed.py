@@ -223,6 +223,8 @@ CASES = [
     arguments("logs --run nowhere --lines many", "--lines", "many"),
     arguments("run infer --run nowhere --model best", "--model", "best"),
     arguments("run infer --run nowhere --shard -1", "--shard", "-1"),
+    arguments("run infer --run nowhere --shard 2-1", "--shard", "2-1", "0-3"),
+    arguments("run infer --run nowhere --shard 1,x", "--shard", "'x'", "0-3"),
     arguments("run train --run nowhere --shard 0", "--shard", "infer"),
     arguments("submit all --config good.yaml --run a,b --dry-run", "a,b", "','"),
     arguments("submit all --config good.yaml --run a%j --dry-run", "a%j", "'%'"),

@@ -24,7 +24,7 @@ from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.jobs.submission import boot_id, process_start
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import append_jsonl
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import MODELS, RunPaths
 
 MakeRun = Callable[..., FakeRun]
 
@@ -49,11 +49,14 @@ def once_started(run: FakeRun, name: str, act: Callable[[int], object]) -> threa
 
 def test_the_chain_runs_once_and_then_has_nothing_to_do(fake_run: MakeRun) -> None:
     run = fake_run("a run", shards=2)
-    assert go(run) == 7
-    assert [line["name"] for line in run.trace()] == [
+    assert go(run) == 5
+    trace = run.trace()
+    assert [line["name"] for line in trace] == [
         *("prepare", "train", "infer-base-0", "infer-base-1", "infer-tuned-0", "infer-tuned-1"),
         "collect",
     ]
+    # a model's shards share a process, which loads it once
+    assert [len({line["pid"] for line in trace if m in line["name"]}) for m in MODELS] == [1, 1]
     assert go(run) == 0
     assert len(run.trace()) == 7
     lines, _ = collect_status(run.root, run.config)
@@ -83,18 +86,24 @@ def test_the_frozen_code_holds_every_file_that_the_package_reads(tmp_path: Path)
 def test_a_failed_shard_stops_only_what_needs_it_and_is_done_alone_next_time(
     fake_run: MakeRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = fake_run(shards=3, cluster={"max_array_size": 2}, fail=["infer-base-1"]).prepared()
+    run = fake_run(shards=4, fail=["infer-base-1"]).prepared()
     (run.root / "train" / "adapter").mkdir(parents=True)
     (run.root / "train" / "adapter" / "complete.json").write_text('{"files": {}}')
     with pytest.raises(StageError, match=r"infer-base failed: shard 1 .* its log, shown above"):
         go(run, "infer")
     assert capfd.readouterr().err.count("the data is rotten") == 1
-    assert len(run.predictions("base")) == 2
-    assert len(run.predictions("tuned")) == 3
+    assert len(run.predictions("base")) == 3
+    assert len(run.predictions("tuned")) == 4
+    trace = run.trace()
+    assert [line["name"][-6:] for line in trace] == [
+        f"{m[-4:]}-{k}" for m in MODELS for k in range(4)
+    ]
+    pids = [line["pid"] for line in trace]
+    assert [len({*pids[:2]}), len({*pids[2:4]}), len({*pids[:4]}), len({*pids[4:]})] == [1, 1, 2, 1]
     lines, _ = collect_status(run.root, run.config)
     base = next(line for line in lines if line.name == "infer-base")
     assert base.state == "failed"
-    assert base.shards["done"] == 2
+    assert (base.shards["done"], base.shards["failed"]) == (3, 1)
     assert "rotten" in find_logs(run.root)[0].read_text()
     before = len(run.trace())
     run.plan(steps=1)
@@ -110,6 +119,38 @@ def test_a_signal_to_save_runs_the_stage_again_where_it_was(fake_run: MakeRun) -
     tried = attempts.read(RunPaths(run.root), "train")
     assert [attempt.verdict for attempt in tried] == ["again", "done"]
     assert len(run.trace()) == 2
+
+
+def test_shards_that_share_a_process_are_resumed_each_where_it_was(fake_run: MakeRun) -> None:
+    run = fake_run(shards=4, steps=8).prepared()
+    thread = once_started(run, "infer-base-1", lambda pid: os.kill(pid, signal.SIGUSR2))
+    one = run.config.infer.model_copy(update={"models": ("base",)})
+    run.config = run.config.model_copy(update={"infer": one})
+    go(run, "infer")
+    thread.join()
+    assert [line["name"][-1] for line in run.trace()] == ["0", "1", "1", "2", "3"]
+    assert len({line["pid"] for line in run.trace()}) == 2
+    tried = attempts.read(RunPaths(run.root), "infer-base")
+    assert [(attempt.verdict, attempt.task) for attempt in tried] == [
+        ("again", (0, 1, 2, 3)),
+        ("done", (0, 1, 2, 3)),
+    ]
+    assert len(run.predictions("base")) == 4
+
+
+def test_a_shard_whose_process_is_killed_is_the_one_that_is_said(fake_run: MakeRun) -> None:
+    run = fake_run(shards=3, steps=8).prepared()
+    (run.root / "train" / "adapter").mkdir(parents=True)
+    (run.root / "train" / "adapter" / "complete.json").write_text('{"files": {}}')
+
+    def kill(_: int) -> None:
+        os.kill(run.trace()[-1]["pid"], signal.SIGKILL)
+
+    thread = once_started(run, "infer-base-1", kill)
+    with pytest.raises(StageError, match=r"infer-base failed: shard 1 exited -9"):
+        go(run, "infer")
+    thread.join()
+    assert [name[6:10] for name in run.predictions("base")] == ["0000", "0002"]
 
 
 def test_cancel_saves_and_stops(fake_run: MakeRun) -> None:

@@ -19,6 +19,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv, stage_environment, with_inputs
 from yelp_hpc.jobs.executor import refusal
 from yelp_hpc.jobs.job import Job, pack
+from yelp_hpc.rundir.attempts import task_of, task_text
 from yelp_hpc.rundir.paths import RunPaths
 
 MakeRun = Callable[..., FakeRun]
@@ -39,6 +40,21 @@ def test_packing_keeps_every_shard_once_and_in_balance(shards: int, limit: int) 
     assert [shard for task in tasks for shard in task] == list(range(shards))
     assert len(tasks) <= limit
     assert max(map(len, tasks), default=0) - min(map(len, tasks), default=0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("task", "text"), [((), ""), ((3,), "3"), ((0, 1, 2, 5), "0-2,5"), ((7, 9), "7,9")]
+)
+def test_a_task_is_spelled_one_way_and_read_in_any(task: tuple[int, ...], text: str) -> None:
+    assert task_text(task) == text
+    assert task_of(text) == task_of(", ".join(map(str, reversed(task)))) == task
+    assert stage_argv("infer", Path("r"), "base", task)[5:] == (["--shard", text] if task else [])
+
+
+@pytest.mark.parametrize("text", ["-1", "2-1", "0-", ",", "1,,2", "x", "0-9999999", "1.0", "²"])
+def test_what_names_no_shards_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no shard's number"):
+        task_of(text)
 
 
 def test_only_missing_shards_are_planned(fake_run: MakeRun) -> None:
@@ -87,7 +103,7 @@ def container(**more: object) -> ClusterConfig:
 
 def test_only_what_is_named_enters_the_image() -> None:
     env = {"MINE": "key", "PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "HF_TOKEN": "hf_secret"}
-    argv = command(container(), Path("/run"), stage_argv("infer", Path("/run"), "base", 3), env)
+    argv = command(container(), Path("/run"), stage_argv("infer", Path("/run"), "base", (3,)), env)
     text = shlex.join(argv)
     assert argv[:3] == ["apptainer", "exec", "--cleanenv"]
     assert "--nv" in argv

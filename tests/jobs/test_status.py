@@ -166,11 +166,12 @@ def test_what_is_said_of_each_state() -> None:
 
 def test_a_shard_that_was_done_after_all_has_not_failed() -> None:
     tried = (attempt("failed", "7_0", task=(0,)), attempt("failed", "7_1", task=(1, 2)))
-    line = "failed: 1/3 shards, 1 failed"
+    line = "failed: 1/3 shards, 2 failed"
     found = of(line, attempts=tried, shards=3, shards_done=frozenset({0}))
-    assert found.shards["failed"] == 1
-    # a task of two shards, one of them done, is not done
-    of("failed: 2/3 shards, 1 failed", attempts=tried, shards=3, shards_done=frozenset({0, 2}))
+    assert found.shards["failed"] == 2
+    # a task of two shards, one of them done, is not done; nor is a shard that failed twice two
+    again = (*tried, attempt("failed", "8", task=(1,)))
+    of("failed: 2/3 shards, 1 failed", attempts=again, shards=3, shards_done=frozenset({0, 2}))
 
 
 def test_a_line_is_put_together_from_what_runs_what_was_and_what_is_left() -> None:

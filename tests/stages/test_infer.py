@@ -34,7 +34,7 @@ from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError
 from yelp_hpc.inference.answers import parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.shard_files import parts_of, provenance_of, read_windows
-from yelp_hpc.jobs.progress import shards_progress
+from yelp_hpc.jobs.progress import shards_missing, shards_progress
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 from yelp_hpc.models.load import load_model, load_tokenizer
 from yelp_hpc.models.packed.batch import prepare_model
@@ -503,6 +503,78 @@ def test_missing_work_of_other_stages_is_named(run: RunPaths, model_folder: Path
     run.split("test").write_bytes(run.split("test").read_bytes()[:-10])
     with pytest.raises(StageError, match="run prepare first"):
         infer.run(run, config, "base")
+
+
+def test_several_shards_load_the_model_once_and_are_the_files_of_one_each(
+    run: RunPaths, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model_folder, shards=5)
+    alone = RunPaths(tmp_path / "alone")
+    save_test_set(alone, load_tokenizer(model_folder))
+    loads = []
+    load = infer.load_predictor
+    monkeypatch.setattr(infer, "load_predictor", lambda *a: loads.append(1) or load(*a))
+    for shard in (1, 3, 4):
+        infer.run(alone, config, "base", shard)
+    infer.run(run, config, "base", (1, 3, 4))
+    assert len(loads) == 3 + 1
+    assert [path.name[6:10] for path in sorted(run.predictions("base").iterdir())] == [
+        *("0001", "0003", "0004")
+    ]
+    for shard in (1, 3, 4):
+        assert (
+            run.shard("base", shard, 5).read_bytes() == alone.shard("base", shard, 5).read_bytes()
+        )
+    with pytest.raises(RequestError, match=r"no shard 5-6: this run has shards 0 to 4"):
+        infer.run(run, config, "base", (0, 5, 6))
+    assert len(loads) == 3 + 1
+
+
+def test_a_signal_between_two_shards_is_heard_before_the_next(
+    run: RunPaths, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model_folder, shards=3)
+    write = infer.write_shard
+
+    def struck(*arguments: Any) -> None:
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(infer, "write_shard", struck)
+    with pytest.raises(SavedForRequeue, match="shard 1 of 3: stopped by a signal before it began"):
+        infer.run(run, config, "base")
+    assert shards_missing(run, config, "base") == [1, 2]
+    assert not list(run.partials("base").glob("*"))
+
+
+def test_a_shard_of_another_make_is_missing_until_its_own_is_whole(
+    run: RunPaths, model_folder: Path
+) -> None:
+    """It goes on standing there while the new one is made: a requeue must not take it for that."""
+    infer.run(run, configured(model_folder), "base")
+    config = configured(model_folder, mode="generate", max_tokens=64)
+    assert shards_missing(run, config, "base") == [0]
+    process = started(run, config)
+    process.kill()
+    process.communicate()
+    assert run.shard("base", 0, 1).is_file()
+    assert shards_missing(run, config, "base") == [0]
+    infer.run(run, config, "base")
+    assert shards_missing(run, config, "base") == []
+
+
+def test_what_another_process_said_last_of_a_whole_shard_is_put_right(
+    run: RunPaths, model_folder: Path
+) -> None:
+    config = configured(model_folder)
+    infer.run(run, config, "base")
+    said = json.loads(run.shard_progress("base", 0, 1).read_text())
+    for record in ({**said, "state": "running", "identity": ""}, "torn", None):
+        write_json(run.shard_progress("base", 0, 1), record)
+        infer.run(run, config, "base")
+        again = json.loads(run.shard_progress("base", 0, 1).read_text())
+        assert (again["state"], again["identity"]) == ("complete", said["identity"])
+        assert shards_missing(run, config, "base") == []
 
 
 CHILD = """

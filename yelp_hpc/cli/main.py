@@ -20,7 +20,7 @@ from yelp_hpc.cli.completion import COMPLETE_VARIABLE, completion
 from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
 from yelp_hpc.cli.image import image
-from yelp_hpc.cli.meant import Commands, Words
+from yelp_hpc.cli.meant import Commands, Words, shards_of
 from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, RUN, SET, WAIT
 from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.predict import predict
@@ -137,8 +137,10 @@ def submit(
 @click.argument("stage", type=Words(STAGES))
 @RUN
 @click.option("--model", type=Words(MODELS), help="infer: which model (default: each)")
-@click.option("--shard", type=click.IntRange(0), help="infer: which shard (default: all)")
-def run_stage(stage: str, run_dir: str, model: str | None, shard: int | None) -> None:
+@click.option(
+    "--shard", metavar="K", callback=shards_of, help="infer: which, 3 or 0-2,5 (default: all)"
+)
+def run_stage(stage: str, run_dir: str, model: str | None, shard: tuple[int, ...] | None) -> None:
     """Run one stage here, in this process: what the container executes.
 
     \b

@@ -194,6 +194,18 @@ class Words(click.Choice[str]):
             self.fail(f"{value!r} is not known; {hint}one of {words}", param, ctx)
 
 
+def shards_of(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """The numbers that `3` or `0-2,5` names, ascending; None of None."""
+    from yelp_hpc.rundir.attempts import task_of
+
+    try:
+        return None if value is None else task_of(value) or task_of(" ")
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 class Commands(click.Group):
     """Lists the commands in the order of a user's day, each with its whole summary."""
 

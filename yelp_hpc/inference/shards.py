@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from yelp_hpc.rundir.attempts import task_text
+
 
 def plan_shards(lengths: Sequence[int], shards: int) -> list[range]:
     """Cut the rows `0..len(lengths)-1` into `shards` consecutive ranges of about equal tokens.
@@ -66,10 +68,4 @@ def missing_shards(found: Iterable[int], shards: int) -> list[int]:
 
 def spans(numbers: Iterable[int]) -> str:
     """Numbers for a person, runs joined and sorted: `[0, 1, 2, 5]` → `0-2, 5`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
+    return task_text(tuple(sorted(set(numbers)))).replace(",", ", ")

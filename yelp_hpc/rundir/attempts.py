@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from yelp_hpc.rundir.paths import RunPaths, Task
 
 SILENT = 120.0
 """Seconds without a heartbeat after which a start is taken to be dead."""
+_NUMBERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _LATEST = 1e11  # seconds since 1970 that a date can still be made of
 
 
@@ -56,17 +58,30 @@ class Attempt:
 
 
 def task_text(task: Task) -> str:
-    """Shard numbers as the edges spell them: (0, 1, 2) → "0,1,2"."""
-    return ",".join(map(str, task))
+    """Shard numbers, ascending, as the edges spell them: (0, 1, 2, 5) → "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in task:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
 def task_of(text: str) -> Task:
-    """The shard numbers of `task_text`.
+    """The shard numbers of `task_text`, ascending, each once.
 
     Raises:
         ValueError: the text is another.
     """
-    return tuple(int(shard) for shard in text.split(",")) if text else ()
+    numbers: set[int] = set()
+    for part in text.split(",") if text else ():
+        found = _NUMBERS.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise ValueError(f"{part!r} is no shard's number, nor a range as 0-3")
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
 
 
 def write(paths: RunPaths, attempt: Attempt) -> None:

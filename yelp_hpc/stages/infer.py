@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ from yelp_hpc.inference.shard_files import (
     write_part,
     write_shard,
 )
-from yelp_hpc.inference.shards import plan_shards, plan_windows
+from yelp_hpc.inference.shards import plan_shards, plan_windows, spans
 from yelp_hpc.progress import say, track
 from yelp_hpc.ranks.rank import is_node_fault
 from yelp_hpc.rundir import earlier
@@ -45,13 +45,14 @@ from yelp_hpc.rundir.files import (
     damaged_files,
     read_json,
     read_marker,
+    read_object,
     sha256_file,
     sweep,
     write_json,
 )
 from yelp_hpc.rundir.node_faults import recorded_faults, this_node
 from yelp_hpc.rundir.origin import require_own_adapter
-from yelp_hpc.rundir.paths import RunPaths, shard_of
+from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
 from yelp_hpc.stages.door import take_the_way
 
 ModelName = Literal["base", "tuned"]
@@ -64,9 +65,9 @@ PROGRESS_SECONDS = 2.0
 
 
 def run(
-    paths: RunPaths, config: Config, model: ModelName = "base", shard: int | None = None
+    paths: RunPaths, config: Config, model: ModelName = "base", shard: int | Task | None = None
 ) -> None:
-    """Predict one shard, or all of them one after the other in this process.
+    """Predict one shard, some or all of them, one after the other with the model loaded once.
 
     Raises:
         RequestError: there is no such shard.
@@ -75,18 +76,21 @@ def run(
             was predicted is kept.
     """
     shards = config.infer.shards
-    if shard is not None and not 0 <= shard < shards:
-        raise RequestError(f"there is no shard {shard}: this run has shards 0 to {shards - 1}")
+    asked = range(shards) if shard is None else [shard] if isinstance(shard, int) else shard
+    if absent := [k for k in asked if not 0 <= k < shards]:
+        raise RequestError(
+            f"there is no shard {spans(absent)}: this run has shards 0 to {shards - 1}"
+        )
     provenance = provenance_for(paths, config, model)
     tokens = read_json(paths.tokens)
     lengths = read_lengths(paths.split("test"))
     plan = plan_shards(lengths, shards)
-    asked = range(shards) if shard is None else [shard]
     earlier.move_in(paths)
     sweep(paths.predictions(model), paths.progress(model))
-    unfinished = [k for k in asked if not _is_finished(paths, model, k, plan, provenance)]
+    shards_asked = [_Shard(paths, config, model, k, plan[k], provenance) for k in asked]
+    unfinished = [job for job in shards_asked if not job.finished()]
     if not unfinished:
-        what = "all shards are" if shard is None else f"shard {shard} is"
+        what = "all shards are" if shard is None else f"shard {spans(asked)} is"
         say(f"infer {model}: {what} done, nothing to do")
         remove_other_divisions(paths, model, shards)
         return
@@ -103,9 +107,12 @@ def run(
         )
 
     with stop_signals() as stop, recorded_faults(paths), _hardware():
-        for k in unfinished:
-            job = _Shard(paths, config, model, k, plan[k], provenance, stop)
-            job.finish(lengths, predictor)
+        for job in unfinished:
+            if stop.is_set() and job is not unfinished[0]:
+                raise SavedForRequeue(
+                    f"{job.label}: stopped by a signal before it began; the same command goes on"
+                )
+            job.finish(lengths, predictor, stop)
     remove_other_divisions(paths, model, shards)
 
 
@@ -185,21 +192,6 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _is_finished(
-    paths: RunPaths, model: str, shard: int, plan: Sequence[range], provenance: Provenance
-) -> bool:
-    path = paths.shard(model, shard, len(plan))
-    if not path.is_file():
-        return False
-    row_ids = row_ids_of(paths.split("test"), plan[shard])
-    damage = damage_of_shard(path, row_ids, provenance.identity)
-    if damage:
-        say(f"infer {model}: {path.name} is made again: {damage}")
-    else:  # a kill may have come between the shard and the end of its parts
-        shutil.rmtree(paths.partial(model, shard, len(plan)), ignore_errors=True)
-    return damage is None
-
-
 class _Shard:
     """One shard on its way from its parts to its file."""
 
@@ -211,7 +203,6 @@ class _Shard:
         shard: int,
         rows: range,
         provenance: Provenance,
-        stop: threading.Event,
     ) -> None:
         self.test = paths.split("test")
         self.path = paths.shard(model, shard, config.infer.shards)
@@ -221,26 +212,49 @@ class _Shard:
         self.rows = rows
         self.window_tokens = WINDOW_BATCHES * config.infer.max_tokens
         self.provenance = provenance
-        self.stop = stop
+        self.stop = threading.Event()
         self.done = 0
         self.started = self.progress_written = time.monotonic()
 
-    def finish(self, lengths: Sequence[int], predictor: Callable[[], Predictor]) -> None:
+    def finished(self) -> bool:
+        """Whether its file is there and whole; says why one that is there is made again."""
+        if not self.path.is_file():
+            return False
+        if damage := self._damage():
+            say(f"{self.label}: {self.path.name} is made again: {damage}")
+        else:  # a kill may have come between the shard and the end of its parts
+            self._settle(0)
+        return damage is None
+
+    def finish(
+        self, lengths: Sequence[int], predictor: Callable[[], Predictor], stop: threading.Event
+    ) -> None:
         """Predict what is not predicted yet and write the shard's file.
 
         A requeued task may start before the old one has ended: whoever is second finds the parts
         gone and the shard whole.
         """
+        self.stop, self.started = stop, time.monotonic()
         try:
             self._finish(lengths, predictor)
         except (OSError, StageError):
-            if not self._whole():
+            if self._damage():
                 raise
             say(f"{self.label}: another process finished it meanwhile")
+            self._settle(0)
 
-    def _whole(self) -> bool:
+    def _damage(self) -> str | None:
         row_ids = row_ids_of(self.test, self.rows)
-        return damage_of_shard(self.path, row_ids, self.provenance.identity) is None
+        return damage_of_shard(self.path, row_ids, self.provenance.identity)
+
+    def _settle(self, computed: int) -> None:
+        """Once the shard's file is whole: say so, and remove its parts."""
+        said = None
+        with suppress(StageError):
+            said = read_object(self.progress).get("identity")
+        if said != self.provenance.identity:
+            self._report("complete", computed)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finish(self, lengths: Sequence[int], predictor: Callable[[], Predictor]) -> None:
         windows = plan_windows(lengths, self.rows, self.window_tokens)
@@ -260,8 +274,7 @@ class _Shard:
         if any(len(rows) > read_parts(parts.get(w, [])).num_rows for w, rows in enumerate(windows)):
             raise StageError(f"{self.label}: its parts vanished; run the same command again")
         write_shard(self.path, tables, self.provenance)
-        self._report("complete", len(self.rows) - before)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._settle(len(self.rows) - before)
 
     def _usable_parts(self) -> dict[int, list[Path]]:
         """The whole parts by window; a damaged one is said and removed."""
@@ -344,6 +357,7 @@ class _Shard:
             "done": self.done if state != "complete" else len(self.rows),
             "rows_per_second": round(computed / seconds, 3) if computed and seconds else None,
             "updated": time.time(),
-            "identity": self.provenance.identity,
+            # of the file: one of another make may stand there until this one is whole
+            "identity": self.provenance.identity if state == "complete" else "",
         }
         write_json(self.progress, record)
