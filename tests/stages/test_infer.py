@@ -33,7 +33,8 @@ from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError
 from yelp_hpc.inference.answers import parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
-from yelp_hpc.inference.shard_files import parts_of, provenance_of, read_windows
+from yelp_hpc.inference.predictor import Predictor, load_predictor
+from yelp_hpc.inference.shard_files import parts_of, provenance_of, read_windows, write_shard
 from yelp_hpc.jobs.progress import shards_missing, shards_progress
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig, ChatGLMForCausalLM
 from yelp_hpc.models.load import load_model, load_tokenizer
@@ -511,9 +512,13 @@ def test_several_shards_load_the_model_once_and_are_the_files_of_one_each(
     config = configured(model_folder, shards=5)
     alone = RunPaths(tmp_path / "alone")
     save_test_set(alone, load_tokenizer(model_folder))
-    loads = []
-    load = infer.load_predictor
-    monkeypatch.setattr(infer, "load_predictor", lambda *a: loads.append(1) or load(*a))
+    loads: list[Path | None] = []
+
+    def counted(config: Config, adapter: Path | None, *more: Any) -> Predictor:
+        loads.append(adapter)
+        return load_predictor(config, adapter, *more)
+
+    monkeypatch.setattr("yelp_hpc.stages.infer.load_predictor", counted)
     for shard in (1, 3, 4):
         infer.run(alone, config, "base", shard)
     infer.run(run, config, "base", (1, 3, 4))
@@ -534,13 +539,12 @@ def test_a_signal_between_two_shards_is_heard_before_the_next(
     run: RunPaths, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(model_folder, shards=3)
-    write = infer.write_shard
 
     def struck(*arguments: Any) -> None:
-        write(*arguments)
+        write_shard(*arguments)
         os.kill(os.getpid(), signal.SIGUSR2)
 
-    monkeypatch.setattr(infer, "write_shard", struck)
+    monkeypatch.setattr("yelp_hpc.stages.infer.write_shard", struck)
     with pytest.raises(SavedForRequeue, match="shard 1 of 3: stopped by a signal before it began"):
         infer.run(run, config, "base")
     assert shards_missing(run, config, "base") == [1, 2]
