@@ -40,7 +40,8 @@ def once_started(run: FakeRun, name: str, act: Callable[[int], object]) -> threa
         while not any(line["name"] == name for line in run.trace()):
             time.sleep(0.05)
         time.sleep(0.3)
-        act(attempts.read(RunPaths(run.root), name.partition("-")[0])[-1].pid)
+        job = name.rstrip("0123456789").rstrip("-")
+        act(attempts.read(RunPaths(run.root), job)[-1].pid)
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -121,11 +122,16 @@ def test_a_signal_to_save_runs_the_stage_again_where_it_was(fake_run: MakeRun) -
     assert len(run.trace()) == 2
 
 
+def base_alone(run: FakeRun) -> FakeRun:
+    """A prepared run that asks the base model alone."""
+    infer = run.config.infer.model_copy(update={"models": ("base",)})
+    run.config = run.config.model_copy(update={"infer": infer})
+    return run.prepared()
+
+
 def test_shards_that_share_a_process_are_resumed_each_where_it_was(fake_run: MakeRun) -> None:
-    run = fake_run(shards=4, steps=8).prepared()
+    run = base_alone(fake_run(shards=4, steps=15))
     thread = once_started(run, "infer-base-1", lambda pid: os.kill(pid, signal.SIGUSR2))
-    one = run.config.infer.model_copy(update={"models": ("base",)})
-    run.config = run.config.model_copy(update={"infer": one})
     go(run, "infer")
     thread.join()
     assert [line["name"][-1] for line in run.trace()] == ["0", "1", "1", "2", "3"]
@@ -139,9 +145,7 @@ def test_shards_that_share_a_process_are_resumed_each_where_it_was(fake_run: Mak
 
 
 def test_a_shard_whose_process_is_killed_is_the_one_that_is_said(fake_run: MakeRun) -> None:
-    run = fake_run(shards=3, steps=8).prepared()
-    (run.root / "train" / "adapter").mkdir(parents=True)
-    (run.root / "train" / "adapter" / "complete.json").write_text('{"files": {}}')
+    run = base_alone(fake_run(shards=3, steps=15))
 
     def kill(_: int) -> None:
         os.kill(run.trace()[-1]["pid"], signal.SIGKILL)
