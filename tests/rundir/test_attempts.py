@@ -80,8 +80,8 @@ def test_shards_are_text_in_the_file_and_numbers_in_memory(tmp_path: Path) -> No
     run = RunPaths(tmp_path)
     attempts.write(run, Attempt("infer-base", "9_0", 0, (0, 1, 12)))
     (path,) = run.attempts.glob("*/*.json")
-    assert json.loads(path.read_text())["shards"] == "0,1,12"
+    assert json.loads(path.read_text())["shards"] == "0-1,12"
     (back,) = attempts.read(run, "infer-base")
     assert back.task == (0, 1, 12)
-    path.write_text(path.read_text().replace("0,1,12", "0,x"))
+    path.write_text(path.read_text().replace("0-1,12", "0,x"))
     assert attempts.of_run(run) == []
