@@ -372,7 +372,7 @@ def _refuse_missing(
 
 
 def cancel(run_dir: str | Path) -> list[str]:
-    """Cancel every live job of a run and nothing else; returns their ids.
+    """Cancel every live job of a run and of its predictions, nothing else; returns their ids.
 
     A submission that is under way is waited for, so that all of it is cancelled.
 
@@ -380,6 +380,11 @@ def cancel(run_dir: str | Path) -> list[str]:
         StageError: the Slurm controller does not answer.
     """
     paths = RunPaths(Path(run_dir).absolute())
+    requests = sorted(path.parent for path in paths.predict.glob("*/run.json"))
+    return [job for root in (paths.root, *requests) for job in _cancel(RunPaths(root))]
+
+
+def _cancel(paths: RunPaths) -> list[str]:
     take_up_programs(paths)
     if not paths.lock("submit").exists() and not living(paths, PATIENCE):
         return []  # nothing was ever submitted here, so that nothing is written either

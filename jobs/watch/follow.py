@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from yelp_hpc.errors import StageError
+from yelp_hpc.errors import SavedForRequeue, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
 from yelp_hpc.jobs.slurm import Row
@@ -27,7 +27,8 @@ def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[st
     """Wait until every job has ended, saying each change of state.
 
     Raises:
-        StageError: a job failed, was cancelled, never started or never can.
+        SavedForRequeue: what did not end saved its state and was stopped; no job failed.
+        StageError: a job failed, was lost, never started or never can.
     """
     shown: dict[str, str] = {}
     gone: dict[str, float] = {}
@@ -100,26 +101,34 @@ def _verdict(
     paths: RunPaths, submissions: Sequence[Submission], final: dict[str, list[Row]]
 ) -> None:
     end = time.monotonic() + LATE_SECONDS
-    while problems := _problems(paths, submissions):
+    while (found := _problems(paths, submissions))[0]:
+        problems, verdicts = found
         # Slurm says that all went well: what tells so is on its way
         states = {row.state for rows in final.values() for row in rows}
         if states != {"COMPLETED"} or time.monotonic() > end:
-            raise StageError("\n".join([*problems[:5], AGAIN]))
+            # as the local chain ends; what depends on a job that was stopped never starts
+            kind = SavedForRequeue if verdicts == {"stopped"} else StageError
+            raise kind("\n".join([*problems[:5], AGAIN]))
         time.sleep(WAIT_SECONDS)
 
 
-def _problems(paths: RunPaths, submissions: Sequence[Submission]) -> list[str]:
-    problems = []
+def _problems(
+    paths: RunPaths, submissions: Sequence[Submission]
+) -> tuple[list[str], set[str | None]]:
+    """What is not done, and the verdicts of the attempts that say so."""
+    problems: list[str] = []
+    verdicts: set[str | None] = set()
     for submission in submissions:
         last: dict[str, attempts.Attempt] = {}
         for attempt in attempts.read(paths, submission.name):
             if attempts.within(attempt.job, submission.job):
                 last[attempt.job] = attempt
         bad = [a for a in last.values() if a.verdict != "done"]
+        verdicts |= {a.verdict for a in bad}
         problems += [f"{submission.name} ({a.job}): {a.verdict or 'lost'}: {a.reason}" for a in bad]
         if len(last) < len(submission.tasks):
             missing = len(submission.tasks) - len(last)
             why = last_output(paths, submission.name, submission.job)
             text = f"{submission.name}: {missing} of its jobs never started"
             problems.append(f"{text}{f': {why}' if why else ''}")
-    return problems
+    return problems, verdicts

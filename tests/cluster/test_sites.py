@@ -19,7 +19,7 @@ import pytest
 
 from tests.cluster.conftest import RUN, Cluster, states_of, wait_ended, wait_for, yelp_hpc
 from tests.jobs.fake_run import FakeRun
-from yelp_hpc.errors import RequestError, StageError, YelpHpcError
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.jobs import slurm as client
 from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.logs import find_logs
@@ -364,12 +364,17 @@ def test_a_partition_that_suspends_what_it_preempts(
 
 def test_a_site_that_refuses_requeue(slurm: Cluster, slurm_run: MakeRun) -> None:
     run = slurm_run("a-run", shards=1, cluster={"requeue": False}, steps=60).prepared()
-    ids = go(run)
-    job = ids["train"]
-    wait_for(lambda: attempts.read(RunPaths(run.root), "train"), 60, "train to begin")
-    time.sleep(1)
-    slurm.sh("scancel", "--signal=USR2", job)
-    wait_ended(list(ids.values()), 60)
+
+    def save_soon() -> None:
+        wait_for(lambda: attempts.read(RunPaths(run.root), "train"), 60, "train to begin")
+        time.sleep(1)
+        slurm.sh("scancel", "--signal=USR2", attempts.read(RunPaths(run.root), "train")[0].job)
+
+    thread = threading.Thread(target=save_soon)
+    thread.start()
+    with pytest.raises(SavedForRequeue, match="submit again"):
+        go(run, wait=True)
+    thread.join()
     line = train_line(run)
     assert (line.state, "submit again" in line.detail) == ("stopped", True)
     run.plan(steps=1)

@@ -248,10 +248,12 @@ def test_a_job_takes_the_nodes_that_the_queue_gives(slurm: Cluster, slurm_run: M
 
 def test_cancel_ends_this_run_and_no_other(slurm: Cluster, slurm_run: MakeRun) -> None:
     mine, other = slurm_run("mine", steps=300), slurm_run("other", steps=10)
+    answers = slurm_run("mine/predict/new", shards=1, steps=300).prepared()
     my_ids, other_ids = go(mine), go(other)
+    its_ids = go(answers, "train")
     wait_for(lambda: [x for x in mine.trace() if x["name"] == "train"], 60, "train to begin")
-    assert set(cancel(mine.root)) >= {my_ids["train"]}
-    wait_ended(list(my_ids.values()), 30)
+    assert set(cancel(mine.root)) >= {my_ids["train"], its_ids["train"]}
+    wait_ended([*my_ids.values(), *its_ids.values()], 30)
     wait_ended(list(other_ids.values()), 120)
     assert set(states(other).values()) == {"done"}
     assert states(mine)["train"] in ("cancelled", "stopped")

@@ -249,7 +249,7 @@ def logs(run_dir: str, stage: str | None, lines: int) -> None:
 @cli.command()
 @RUN
 def cancel(run_dir: str) -> None:
-    """Cancel every job of a run, and nothing else. What is done is kept.
+    """Cancel every job of a run and of its predictions, and nothing else. What is done is kept.
 
     \b
       python -m yelp_hpc cancel --run runs/yelp
