@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from yelp_hpc.image.check import version_problems
+from yelp_hpc.image.check import other_versions, version_problems
 from yelp_hpc.image.file import no_apptainer
 from yelp_hpc.jobs.doctor.facts import Folder, Hub, Machine
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, command, config_line, ok
@@ -61,7 +61,9 @@ def _packages(machine: Machine, request: Request) -> Iterator[Finding]:
         if wrong:
             text = wrong[0].replace("in the image", "here")
             text += f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            remedy = "python -m yelp_hpc image build" if inside else _PIP
+            others = other_versions(machine.lock, have)
+            pip = " ".join(f"{name}=={wanted}" for name, (_, wanted) in others.items())
+            remedy = "python -m yelp_hpc image build" if inside else f"python -m pip install {pip}"
             yield command("packages", "warning", text, remedy)
             return
         yield ok("packages", "as the lock names them")
@@ -77,9 +79,6 @@ def _packages(machine: Machine, request: Request) -> Iterator[Finding]:
             text = f"the run was begun with {name} {old}; here it is {new}"
             pins = " ".join(f"{name}=={old}" for name, old, _ in changed)
             yield command("packages", "warning", text, f"python -m pip install {pins}")
-
-
-_PIP = "python -m pip install --require-hashes -r containers/cpu.lock"
 
 
 def _container(machine: Machine, request: Request) -> Iterator[Finding]:

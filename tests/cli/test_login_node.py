@@ -155,6 +155,7 @@ SUBMIT = "--config demo --set infer.shards=3"
         ("logs --run run", 2, ("no log",)),
         ("cancel --run run", 0, ("nothing to cancel",)),
         ("config show --config configs/demo.yaml", 0, ("share/configs/demo.yaml:4",)),
+        ("compare gone", 2, ("gone is not a run directory",)),
         ("image build x.sif", 2, ("apptainer is not on PATH",)),
         ("image check x.sif", 2, ("x.sif",)),
         ("completion bash", 0, ("complete",)),

@@ -25,13 +25,14 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
       python -m yelp_hpc compare runs/* --html compared.html
     """
     from yelp_hpc.errors import RequestError
-    from yelp_hpc.evaluation.across import compared, compared_shown
     from yelp_hpc.rundir.files import write_bytes
     from yelp_hpc.rundir.manifest import load_run
 
     loaded = [load_run(run) for run in runs]
     if len({run.root for run, _ in loaded}) < len(loaded):
         raise RequestError("the same run directory is named twice")
+    from yelp_hpc.evaluation.across import compared, compared_shown  # what is no run comes first
+
     found = compared.compare(loaded)
     if as_json:
         click.echo(json.dumps(found))
@@ -68,8 +69,8 @@ def study(
     their stages would make twice is made once. Again, it does what is missing.
 
     \b
-      python -m yelp_hpc study configs/studies/seeds.yaml --config demo --executor local \\
-          --out runs/seeds
+      python -m yelp_hpc study configs/studies/seeds.yaml --config demo \\
+          --executor local --out runs/seeds
       python -m yelp_hpc status --run runs/seeds
     """
     from yelp_hpc.jobs.cluster import load_cluster

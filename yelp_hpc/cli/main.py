@@ -111,8 +111,8 @@ def submit(
       python -m yelp_hpc submit all --config configs/yelp_chatglm3.yaml \\
           --cluster configs/clusters/4x3090.yaml --run runs/yelp --dry-run
     The missing shards alone, with another seed's run beside the first:
-      python -m yelp_hpc submit infer --config configs/demo.yaml --executor local \\
-          --set seed=43 --run runs/demo-43
+      python -m yelp_hpc submit infer --config configs/demo.yaml \\
+          --executor local --set seed=43 --run runs/demo-43
     """
     from yelp_hpc.config import load_config
     from yelp_hpc.jobs.chain import submit as submit_jobs
@@ -181,7 +181,7 @@ def collect(run_dir: str, as_json: bool) -> None:
 
     \b
       python -m yelp_hpc collect --run runs/demo
-      python -m yelp_hpc collect --run runs/demo --json | jq .models.tuned.f1.macro
+      python -m yelp_hpc collect --run runs/demo --json | jq .models.tuned.f1
     """
     from yelp_hpc.rundir.collected import write_collected
     from yelp_hpc.rundir.manifest import load_run

@@ -67,8 +67,8 @@ def predict(
 
     \b
       python -m yelp_hpc predict --run runs/demo --input new.csv --out answers.csv
-      python -m yelp_hpc predict --run runs/yelp --input new.parquet --out answers.parquet \\
-          --executor slurm --shards 16
+      python -m yelp_hpc predict --run runs/yelp --input new.parquet \\
+          --out answers.parquet --executor slurm --shards 16
     """
     from yelp_hpc.config import LoadedConfig
     from yelp_hpc.jobs.chain import submit

@@ -55,7 +55,8 @@ def doctor(
     """Check Slurm, this machine, a node, the image; say what mends it. Exit 1 on a failure.
 
     \b
-    python -m yelp_hpc doctor --cluster cluster.yaml --config configs/demo.yaml --on-node
+    python -m yelp_hpc doctor --cluster cluster.yaml \\
+        --config configs/demo.yaml --on-node
     """
     from yelp_hpc.config import load_config
     from yelp_hpc.errors import RequestError

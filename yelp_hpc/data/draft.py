@@ -143,6 +143,9 @@ def draft(found: Survey, config: str) -> str:
         f"Instruction: Please read the following {noun} and output {what}.\n"
         f"{noun.capitalize()}: {{review}}\nOutput: {{label}}"
     )
+    held = f"{counts[most]:,} rows of {most}, {counts[least]:,} of {least}"
+    if counts[most] == counts[least]:
+        held = f"{counts[most]:,} rows of each"
     lines = [
         f"# {found.place}: {found.rows:,} rows, {len(values)} labels.",
         "#",
@@ -163,8 +166,8 @@ def draft(found: Survey, config: str) -> str:
         "characters",
         "",
         "task:",
-        f"  # {counts[most]:,} rows of {most}, {counts[least]:,} of {least}: always answering "
-        f"{most} is right in {counts[most] / sum(counts.values()):.1%}",
+        f"  # {held}: always answering {most} is right in "
+        f"{counts[most] / sum(counts.values()):.1%}",
         "  labels:",
         *(
             f"    - {_text(one)}  # {counts[v]:,} rows"

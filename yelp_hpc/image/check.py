@@ -92,22 +92,34 @@ def require_sound(image: Path) -> None:
 
 
 def version_problems(lock: str, packages: dict[str, str]) -> list[str]:
-    """Installed packages that a lock's text names in another version.
+    """Installed packages that a lock's text names in another version, in words."""
+    if not lock:
+        return ["it does not hold the lock that its label names"]
+    if not _pins(lock).keys() & {normal_name(name) for name in packages}:
+        return ["none of its lock's packages is installed in it"]
+    return [
+        f"{name} is {found} in the image, the lock says {wanted}"
+        for name, (found, wanted) in other_versions(lock, packages).items()
+    ]
+
+
+def other_versions(lock: str, packages: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Package → the installed version, and the one that the lock's text names, where they differ.
 
     A local version (`2.13.0+cpu`) is the version that it is a build of, as for pip.
     """
-    if not lock:
-        return ["it does not hold the lock that its label names"]
-    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock, re.MULTILINE))
-    wanted = {normal_name(name): version for name, version in pins.items()}
+    wanted = _pins(lock)
     found = {normal_name(name): version for name, version in packages.items()}
-    common = sorted(wanted.keys() & found.keys())
-    problems = [
-        f"{name} is {found[name]} in the image, the lock says {wanted[name]}"
-        for name in common
+    return {
+        name: (found[name], wanted[name])
+        for name in sorted(wanted.keys() & found.keys())
         if wanted[name] not in (found[name], found[name].partition("+")[0])
-    ]
-    return problems if common else ["none of its lock's packages is installed in it"]
+    }
+
+
+def _pins(lock: str) -> dict[str, str]:
+    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock, re.MULTILINE))
+    return {normal_name(name): version for name, version in pins.items()}
 
 
 def driver_problems(image_cuda: str | None, driver_cuda: str | None) -> list[str]:
