@@ -36,6 +36,9 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
     Args:
         arguments: the whole line, without the program's name.
     """
+    if isinstance(error, click.BadOptionUsage) and "requires an argument" in error.message:
+        value = "a.b=c" if error.option_name == "--set" else "a value"
+        return f"{error.option_name} needs {value} behind it"
     if error.ctx is None:
         return None
     if isinstance(error, click.NoSuchOption):
@@ -53,6 +56,13 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
         return f"{option} is missing; write `{needs} {word}`"
     if error.message.startswith("Got unexpected extra argument"):
         return _extra_meant(error.ctx.command, arguments)
+    if isinstance(error, click.BadParameter):
+        if is_file := re.search(r"Directory '(.+)' is a file", error.message):
+            folder = Path(is_file[1]).parent
+            hint = f"; write `--run {folder}`" if Path(is_file[1]).name == "run.json" else ""
+            return f"--run takes a folder, and {is_file[1]} is a file{hint}"
+        if error.ctx.command.name == "run" and error.message.startswith("'all' is not known"):
+            return "run does one stage, here; all of them: `submit all --executor local`"
     return None
 
 
