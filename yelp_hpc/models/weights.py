@@ -7,6 +7,7 @@ weight once, a tensor in memory at a time. Nothing of the model is built.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,4 +128,5 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
                 yield name, tensors.get_tensor(name)
         return
-    yield from torch.load(file, map_location="cpu", weights_only=True).items()
+    whole = zipfile.is_zipfile(file)  # torch's format of before 2020 cannot be mapped
+    yield from torch.load(file, map_location="cpu", weights_only=True, mmap=whole).items()
