@@ -101,6 +101,10 @@ def eighths(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def in_parts(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
 def cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -157,6 +161,7 @@ BROKEN = [
     Broken("unknown", changed(model_type="mymodel"), "model_type mymodel .* is unknown"),
     Broken("no language model", changed(model_type="vit"), "vit .* is no decoder-only"),
     Broken("no weights", lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    Broken("no index", in_parts, "parts of the weights, but not their index"),
     Broken("half weights", cut, "weights in .* are damaged"),
     Broken("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(),
            "has no tokenizer", train=False),

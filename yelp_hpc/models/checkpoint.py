@@ -245,6 +245,12 @@ def weight_files(folder: Path, whole: bool = True) -> list[Path]:
         files = [folder / shard for shard in sorted(set(shards.values()))]
         break
     else:
+        for kind, name in (("safetensors", WEIGHT_INDEXES[0]), ("bin", WEIGHT_INDEXES[1])):
+            if any(folder.glob(f"*-of-*.{kind}")):
+                raise RequestError(
+                    f"{folder} holds parts of the weights, but not their index {name}; "
+                    "fetch the model again"
+                )
         wanted = ", ".join((*SINGLE_WEIGHTS, *WEIGHT_INDEXES))
         raise RequestError(f"{folder} holds no weights: none of {wanted} is there")
     problems = [f"{path.name}: {what}" for path in files if (what := _damage(path, whole))]
