@@ -323,7 +323,7 @@ def test_a_partition_that_cancels_what_it_preempts(slurm: Cluster, slurm_run: Ma
 
     thread = threading.Thread(target=strike)
     thread.start()
-    with pytest.raises(StageError, match="run the same command again"):
+    with pytest.raises(SavedForRequeue, match="run the same command again"):
         go(run, "train", wait=True)
     thread.join()
     line = train_line(run)
