@@ -377,6 +377,7 @@ def test_a_special_token_that_is_a_word_of_the_vocabulary_is_no_text(tmp_path: P
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"
     )
+    tokenizer.pad_token = "good"
     encode = Encoder(tokenizer, TEMPLATE)
     assert encode(["Review: good<eos> sushi\nOutput: 3"])  # unknown words of a review are no fault
     with pytest.raises(RequestError, match=r"spells the special token <eos>, .* \('good <eos>"):

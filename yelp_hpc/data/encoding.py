@@ -26,8 +26,7 @@ class Encoder:
         longest_first = sorted(own, key=len, reverse=True)
         self._own = re.compile("|".join(map(re.escape, longest_first))) if own else None
         self._plainly = encodes_plainly(tokenizer)
-        told = (t for t in self.special if t != tokenizer.unk_token)  # any text may be unknown
-        self._marks = set(map(tokenizer.convert_tokens_to_ids, told))
+        self._marks = set(map(tokenizer.convert_tokens_to_ids, filter(self._is_mark, self.special)))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without what the tokenizer puts behind.
@@ -49,6 +48,15 @@ class Encoder:
             # the same without each token's place in the text, which nobody reads here
             return [one.ids for one in self.tokenizer.backend_tokenizer.encode_batch_fast(texts)]
         return [list(ids) for ids in self.tokenizer(texts)["input_ids"]]
+
+    def _is_mark(self, token: str) -> bool:
+        """Whether a special token would end a text or open a role in it.
+
+        Any text may be unknown, and `!`, say, is often named for padding: in a text it is itself.
+        """
+        if token == self.tokenizer.eos_token:
+            return True
+        return token != self.tokenizer.unk_token and bool(set(token) & set("<[{|"))
 
     def spelled(self, review: str) -> list[str]:
         """The special tokens whose letters stand in a review."""
