@@ -268,6 +268,6 @@ def test_texts_are_read_from_a_file_that_is_gone(
     assert found[9_000] == rows[9_000] and found[-1] == rows[-1]
     assert found[4_094:4_099] == rows[4_094:4_099]
     asked = [8_191, 3, 9_999, 8_192, 0, 3]
-    assert found.texts(asked) == [rows[i][0] for i in asked]
+    assert list(found.texts(asked)) == [rows[i][0] for i in asked]
     with pytest.raises(IndexError):
         found[10_000]

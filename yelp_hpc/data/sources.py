@@ -60,23 +60,19 @@ class Table(Sequence[Row]):
     @overload
     def __getitem__(self, place: slice) -> list[Row]: ...
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
-        return self.texts([place])[0], int(self.labels[place])
+        rows = range(len(self))[place]
+        if isinstance(rows, range):
+            return list(zip(self.texts(rows), self.labels[place].tolist(), strict=True))
+        return next(self.texts([rows])), int(self.labels[rows])
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), _BATCH):
-            rows = range(start, min(len(self), start + _BATCH))
-            yield from zip(self.texts(rows), self.labels[start : rows.stop].tolist(), strict=True)
+        return zip(self.texts(range(len(self))), self.labels.tolist(), strict=True)
 
-    def texts(self, rows: Sequence[int]) -> list[str]:
-        """The texts of some rows."""
-        found: list[str] = []
+    def texts(self, rows: Iterable[int]) -> Iterator[str]:
+        """The texts of some rows, a batch in memory at a time: best in their order."""
         for number, places in groupby(rows, lambda row: row // _BATCH):
             wanted = pa.array([row % _BATCH for row in places], pa.int64())
-            found += self._batch(number).take(wanted).to_numpy(zero_copy_only=False).tolist()
-        return found
+            yield from self._batch(number).take(wanted).to_numpy(zero_copy_only=False).tolist()
 
 
 def read_source(config: Config) -> tuple[Table, Table | None]:

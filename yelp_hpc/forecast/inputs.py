@@ -133,7 +133,7 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         return min(most, math.ceil(len(text) / CHARACTERS_PER_TOKEN) + tail)
 
     lengths = [
-        [own(rows[i][0]) + more for i in chosen]
+        [own(text) + more for text in rows.texts(chosen)]
         for rows, chosen, more in (
             (train, splits.train, 0),
             (train, splits.validation, 0),

@@ -84,7 +84,7 @@ def run(paths: RunPaths, config: Config) -> None:
         starts = range(0, len(rows), CHUNK)
         for start in track(starts, len(starts), f"tokenise {name}"):
             ids = rows[start : start + CHUNK]
-            texts = table.texts(ids)
+            texts = list(table.texts(ids))
             spelled.extend(found for found in map(encode.spelled, texts) if found)
             keys[name].append(text_keys(texts))
             yield ids, table.labels[ids].tolist(), texts
@@ -149,18 +149,12 @@ def run(paths: RunPaths, config: Config) -> None:
             say(f"prepare: warning: no {name} row has the label {shown}{more}")
 
 
-def _texts(table: Table, rows: list[int]) -> Iterator[str]:
-    """The texts of some rows, a chunk in memory at a time."""
-    for start in range(0, len(rows), CHUNK):
-        yield from table.texts(rows[start : start + CHUNK])
-
-
 def _unusable(train: Table, tested: Table) -> Callable[[list[int]], NDArray[np.bool_]]:
     """Given the test rows, the training rows that repeat one or contradict another."""
 
     def found(test: list[int]) -> NDArray[np.bool_]:
-        keys = text_keys(text for text, _ in train)
-        repeated = np.isin(keys, text_keys(_texts(tested, test)))
+        keys = text_keys(train.texts(range(len(train))))
+        repeated = np.isin(keys, text_keys(tested.texts(test)))
         out: NDArray[np.bool_] = repeated | conflicting(keys, train.labels)
         return out
 
