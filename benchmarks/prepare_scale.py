@@ -7,7 +7,8 @@ times, one after the other: `prepare` as a job runs it, and LLaMA-Factory 0.9.5 
 as records of its own form, in as many processes as there are processors. Both read all training
 rows, draw `--draw` of them and tokenise these and the test rows with the demo's tokenizer, cutoff
 1,024; start-up of Python included, caches empty. Memory is the largest sum of the proportional set
-sizes (PSS) of the command's processes, looked at four times a second. Needs 3 GB of disk.
+sizes (PSS) of the command's processes, looked at four times a second; processor time is that of all
+of them. Needs 3 GB of disk.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import csv
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -49,10 +51,13 @@ def main() -> None:
             "yelp_hpc": measure(*ours(work, args)),
             "LLaMA-Factory": measure(*peers(work, args, python)),
         }
-    for who, (seconds, memory) in measured.items():
-        print(f"{who:14} {seconds:7.1f} s {memory / 2**20:8.0f} MiB")
-    (mine, my_memory), (theirs, their_memory) = measured.values()
-    print(f"{theirs / mine:.1f} times faster, {their_memory / my_memory:.1f} times less memory")
+    for who, (seconds, busy, memory) in measured.items():
+        print(f"{who:14} {seconds:7.1f} s {busy:7.1f} CPU s {memory / 2**20:8.0f} MiB")
+    (mine, my_busy, my_memory), (theirs, their_busy, their_memory) = measured.values()
+    print(
+        f"{theirs / mine:.1f} times faster, {their_busy / my_busy:.1f} times less processor time, "
+        f"{their_memory / my_memory:.1f} times less memory"
+    )
 
 
 def write_reviews(base: Path, rows: int, seed: int) -> None:
@@ -130,11 +135,11 @@ def peer_worker(flags: dict[str, Any]) -> None:
     print({name: len(rows) for name, rows in sets.items()})
 
 
-def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
-    """Wall seconds and peak bytes of a command with all its children."""
+def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float, int]:
+    """Wall seconds, processor seconds and peak bytes of a command with all its children."""
     peak, ended = 0, threading.Event()
     with tempfile.TemporaryFile("w+") as log:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
         def watch() -> None:
@@ -146,12 +151,14 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int
         watcher.start()
         code = process.wait()
         seconds = time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         ended.set()
         watcher.join()
         if code:
             log.seek(0)
             raise SystemExit(f"{command[:4]} ended with {code}:\n{log.read()[-3000:]}")
-    return seconds, peak
+    return seconds, busy, peak
 
 
 def family(pid: int) -> list[int]:
