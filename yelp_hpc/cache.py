@@ -1,6 +1,6 @@
 """Where downloads lie: our own cache folder, and the Hub's own, which is looked at and left alone.
 
-Looks only: nothing is fetched or made here.
+Looks only, but for `made`: nothing is fetched here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from yelp_hpc.errors import StageError
 
 SEEN = "YELP_HPC_HUB"
 """Names the Hub's own cache to a stage in the image, in which HF_HOME is another folder."""
@@ -21,6 +23,22 @@ def cache_folder() -> Path:
     if named:  # a module file or an `export` in quotes leaves the ~ to us
         return Path(os.path.expanduser(named))  # noqa: PTH111 - never raises
     return _user_caches(os.environ) / "yelp_hpc"
+
+
+def made(folder: Path) -> Path:
+    """A folder of our cache, made where it is not there.
+
+    Raises:
+        StageError: it cannot be; says how to name another.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StageError(
+            f"{folder}, in the cache, cannot be made: {error.strerror}; name another: "
+            "export YELP_HPC_CACHE=DIR"
+        ) from None
+    return folder
 
 
 def _user_caches(env: Mapping[str, str]) -> Path:

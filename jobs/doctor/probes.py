@@ -132,7 +132,8 @@ def folder(
         replace: what renames.
     """
     if not is_folder(path):
-        return Folder(path=str(path), problem="it does not exist")
+        there = seen(path) == "file"
+        return Folder(path=str(path), problem="it is no folder" if there else "it does not exist")
     kind, source = mount(path)
     try:
         space = os.statvfs(path)
@@ -364,9 +365,9 @@ def cached_model(path: str) -> Path | None:
 
 
 def disk(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
+    """The nearest folder above `path` that exists, or the file in its place."""
     path = path.expanduser().absolute()
-    while not is_folder(path) and path != path.parent:
+    while not is_folder(path) and seen(path) != "file" and path != path.parent:
         path = path.parent
     return path
 

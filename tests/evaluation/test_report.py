@@ -199,3 +199,6 @@ def test_the_table_fits_80_columns_and_uses_120(
     assert "report's way" not in shown[80]  # every answer was one of the labels
     print_outcome(metrics, {"path": "Yelp/yelp_review_full"})
     assert capsys.readouterr().out.count("report's way") == 3  # the report's own data
+    monkeypatch.setenv("COLUMNS", "0")  # as some shells inside an editor have it
+    print_outcome(metrics)
+    assert "tuned − base" in capsys.readouterr().out

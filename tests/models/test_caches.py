@@ -12,9 +12,11 @@ import pytest
 
 from yelp_hpc.cache import cache_folder, cached_folders, seen_hub
 from yelp_hpc.config import ModelConfig, config_from_dict
+from yelp_hpc.data import demo
 from yelp_hpc.errors import StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import inside, with_inputs
+from yelp_hpc.jobs.doctor import probes
 from yelp_hpc.models.local import model_folder
 from yelp_hpc.rundir.files import atomic_folder, damaged_files, write_marker
 
@@ -130,3 +132,16 @@ def test_weights_may_be_read_as_the_umask_says(tmp_path: Path, mask: int, mode: 
     made = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()}
     assert made == dict.fromkeys(("model.safetensors", "config.json", "complete.json"), mode)
     assert damaged_files(tmp_path / "model") == []
+
+
+def test_a_cache_that_cannot_be_one_is_said_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("YELP_HPC_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(demo, "download", lambda *_: pytest.fail("fetched"))
+    for use in (demo.model_folder, demo.rated_snippets):
+        with pytest.raises(StageError, match=r"cannot be made: .*export YELP_HPC_CACHE=DIR"):
+            use()
+    assert probes.folder(probes.disk(tmp_path / "file" / "models")).problem == "it is no folder"
+    assert probes.folder(probes.disk(tmp_path / "new" / "models")).problem == ""

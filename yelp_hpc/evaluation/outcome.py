@@ -147,7 +147,7 @@ def terminal() -> Console:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    if not console.width or (not console.is_terminal and "COLUMNS" not in os.environ):
         console.width = WIDE
     return console
 
