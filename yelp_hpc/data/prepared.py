@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, TextIO
@@ -34,6 +35,8 @@ SCHEMA = pa.schema(
 )
 _GROUP_TOKENS = 4_000_000
 """Tokens of a row group: what a writer and a reader hold at once."""
+_AHEAD = 2
+"""Chunks that wait for the tokenizer or for being written."""
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 Chunk = tuple[Sequence[int], Sequence[int], list[str]]
 """Row ids, labels and texts of some rows."""
@@ -126,21 +129,19 @@ class _Set:
         self.held_tokens = 0
 
     def add(self, chunks: Iterable[Chunk]) -> None:
-        """Tokenise and write rows; while some are written, a thread tokenises the next."""
-        left = iter(chunks)
+        """Tokenise and write rows; while some are read and written, a thread tokenises others."""
+        waiting: deque[tuple[Chunk, Future[Any]]] = deque()
+        with ThreadPoolExecutor(1) as thread:  # one: a call of the tokenizer sets its state
+            for chunk in chunks:
+                waiting.append((chunk, thread.submit(self.whole.prompt.fit, chunk[2])))
+                if len(waiting) > _AHEAD:
+                    self._write(*waiting.popleft())
+            while waiting:
+                self._write(*waiting.popleft())
 
-        def fitted() -> tuple[Chunk, list[list[int]], list[str]] | None:
-            chunk = next(left, None)
-            return None if chunk is None else (chunk, *self.whole.prompt.fit(chunk[2]))
-
-        with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(fitted)
-            while found := coming.result():
-                coming = thread.submit(fitted)
-                self._write(*found)
-
-    def _write(self, chunk: Chunk, ids: list[list[int]], used: list[str]) -> None:
+    def _write(self, chunk: Chunk, fitted: Future[tuple[list[list[int]], list[str]]]) -> None:
         rows, labels, texts = chunk
+        ids, used = fitted.result()
         self.whole.truncated += sum(a != b for a, b in zip(texts, used, strict=True))
         if self.records is not None:
             records = ",".join(map(self.whole.record, used, labels))
