@@ -125,7 +125,9 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            names = list(tensors.keys())
+        for name in names:  # opened anew for each: what is mapped and read counts as memory
+            with safe_open(file, framework="pt") as tensors:
                 yield name, tensors.get_tensor(name)
         return
     whole = zipfile.is_zipfile(file)  # torch's format of before 2020 cannot be mapped
