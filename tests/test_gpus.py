@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from yelp_hpc.errors import RequestError
-from yelp_hpc.gpus import CARDS, card_named, find_card
+from yelp_hpc.gpus import CARDS, auto_precision, card_named, find_card
 from yelp_hpc.training import throughput
 
 WRITTEN = {
@@ -110,3 +110,9 @@ def test_the_plan_says_what_a_small_card_holds() -> None:
         done = subprocess.run([*argv, "--gpu", name], capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert words in done.stdout + done.stderr
+
+
+def test_precision_auto_is_bf16_on_the_cards_that_have_it() -> None:
+    assert auto_precision(None) == "fp32"
+    for card in CARDS:
+        assert auto_precision(card.capability) == ("bf16" if card.bf16 else "fp16")

@@ -96,7 +96,9 @@ def tiny_config(model_path: Path, /, **changes: dict[str, Any]) -> Config:
             "global_batch": 8,
             "max_tokens": 128,
             "save_every_steps": 4,
+            "precision": "fp32",
         },
+        "infer": {"precision": "fp32"},
     }
     for section, settings in changes.items():
         values[section] = {**values.get(section, {}), **settings}

@@ -22,6 +22,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision → torch's name of it."""
 Auto = Literal["auto"]
+AutoPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -173,8 +174,10 @@ class TrainConfig(Frozen):
         description="pieces of a global batch, which its ranks share; auto: 1, 2, 4 or 8, as many "
         "as cost 2 % at most",
     )
-    precision: Precision = Field(
-        "fp32", description="number format of the weights and sums; fp16 scales the loss"
+    precision: AutoPrecision = Field(
+        "auto",
+        description="number format of the weights and sums; auto, chosen at the first start: bf16 "
+        "on GPUs that have it (sm_80), fp16 on older ones, fp32 on a CPU",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is cut to this norm")
@@ -236,7 +239,10 @@ class InferConfig(Frozen):
     shards: int = Field(1, ge=1, le=100_000, description="parts of the test set, a job each")
     max_tokens: int = Field(8192, ge=64, description="token budget of a batch")
     max_new_tokens: int = Field(32, ge=1, description="generate: longest answer in tokens")
-    precision: Precision = Field("fp32", description="number format of the weights and sums")
+    precision: AutoPrecision = Field(
+        "auto",
+        description="number format of the weights and sums; auto: the training's",
+    )
     fp16_accumulation: bool = Field(
         False, description="sum fp16 products in fp16 on a GPU; its effect on F1 is not measured"
     )

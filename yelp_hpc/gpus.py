@@ -13,12 +13,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Literal
 
 from yelp_hpc.errors import RequestError, nearest
 
 # What containers/cuda.lock needs: PyPI's torch is built with CUDA 13 (CUDA Toolkit release notes).
 OLDEST_CARD = (7, 5)
 OLDEST_DRIVER = 580
+BF16_SINCE = (8, 0)
+
+
+def auto_precision(capability: tuple[int, int] | None) -> Literal["fp32", "bf16", "fp16"]:
+    """What `precision: auto` is on a card of a compute capability; None: on a CPU."""
+    if capability is None:
+        return "fp32"
+    return "bf16" if capability >= BF16_SINCE else "fp16"
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def _card(
     forms: str = "",
 ) -> Card:
     """`gigabytes`: that its memory gives in a second."""
-    bf16 = sixteen if capability >= (8, 0) else None
+    bf16 = sixteen if capability >= BF16_SINCE else None
     rates = (sixteen, bf16, fp32, gigabytes * 1e9)
     return Card(name, gib * 2**30, *rates, capability, tuple(forms.split()))
 

@@ -140,9 +140,9 @@ def _driver(machine: Machine, request: Request) -> Iterator[Finding]:
 
 
 def _without_gpu(request: Request) -> Level:
-    """fp32 also runs on a CPU, only slowly."""
-    fp32 = request.config is not None and request.config.train.precision == "fp32"
-    return "warning" if fp32 else "failure"
+    """fp32, which `auto` is on a CPU, also runs there, only slowly."""
+    slow = request.config is not None and request.config.train.precision in ("fp32", "auto")
+    return "warning" if slow else "failure"
 
 
 def _folder(role: str, folder: Folder, machine: Machine, request: Request) -> Iterator[Finding]:

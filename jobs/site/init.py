@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.gpus import card_named
 from yelp_hpc.jobs.cluster import Resources, time_text
 from yelp_hpc.jobs.doctor.accounts import qos_in_force
 from yelp_hpc.jobs.doctor.findings import listed
@@ -168,9 +167,8 @@ requeue_cap: 5                    # restarts in a row without any progress
     )
 
 
-def config_text(chosen: Choice, cluster: str, config: str) -> str:
+def config_text(cluster: str, config: str) -> str:
     """The starter config: the demo's model and data, and how to change to one's own."""
-    precision = _faster(chosen.gpu_type or "") if chosen.gpu_partition else "# CPU"
     return f"""\
 # A first run: SmolLM2-135M and real review sentences, both from PyPI; minutes on any machine.
 #
@@ -180,7 +178,6 @@ seed: 42
 
 model:
   path: demo:smollm2-135m         # or a folder, or a Hub model: THUDM/chatglm3-6b-base
-  precision: fp32                 {precision}
 
 data:
   source: demo                    # or file: a csv, jsonl or parquet of your own reviews
@@ -198,7 +195,7 @@ train:
   epochs: 1
   global_batch: 8
   max_tokens: 2048
-  precision: fp32
+  precision: auto                 # bf16 on GPUs since Ampere, fp16 on older ones, fp32 on a CPU
   nproc: 1                        # ranks a node, one a GPU: train.gpus of {cluster}
   save_every_steps: 50
   save_every_minutes: 2
@@ -207,14 +204,6 @@ infer:
   models: [base, tuned]
   shards: 2
 """
-
-
-def _faster(gpu: str) -> str:
-    """Which number format the GPUs are made for, as a comment."""
-    card = card_named(gpu)
-    if card is None:  # without a type, or not in the table: bf16 came with compute capability 8.0
-        return "# bf16 is faster on GPUs since Ampere, fp16 on older ones"
-    return f"# {'bf16' if card.bf16 else 'fp16'} is faster on {gpu}"
 
 
 def _partition_line(slurm: SlurmFacts, partition: Partition) -> str:
@@ -288,7 +277,7 @@ def init(
     image = Path("yelp_hpc.sif").is_file()
     text = cluster_text(slurm, chosen, str(cluster), str(config), image)
     write_bytes(cluster, as_called(text).encode())
-    write_bytes(config, as_called(config_text(chosen, str(cluster), str(config))).encode())
+    write_bytes(config, as_called(config_text(str(cluster), str(config))).encode())
     partition = chosen.gpu_partition or chosen.cpu_partition
     gpu = f", GPUs: {chosen.gpu_type or 'untyped'}" if chosen.gpu_partition else ", no GPUs"
     say(f"{cluster}: partition {partition.name if partition else 'of the site'}{gpu}")

@@ -61,8 +61,8 @@ def settings(**sections: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "model": {"path": "m"},
         "data": {"source": "file", "train": "t.csv", "test_rows": 100},
-        "train": {"global_batch": 16, "max_tokens": 512, "epochs": 2},
-        "infer": {"max_tokens": 700},
+        "train": {"global_batch": 16, "max_tokens": 512, "epochs": 2, "precision": "fp32"},
+        "infer": {"max_tokens": 700, "precision": "fp32"},
     }
     return config_from_dict({k: {**values.get(k, {}), **sections.get(k, {})} for k in
                              {**values, **sections}})  # fmt: skip

@@ -180,6 +180,33 @@ def test_a_card_that_is_too_small_or_knows_no_bf16_is_said() -> None:
     assert "lower train.max_tokens or train.precision" in "\n".join(plan.notes)
 
 
+@pytest.mark.parametrize(
+    ("card", "chosen", "said"),
+    [
+        ("rtx3090", "bf16", "precision auto is bf16 on a RTX 3090"),
+        ("t4", "fp16", "precision auto is fp16 on a T4"),
+        (None, "fp32", "precision auto is fp32 on a CPU, which is assumed: name a card with --gpu"),
+    ],
+)
+def test_precision_auto_is_planned_as_the_card_has_it(
+    card: str | None, chosen: str, said: str
+) -> None:
+    auto, same = (
+        load_config(
+            ROOT / "configs/yelp_chatglm3.yaml",
+            ["data.train_rows=320", f"train.precision={p}", f"infer.precision={p}"],
+        ).config
+        for p in ("auto", chosen)
+    )
+    found, named = (
+        forecast(c, CHATGLM3, estimated_lengths(c), card=find_card(card) if card else None)
+        for c in (auto, same)
+    )
+    assert said in found.notes
+    assert replace(found, notes=[]) == replace(named, notes=[])
+    assert not any("auto" in note for note in named.notes)
+
+
 def test_a_card_that_the_image_does_not_know_gets_no_time() -> None:
     config = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["data.train_rows=320"]).config
     plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("v100"))

@@ -168,7 +168,7 @@ def test_a_slurm_that_says_nothing_about_accounts() -> None:
     assert chosen.account is None
     text = cluster_text(facts, chosen, "c.yaml", "f.yaml", image=False)
     assert yaml.safe_load(text)["defaults"]["account"] is None
-    assert yaml.safe_load(config_text(chosen, "c.yaml", "f.yaml"))["name"] == "first"
+    assert yaml.safe_load(config_text("c.yaml", "f.yaml"))["name"] == "first"
 
 
 # Slurm's text, of several releases

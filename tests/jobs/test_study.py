@@ -16,7 +16,7 @@ from yelp_hpc.jobs.chain import submit
 from yelp_hpc.jobs.study.plan import plan_study, read_file
 from yelp_hpc.jobs.study.status import collect_study, render, state_of
 from yelp_hpc.rundir.files import read_json, write_json
-from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.manifest import load_run, update_run
 from yelp_hpc.rundir.study import Study, read_study, share, take_shared, write_study
 
 
@@ -102,7 +102,10 @@ def test_only_what_was_made_with_the_same_settings_is_shared(tmp_path: Path) -> 
     assert cut["02-seed2"] == {"prepare": "02-seed1", "base": "02-seed1"}
     mode = takes("infer.precision: [fp32, bf16]\n")
     assert mode["02-seed42"] == {"prepare": "01-seed42"}
-    assert takes("train.precision: [fp32, bf16]\n")["02-seed42"]["base"] == "01-seed42"
+    trained = takes("train.precision: [fp32, bf16]\n", "infer.precision=fp32")
+    assert trained["02-seed42"]["base"] == "01-seed42"
+    # where infer.precision is auto, it is the training's
+    assert takes("train.precision: [fp32, bf16]\n")["02-seed42"] == {"prepare": "01-seed42"}
     drawn = takes("data.seed: [1, 2]\n")
     assert drawn["02-seed42"] == {}
     alone = takes("seed: [1, 2]\n", "infer.models=[tuned]")
@@ -191,6 +194,21 @@ def test_a_run_with_other_settings_is_never_given_files(fake_study: Any) -> None
     assert not list(two.prepare.iterdir())
     share(two, {})
     assert take_shared(two) == [] and one.prepare.is_dir()
+
+
+def test_a_run_takes_over_what_precision_auto_is_with_what_it_takes(fake_study: Any) -> None:
+    made = fake_study()
+    (made.folder / "vary.yaml").write_text("seed: [1, 2]\n")
+    study = made.go()
+    one, two = study.run("01-seed1"), study.run("01-seed2")
+    update_run(one, precision={"chosen": "bf16", "on": "a card"})
+    assert load_run(two.root)[1].infer.precision == "auto"
+    assert take_shared(two) == []  # all of it is there
+    assert load_run(two.root)[1].infer.precision == "bf16"
+    update_run(one, precision={"chosen": "fp16", "on": "another card"})
+    next(two.predictions("base").iterdir()).unlink()
+    with pytest.raises(StageError, match=r"differ in infer\.precision"):
+        take_shared(two)
 
 
 def test_one_wrong_run_refuses_all_and_nothing_is_written(fake_study: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.tiny import make_model, prepare_run, tiny_config
-from yelp_hpc.errors import RequestError
-from yelp_hpc.ranks.device import given_gpus, usable_gpus
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.ranks.device import given_gpus, precision_here, usable_gpus
 from yelp_hpc.stages import train
 
 
@@ -61,3 +61,35 @@ def test_a_rank_that_was_given_a_gpu_does_not_take_the_cpu() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environ
     )
     assert done.returncode and "CUDA_VISIBLE_DEVICES=0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cards", "found"),
+    [
+        ('[["NVIDIA GeForce RTX 3090", 8, 6]]', ("bf16", "NVIDIA GeForce RTX 3090")),
+        ('[["NVIDIA H100", 9, 0], ["Tesla T4", 7, 5]]', ("fp16", "Tesla T4")),
+        ('[["NVIDIA B200", 10, 0], ["NVIDIA H100", 9, 0]]', ("bf16", "NVIDIA H100")),
+    ],
+)
+def test_precision_auto_is_that_of_the_oldest_card(
+    monkeypatch: pytest.MonkeyPatch, cards: str, found: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("yelp_hpc.ranks.device.usable_gpus", lambda: 2)
+    monkeypatch.setattr("yelp_hpc.ranks.device._NAME_CARDS", f"print('noise'); print({cards!r})")
+    assert precision_here() == found
+    monkeypatch.setattr("yelp_hpc.ranks.device._NAME_CARDS", "raise RuntimeError('no driver')")
+    with pytest.raises(StageError, match="RuntimeError: no driver"):
+        precision_here()
+
+
+def test_precision_auto_is_fp32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YELP_HPC_CPU", "1")
+    chosen, machine = precision_here()
+    assert chosen == "fp32" and machine.startswith("CPU ")
+
+
+def test_this_torch_names_its_cards() -> None:
+    from yelp_hpc.ranks.device import _NAME_CARDS
+
+    done = subprocess.run([sys.executable, "-c", _NAME_CARDS], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().endswith("]"), done.stderr

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from yelp_hpc.config import load_config
+from yelp_hpc.config import Config, LoadedConfig, Precision, load_config
 from yelp_hpc.errors import RequestError
+from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.files import read_json, write_json, write_marker
 from yelp_hpc.rundir.manifest import (
     Asked,
@@ -17,6 +18,7 @@ from yelp_hpc.rundir.manifest import (
     load_run,
     record_run,
     recorded_config,
+    settle_precision,
     update_run,
 )
 from yelp_hpc.rundir.paths import RunPaths
@@ -82,3 +84,95 @@ def test_a_record_of_before_train_compile_went_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"config": {"resolved": {**values, "train": {"compile": True}}}}))
     with pytest.raises(RequestError, match=r"train\.compile"):
         recorded_config(path)
+
+
+# precision: auto
+
+
+def begin(run: RunPaths, stage: str, chosen: Precision, *overrides: str) -> Config:
+    """A stage's first look at the configuration on a machine whose `auto` is `chosen`."""
+    config = asked_for(*overrides).config if overrides else load_run(run.root)[1]
+    return settle_precision(run, config, stage, lambda: (chosen, f"a {chosen} machine"))
+
+
+def asked_for(*overrides: str) -> LoadedConfig:
+    return load_config("c.yaml", overrides)
+
+
+@pytest.fixture
+def auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("model: {path: m}\ndata: {source: demo}\n")
+    return record_run("run", asked_for(), "c.yaml", [])
+
+
+def test_precision_auto_is_chosen_once_and_every_reader_has_it(auto: RunPaths) -> None:
+    assert load_run(auto.root)[1].train.precision == "auto"
+    assert begin(auto, "train", "bf16").train.precision == "bf16"
+    again = begin(auto, "infer", "fp16")  # on an older card: the run keeps its own
+    assert (again.train.precision, again.infer.precision) == ("bf16", "bf16")
+    assert read_json(auto.run_json)["precision"] == {"chosen": "bf16", "on": "a bf16 machine"}
+    config = load_run(auto.root)[1]
+    assert (config.train.precision, config.infer.precision) == ("bf16", "bf16")
+    assert wanted(auto, asked_for().config, "base").precision == "bf16"
+    assert read_json(auto.run_json)["config"]["resolved"]["train"]["precision"] == "auto"
+
+
+def test_two_machines_that_begin_at_once_agree(auto: RunPaths) -> None:
+    found: list[str] = []
+
+    def begun(chosen: Precision) -> None:
+        config = asked_for().config
+        settled = settle_precision(auto, config, "infer", lambda: (chosen, chosen))
+        found.append(settled.infer.precision)
+
+    choices: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
+    threads = [threading.Thread(target=begun, args=(one,)) for one in choices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and len({*found}) == 1
+
+
+def test_a_stage_whose_precision_is_named_chooses_nothing(auto: RunPaths) -> None:
+    config = begin(auto, "infer", "fp16", "infer.precision=fp32")
+    assert (config.train.precision, config.infer.precision) == ("auto", "fp32")
+    named = begin(auto, "infer", "fp16", "train.precision=bf16")
+    assert (named.train.precision, named.infer.precision) == ("bf16", "bf16")
+    assert wanted(auto, asked_for("train.precision=bf16").config, "base").precision == "bf16"
+    assert "precision" not in read_json(auto.run_json)
+
+
+def test_auto_and_what_it_was_chosen_to_be_are_one_configuration(auto: RunPaths) -> None:
+    def asked(value: str) -> Asked:
+        return Asked(asked_for(f"train.precision={value}"), "c.yaml")
+
+    both = [(f"{stage}.precision", "auto", "fp16") for stage in ("infer", "train")]
+    assert check_asked(auto.root, asked("fp16")) == both
+    begin(auto, "train", "bf16")
+    auto.adapter.mkdir(parents=True)
+    write_marker(auto.adapter, [])
+    for value in ("auto", "bf16"):
+        assert check_asked(auto.root, asked(value)) == []
+        asked(value).record(auto.root)
+        assert load_run(auto.root)[1].train.precision == "bf16"
+    with pytest.raises(RequestError, match=r"train\.precision: 'bf16' in the run .* 'fp16'"):
+        check_asked(auto.root, asked("fp16"))
+    free = Asked(asked_for("infer.precision=fp32"), "c.yaml")
+    assert check_asked(auto.root, free) == [("infer.precision", "bf16", "fp32")]
+
+
+def test_a_run_of_before_auto_keeps_fp32(old: RunPaths) -> None:
+    record = read_json(old.run_json)
+    for stage in ("train", "infer"):
+        record["config"]["resolved"][stage]["precision"] = "fp32"
+    write_json(old.run_json, record)
+    assert check_asked(old.root, Asked(load_config("c.yaml"), "c.yaml")) == []
+
+
+@pytest.mark.parametrize("section", ["bf16", {"chosen": "int8"}, {"chosen": 3}, []])
+def test_a_garbled_choice_is_said(auto: RunPaths, section: object) -> None:
+    update_run(auto, precision=section)
+    with pytest.raises(RequestError, match="precision"):
+        load_run(auto.root)

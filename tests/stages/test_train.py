@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from pyarrow.parquet import read_schema
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import make_model, prepare_run, tiny_config
 from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.inference.shard_files import provenance_of
 from yelp_hpc.models.packed.batch import forward_selected
 from yelp_hpc.models.packed.dropout import SequenceDropout
 from yelp_hpc.models.packed.masks import keep_mask
@@ -27,9 +29,10 @@ from yelp_hpc.publishing.export import export_merged
 from yelp_hpc.ranks.launch import first_host, rendezvous
 from yelp_hpc.ranks.rank import StopRequest, deadline
 from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl, read_marker, write_json
-from yelp_hpc.rundir.manifest import record_run
+from yelp_hpc.rundir.manifest import load_run, record_run
+from yelp_hpc.rundir.origin import WEIGHTS
 from yelp_hpc.rundir.paths import RunPaths
-from yelp_hpc.stages import train
+from yelp_hpc.stages import infer, train
 from yelp_hpc.training.checkpoint import read_checkpoint
 from yelp_hpc.training.data import f1_macro, read_rows
 from yelp_hpc.training.log import truncate_log
@@ -471,6 +474,30 @@ def test_a_passed_deadline_is_none() -> None:
 
 
 GLM = Path(__file__).parents[1] / "models" / "golden" / "model"
+
+
+def test_precision_auto_is_kept_by_every_later_stage_and_machine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"max_steps": 3, "evaluate_every": 99}
+    adapters = []
+    for precision in ("auto", "bf16"):
+        asked = tiny_config(
+            model, train={"precision": precision, **steps}, infer={"precision": "auto"}
+        )
+        run = prepare_run(tmp_path / precision, model)
+        record_run(run.root, LoadedConfig(asked, {}, {}), "", [])
+        with monkeypatch.context() as a_card:
+            a_card.setattr("yelp_hpc.ranks.device.precision_here", lambda: ("bf16", "a card"))
+            train.run(run, asked)
+        marker = read_marker(run.adapter)
+        assert marker and marker["fingerprint"]["train"]["precision"] == "bf16"
+        adapters.append(marker["files"][WEIGHTS])
+        train.run(run, load_run(run.root)[1])  # on this CPU: it is done, and with these settings
+    assert adapters[0] == adapters[1]
+    run, config = load_run(tmp_path / "auto")
+    infer.run(run, config, "tuned")
+    assert provenance_of(read_schema(run.shard("tuned", 0, 1)))["precision"] == "bf16"
 
 
 @pytest.mark.parametrize(("weights", "precision"), [("fp32", "fp32"), ("fp16", "fp16")])

@@ -40,7 +40,7 @@ def warnings(
             f"only {test_rows} test rows: an accuracy of 0.5 is known to ±"
             f"{0.98 / test_rows**0.5:.2f}: give data.test_rows or data.test more"
         )
-    if config.infer.fp16_accumulation and config.infer.precision != "fp16":
+    if config.infer.fp16_accumulation and config.infer.precision not in ("fp16", "auto"):
         yield (
             f"infer.fp16_accumulation does nothing with infer.precision {config.infer.precision}: "
             "--set infer.precision=fp16"

@@ -21,8 +21,9 @@ from yelp_hpc.forecast.memory import (
 )
 from yelp_hpc.forecast.model_shape import ModelShape
 from yelp_hpc.forecast.work import Lengths, load_of, training_work
-from yelp_hpc.gpus import Card
+from yelp_hpc.gpus import Card, auto_precision
 from yelp_hpc.inference.shards import plan_shards
+from yelp_hpc.rundir.manifest import in_precision
 
 # Kokolis et al. 2024 (arXiv:2410.21680): 6.5 failures in 1,000 node-days on a large GPU cluster.
 MTBF_HOURS = 24 * 1000 / 6.5
@@ -127,6 +128,7 @@ def forecast(
     Raises:
         ValueError: there are no training rows.
     """
+    config, assumed = _with_precision(config, card, probe)
     ranks = nodes * (gpus if config.train.nproc == "auto" else config.train.nproc)
     work = training_work(config, lengths, ranks, card, shape)
     cuda = probe.cuda if probe else card is not None
@@ -140,7 +142,7 @@ def forecast(
     else:
         times = nowhere(training, scoring)
     senseless = warnings(config, len(lengths.train), len(lengths.test))
-    notes = [*senseless, *times.notes]
+    notes = [*senseless, *assumed, *times.notes]
     if ranks > work.pieces:
         notes.append(
             f"{ranks} ranks share {work.pieces} micro-batches a step, the others wait: set "
@@ -183,6 +185,20 @@ def forecast(
         disk=disk,
         notes=notes,
     )
+
+
+def _with_precision(
+    config: Config, card: Card | None, probe: Probe | None
+) -> tuple[Config, list[str]]:
+    """The configuration with `auto` as that machine has it, and in words what was assumed."""
+    chosen = probe.precision if probe else auto_precision(card.capability if card else None)
+    planned, notes = in_precision(config, chosen), []
+    if planned != in_precision(config, None):
+        where = "on the probed machine" if probe else f"on a {card.name}" if card else "on a CPU"
+        notes.append(f"precision auto is {chosen} {where}")
+        if where == "on a CPU":
+            notes[0] += ", which is assumed: name a card with --gpu"
+    return planned, notes
 
 
 def _scoring(

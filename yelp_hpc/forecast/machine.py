@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yelp_hpc.config import Config
+from yelp_hpc.config import Config, Precision
 from yelp_hpc.forecast.memory import (
     BYTES,
     Memory,
@@ -44,6 +44,8 @@ class Probe:
     infer_start: float
     infer_token: float
     infer_memory: int
+    precision: Precision | None = None
+    """What `auto` was there; None: the configuration names it."""
 
 
 @dataclass(frozen=True)

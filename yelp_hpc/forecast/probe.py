@@ -27,7 +27,7 @@ from yelp_hpc.forecast.work import Lengths, training_work
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import read_json, read_jsonl
-from yelp_hpc.rundir.manifest import load_run, record_run
+from yelp_hpc.rundir.manifest import chosen_precision, in_precision, load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.runtime import set_runtime_defaults, without_tokens
 from yelp_hpc.training.budget import read_budgets
@@ -74,6 +74,7 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
         fixed = {"max_tokens": budget.max_tokens, "micro_batches": budget.pieces}
         train = small.train.model_copy(update=fixed)
         small = small.model_copy(update={"train": train})
+        small = in_precision(small, chosen := chosen_precision(trial))
         measured = training_work(small, own, ranks, None, read_shape(small))
         per_token = sum(line["seconds"] for line in kept) / sum(tokens) * ranks
         every = [line["tokens_per_second"] * line["seconds"] for line in lines]
@@ -90,6 +91,7 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
                 infer_start=scored["start"],
                 infer_token=scored["token"],
                 infer_memory=scored["memory"],
+                precision=chosen,
             ),
             lengths,
         )

@@ -23,7 +23,8 @@ from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
 from yelp_hpc.models.packed.batch import Way, prepare_model
 from yelp_hpc.progress import say
-from yelp_hpc.ranks.device import usable_gpus
+from yelp_hpc.ranks.device import precision_here, usable_gpus
+from yelp_hpc.rundir.manifest import in_precision
 from yelp_hpc.task import YELP, TaskConfig
 
 
@@ -71,6 +72,8 @@ def load(
     `take_the_way`: prepares it and says how it generates (None: as it scores); without it the model
     is packed.
     """
+    if config.infer.precision == "auto":  # a run that has not begun
+        config = in_precision(config, precision_here()[0])
     device = torch.device("cuda" if usable_gpus() else "cpu")
     torch.backends.cuda.matmul.allow_fp16_accumulation = config.infer.fp16_accumulation
     folder = model_folder(config.model)

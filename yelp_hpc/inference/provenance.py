@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from yelp_hpc.config import Config
 from yelp_hpc.rundir.files import read_json, read_marker
+from yelp_hpc.rundir.manifest import chosen_precision, in_precision
 from yelp_hpc.rundir.origin import WEIGHTS
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -78,6 +79,7 @@ def wanted(run: RunPaths, config: Config, model: str) -> Provenance:
     prepared = (read_marker(run.prepare) or {"files": {}})["files"]
     adapter = (read_marker(run.adapter) or {"files": {}})["files"] if model == "tuned" else {}
     recorded = read_json(run.run_json) if run.run_json.is_file() else {}
+    config = in_precision(config, chosen_precision(run))
     return Provenance(
         model=model,
         mode=config.infer.mode,

@@ -6,19 +6,29 @@ CUDA starts: they can disagree, and then a CPU would do a GPU's work unseen. Rea
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from yelp_hpc.errors import RequestError
+from yelp_hpc.config import Precision
+from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.gpus import auto_precision
 from yelp_hpc.progress import say
 
 # What says that GPUs were given: CUDA's own list, and what Slurm sets for `gpus` of a cluster file.
 _GIVEN = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 _NONE = ("", "-1", "NoDevFiles", "none", "void")
 CPU_WANTED = "YELP_HPC_CPU"
+_NAME_CARDS = """
+import json, torch
+cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print(json.dumps([[card.name, card.major, card.minor] for card in cards]))
+"""
 
 
 def given_gpus(environ: Mapping[str, str]) -> str | None:
@@ -65,6 +75,27 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {torch.backends.cpu.get_cpu_capability()}"
+
+
+def precision_here() -> tuple[Precision, str]:
+    """What `precision: auto` is on this machine, and the machine's name: of its oldest card.
+
+    Raises:
+        RequestError: there are GPUs that torch cannot use.
+        StageError: torch does not name its cards.
+    """
+    if not usable_gpus():
+        return auto_precision(None), device_name(torch.device("cpu"))
+    # in a child: what asks CUDA keeps some of each card's memory, and this process starts ranks
+    argv = [sys.executable, "-c", _NAME_CARDS]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    try:
+        cards = json.loads(done.stdout.splitlines()[-1])
+        name, major, minor = min(cards, key=lambda card: card[1:])
+    except (IndexError, ValueError):
+        said = done.stderr.strip().splitlines()[-1:] or ["no answer"]
+        raise StageError(f"torch does not name this machine's GPUs: {said[0]}") from None
+    return auto_precision((major, minor)), name
 
 
 def _stand_in(counted: int) -> bool:

@@ -12,15 +12,16 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.config import Config, LoadedConfig
+from yelp_hpc.config import DTYPES, Config, LoadedConfig, Precision
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
+from yelp_hpc.progress import say
 from yelp_hpc.rundir.changes import differences, dotted, refused_changes
 from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
@@ -67,7 +68,65 @@ def recorded_config(path: Path) -> Config:
     train = values.get("train")
     if isinstance(train, dict) and train.get("compile") is False:  # a key that 0.1.0 had
         values = {**values, "train": {k: v for k, v in train.items() if k != "compile"}}
-    return check_values(Config, values, path, "config.resolved")
+    config = check_values(Config, values, path, "config.resolved")
+    return in_precision(config, _chosen(record))
+
+
+def in_precision(config: Config, chosen: Precision | None) -> Config:
+    """The configuration with `precision: auto` as it was chosen; None: not yet.
+
+    The inference's `auto` is the training's precision, a named one too.
+    """
+    return Config.model_validate(_in_precision(config.model_dump(mode="json"), chosen))
+
+
+def _in_precision(values: dict[str, Any], chosen: Precision | None) -> dict[str, Any]:
+    found = {**values}
+    precision = chosen or "auto"
+    for name in ("train", "infer"):
+        section = values.get(name)
+        if isinstance(section, dict) and "precision" in section:
+            if section["precision"] == "auto":
+                found[name] = {**section, "precision": precision}
+            precision = found[name]["precision"]
+    return found
+
+
+def chosen_precision(run: RunPaths) -> Precision | None:
+    """What `auto` was chosen to be in this run; None before the first start."""
+    try:
+        return _chosen(read_object(run.run_json))
+    except StageError:
+        return None
+
+
+def _chosen(record: Mapping[str, Any]) -> Precision | None:
+    section = record.get("precision")
+    found = section.get("chosen") if isinstance(section, dict) else None
+    return found if found in DTYPES else None
+
+
+def settle_precision(
+    run: RunPaths, config: Config, stage: str, choose: Callable[[], tuple[Precision, str]]
+) -> Config:
+    """The configuration with `auto` as this run has it: chosen at its first start, and kept.
+
+    Args:
+        stage: `train` or `infer`, which begins.
+        choose: what this machine takes, and its name; run.json records both.
+    """
+    config = in_precision(config, chosen_precision(run))
+    if getattr(config, stage).precision != "auto":
+        return config
+    chosen, machine = choose()
+    if run.run_json.is_file():
+        with locked(run.lock("run.json")):
+            record = read_object(run.run_json)
+            if there := _chosen(record):
+                return in_precision(config, there)
+            write_json(run.run_json, {**record, "precision": {"chosen": chosen, "on": machine}})
+    say(f"{stage}: precision auto is {chosen}, chosen on {machine} and kept by this run")
+    return in_precision(config, chosen)
 
 
 @dataclass(frozen=True)
@@ -105,7 +164,9 @@ def check_asked(
     run = RunPaths(Path(root).resolve())
     if not run.run_json.exists():
         return []
-    changed = list(differences(*_settled(run, asked)))
+    chosen = chosen_precision(run)
+    before, wanted = (_in_precision(values, chosen) for values in _settled(run, asked))
+    changed = list(differences(before, wanted))
     if refused := refused_changes(run, changed, live):
         raise RequestError(
             all_problems(f"{run.root} was made with another configuration:", refused)

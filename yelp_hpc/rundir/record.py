@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict
 
+from yelp_hpc.config import Precision
 from yelp_hpc.settings import Frozen
 
 
@@ -38,6 +39,11 @@ class _Model(_Part):
     fingerprint: str | None = None
 
 
+class _Precision(_Part):
+    chosen: Precision | None = None
+    on: str | None = None
+
+
 class _Data(_Part):
     rows: dict[str, int] | None = None
     tokens: dict[str, int] | None = None
@@ -59,3 +65,4 @@ class Record(_Part):
     image: _Image | None = None
     model: _Model | None = None
     data: _Data | None = None
+    precision: _Precision | None = None

@@ -25,7 +25,7 @@ from yelp_hpc.rundir.files import (
     write_synced,
 )
 from yelp_hpc.rundir.locks import locked
-from yelp_hpc.rundir.manifest import load_run, update_run
+from yelp_hpc.rundir.manifest import chosen_precision, in_precision, load_run, update_run
 from yelp_hpc.rundir.paths import RunPaths
 
 SHARED = ("prepare", "base")
@@ -108,7 +108,7 @@ def read_by(config: Config, *stages: str) -> dict[str, Any]:
 
     But for the seed: a study sets `data.seed`, and predicting draws nothing.
     """
-    keys = dotted(config.model_dump(mode="json"))
+    keys = dotted(in_precision(config, None).model_dump(mode="json"))
     return {key: value for key, value in keys if {*readers(key)} & {*stages} and key != "seed"}
 
 
@@ -139,6 +139,7 @@ def take_shared(run: RunPaths) -> list[str]:
         for part in SHARED:
             maker = RunPaths((run.root / str(named.get(part) or ".")).resolve())
             if maker.root != run.root.resolve() and maker.run_json.is_file():
+                _adopt_precision(run, maker)
                 take = _prepare if part == "prepare" else _base
                 taken += [part] * take(run, maker)
     return taken
@@ -171,6 +172,12 @@ def _base(run: RunPaths, maker: RunPaths) -> bool:
         raise StageError(f"{maker.root} predicted another test set than {run.root} has")
     _link(maker.predictions("base"), run.predictions("base"), [path.name for path in there])
     return True
+
+
+def _adopt_precision(run: RunPaths, maker: RunPaths) -> None:
+    """The maker's choice of `auto` is this run's, too, unless this one began before it."""
+    if chosen_precision(run) is None and chosen_precision(maker) is not None:
+        update_run(run, precision=read_object(maker.run_json)["precision"])
 
 
 def _refuse_other(run: RunPaths, maker: RunPaths, *stages: str) -> None:

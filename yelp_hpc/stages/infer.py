@@ -39,6 +39,7 @@ from yelp_hpc.inference.shard_files import (
 )
 from yelp_hpc.inference.shards import plan_shards, plan_windows, spans
 from yelp_hpc.progress import say, track
+from yelp_hpc.ranks.device import precision_here
 from yelp_hpc.ranks.rank import is_node_fault
 from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.files import (
@@ -50,6 +51,7 @@ from yelp_hpc.rundir.files import (
     sweep,
     write_json,
 )
+from yelp_hpc.rundir.manifest import settle_precision
 from yelp_hpc.rundir.node_faults import recorded_faults, this_node
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
@@ -81,6 +83,7 @@ def run(
         raise RequestError(
             f"there is no shard {spans(absent)}: this run has shards 0 to {shards - 1}"
         )
+    config = settle_precision(paths, config, "infer", precision_here)
     provenance = provenance_for(paths, config, model)
     tokens = read_json(paths.tokens)
     lengths = read_lengths(paths.split("test"))

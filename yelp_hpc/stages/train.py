@@ -28,6 +28,7 @@ from yelp_hpc.rundir.files import (
     sha256_file,
     sweep,
 )
+from yelp_hpc.rundir.manifest import settle_precision
 from yelp_hpc.rundir.node_faults import recorded_faults
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -56,6 +57,9 @@ def run(paths: RunPaths, config: Config) -> None:
 
         take_adapter(paths, config, model_folder(config.model))
         return
+    from yelp_hpc.ranks.device import precision_here
+
+    config = settle_precision(paths, config, "train", precision_here)
     fingerprint = training_fingerprint(paths, config)
     if config.train.start is not None:
         from yelp_hpc.models.local import model_folder
