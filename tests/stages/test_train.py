@@ -28,7 +28,14 @@ from yelp_hpc.proof.reproduce import reproduce
 from yelp_hpc.publishing.export import export_merged
 from yelp_hpc.ranks.launch import first_host, rendezvous
 from yelp_hpc.ranks.rank import StopRequest, deadline
-from yelp_hpc.rundir.files import is_complete, read_json, read_jsonl, read_marker, write_json
+from yelp_hpc.rundir.files import (
+    is_complete,
+    read_json,
+    read_jsonl,
+    read_marker,
+    write_json,
+    write_marker,
+)
 from yelp_hpc.rundir.manifest import load_run, record_run
 from yelp_hpc.rundir.origin import WEIGHTS
 from yelp_hpc.rundir.paths import RunPaths
@@ -479,13 +486,14 @@ GLM = Path(__file__).parents[1] / "models" / "golden" / "model"
 def test_precision_auto_is_kept_by_every_later_stage_and_machine(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = {"max_steps": 3, "evaluate_every": 99}
+    steps = {"max_steps": 2, "evaluate_every": 99}
     adapters = []
     for precision in ("auto", "bf16"):
         asked = tiny_config(
             model, train={"precision": precision, **steps}, infer={"precision": "auto"}
         )
         run = prepare_run(tmp_path / precision, model)
+        write_marker(run.prepare, ["test.parquet", "tokens.json"])
         record_run(run.root, LoadedConfig(asked, {}, {}), "", [])
         with monkeypatch.context() as a_card:
             a_card.setattr("yelp_hpc.ranks.device.precision_here", lambda: ("bf16", "a card"))
