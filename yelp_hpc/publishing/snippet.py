@@ -55,7 +55,8 @@ def article(noun: str) -> str:
 
 def snippet(config: Config, repo: str, base: str, native: bool) -> str:
     """Lines that load the model `repo` (an adapter of `base`) and answer for a text."""
-    publish, precision = config.publish, DTYPES[config.infer.precision]
+    publish = config.publish
+    precision = DTYPES.get(config.infer.precision, "float32")  # auto: nothing was computed yet
     revision = f', revision="{publish.branch}"' if publish.branch else ""
     base_revision = f', revision="{config.model.revision}"' if config.model.revision else ""
     imports = ["import torch"] if config.task == YELP else ["import os", "", "import torch"]
