@@ -9,6 +9,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import StageError, all_problems
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import MARKER, read_json, read_marker, sha256_file
+from yelp_hpc.rundir.manifest import chosen_precision, in_precision
 from yelp_hpc.rundir.paths import RunPaths
 
 WEIGHTS = "adapter_model.safetensors"
@@ -31,6 +32,7 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
     if not isinstance(trained, dict):
         yield f"{run.adapter / MARKER}: holds no fingerprint of the training"
         return
+    config = in_precision(config, chosen_precision(run))
     wanted = {
         "seed": config.seed,
         "model": _recorded_model(run) or config.model.model_dump(mode="json"),
