@@ -119,7 +119,10 @@ TYPED = [
     (f"{SHOW} train.optim=adamw_8bit", "the optimizer is AdamW"),
     (f"{SHOW} defaults.time=3", "it belongs into a cluster file"),
     # values
-    (f"{SHOW} train.precision=float16", "input should be fp32 or bf16 or fp16; did you mean fp16?"),
+    (
+        f"{SHOW} train.precision=float16",
+        "input should be auto or fp32 or bf16 or fp16; did you mean fp16?",
+    ),
     (f"{SHOW} train.epochs=0.5", "train.epochs: input should be a whole number (got 0.5)"),
     (f"{SHOW} train.epochs=yes", "must be a number, not true or false"),
     (f"{SHOW} train.learning_rate=0,001", "with a decimal point"),
