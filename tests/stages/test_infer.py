@@ -142,7 +142,7 @@ def configured(model_folder: Path, **values: object) -> Config:
         {
             "model": {"path": str(model_folder)},
             "data": {"source": "demo"},
-            "infer": {"max_new_tokens": 6, **values},
+            "infer": {"max_new_tokens": 6, "precision": "fp32", **values},
         }
     )
 
