@@ -83,8 +83,9 @@ def run(
         raise RequestError(
             f"there is no shard {spans(absent)}: this run has shards 0 to {shards - 1}"
         )
+    check_inputs(paths, config, model)
     config = settle_precision(paths, config, "infer", precision_here)
-    provenance = provenance_for(paths, config, model)
+    provenance = wanted(paths, config, model)
     tokens = read_json(paths.tokens)
     lengths = read_lengths(paths.split("test"))
     plan = plan_shards(lengths, shards)
@@ -133,8 +134,8 @@ def _hardware() -> Iterator[None]:
         ) from error
 
 
-def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provenance:
-    """What the predictions will depend on; checks that the stages before are complete and whole.
+def check_inputs(paths: RunPaths, config: Config, model: ModelName) -> None:
+    """Check that the stages before are complete and whole.
 
     Raises:
         StageError: names what is missing, torn or altered and the command that makes it.
@@ -156,7 +157,6 @@ def provenance_for(paths: RunPaths, config: Config, model: ModelName) -> Provena
                 f"python -m yelp_hpc run train --run {paths.root}"
             )
         require_own_adapter(paths, config)
-    return wanted(paths, config, model)
 
 
 def remove_other_divisions(paths: RunPaths, model: str, shards: int) -> None:
