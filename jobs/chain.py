@@ -13,7 +13,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from yelp_hpc.config import Config
@@ -109,7 +108,7 @@ def submit(
             another configuration, Slurm refuses the request. Nothing was written then.
         StageError: the run directory cannot be written, the controller does not answer; locally
             or with `wait`: a stage failed.
-        SavedForRequeue: locally: stopped by a signal after saving.
+        SavedForRequeue: locally or with `wait`: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
     use_programs(cluster.programs)
@@ -120,7 +119,7 @@ def submit(
         check_asked(paths.root, asked, stages_of(live))
     planned = plan(stage, config, paths, cluster)
     if executor == "local":  # one after the other anyhow: in one process, which loads a model once
-        planned = [replace(job, tasks=(tuple(chain(*job.tasks)),)) for job in planned]
+        planned = [replace(job, tasks=(tuple(k for t in job.tasks for k in t),)) for job in planned]
     if stage == "publish" and config.publish.repo_id is None:
         raise RequestError(_NO_REPOSITORY)
     _refuse_running(planned, live)
@@ -139,9 +138,8 @@ def submit(
             text = f"# {submission.name}\n{notes}{submission.script}\n$ {submission.command}\n"
             print(plain(text))
         return dry
-    if executor == "slurm":
-        require("sbatch")
-        require("srun")
+    for client in ("sbatch", "srun") if executor == "slurm" else ():
+        require(client)
     for warning in exposed(paths):
         say(f"warning: {warning}")
     with ExitStack() as at_work:

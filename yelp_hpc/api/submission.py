@@ -63,7 +63,8 @@ class Handle:
         """Wait until every job has ended; returns itself.
 
         Raises:
-            StageError: a job failed, was cancelled, or never can start.
+            SavedForRequeue: what did not end saved its state and was stopped; no job failed.
+            StageError: a job failed, was lost, or never can start.
         """
         queued = [job for job in self.jobs if not job.job.startswith("local-")]
         if queued:
@@ -74,6 +75,7 @@ class Handle:
         """Wait, and give the run.
 
         Raises:
+            SavedForRequeue: as `wait`.
             StageError: as `wait`; or a stage of this submission is not done.
         """
         self.wait()
