@@ -161,6 +161,18 @@ def test_the_header_of_safetensors(header: str, tmp_path: Path) -> None:
             weight_files(tmp_path)
 
 
+@pytest.mark.parametrize("metadata", [None, "x", 3, {"format": "pt"}])
+def test_metadata_of_safetensors_is_no_tensor(metadata: object, tmp_path: Path) -> None:
+    from yelp_hpc.models.checkpoint import check_folder
+
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"__metadata__": metadata, "w": tensor}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    write(tmp_path, {"config.json": '{"model_type": "llama"}'})
+    assert check_folder(tmp_path, tokenizer=False) == {"model_type": "llama"}
+
+
 def test_foreign_text_loses_what_a_terminal_would_obey(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -286,13 +286,18 @@ def _quantised(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         header = parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))
-    for name, tensor in header.items():
+    for name, tensor in _entries(header).items():
         kind = str(tensor.get("dtype", ""))
         if kind.startswith(("F8", "F6", "F4")):
             return kind
         if _PACKED.search(name):
             return str(name)
     return None
+
+
+def _entries(header: dict[str, Any]) -> dict[str, Any]:
+    """What a safetensors header says of each tensor."""
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def _safetensors_damage(path: Path) -> str | None:
@@ -306,7 +311,7 @@ def _safetensors_damage(path: Path) -> str | None:
             return f"no safetensors file: its header would have {length} bytes"
         header = parse_json(file.read(length))
     try:
-        ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for entry in _entries(header).values()]
     except (AttributeError, TypeError, KeyError, IndexError, ValueError):
         return "its header is not that of a safetensors file"
     expected = 8 + length + max(ends, default=0)
