@@ -140,6 +140,25 @@ def test_weights_that_became_one_are_kept_once_and_still_the_models() -> None:
         assert not torch.equal(forward_selected(fast, batch), first)
 
 
+def test_weights_side_by_side_in_memory_need_not_be_one() -> None:
+    """CUDA's allocator lays tensors of their own one behind the other."""
+    model = model_of("llama")
+    attention = base_model(model).model.layers[0].self_attn
+    bases = [getattr(attention, f"{name}_proj").base_layer for name in "qkv"]
+    memory = bytearray(sum(base.weight.nbytes for base in bases))
+    start = 0
+    for base in bases:
+        numbers = base.weight.numel()
+        beside = torch.frombuffer(memory, dtype=torch.float32, count=numbers, offset=start)
+        base.weight.data = beside.view_as(base.weight).copy_(base.weight.detach())
+        start += base.weight.nbytes
+    assert bases[1].weight.data_ptr() == bases[0].weight.data_ptr() + bases[0].weight.nbytes
+    batch = pack(sequences(3), 3)
+    with torch.no_grad():
+        wanted = forward_selected(prepare_model(copy.deepcopy(model), fused=False), batch)
+        torch.testing.assert_close(forward_selected(fused(model), batch), wanted)
+
+
 @pytest.mark.parametrize("name", ["chatglm", "llama"])
 def test_generation_goes_on_from_its_keys_and_values(name: str) -> None:
     texts = []

@@ -160,7 +160,9 @@ class Projection:
         sizes = [len(weight) for weight in weights]
         first, start = weights[0], weights[0].data_ptr()
         places = [start + first[0].nbytes * before for before in accumulate(sizes, initial=0)]
-        if [weight.data_ptr() for weight in weights] == places[:-1]:  # already one
+        # a GPU's allocator puts weights side by side that are no part of one
+        shared = {weight.untyped_storage().data_ptr() for weight in weights}
+        if len(shared) == 1 and [weight.data_ptr() for weight in weights] == places[:-1]:
             whole = first.as_strided((sum(sizes), first.shape[1]), first.stride())
         else:
             whole = torch.cat(weights)
