@@ -105,8 +105,8 @@ def training_memory(
     kept = layer * shape.layers
     if recompute:
         kept = layer + BYTES[precision] * tokens * shape.layers * shape.hidden
-    # the backward pass of an MLP; the last one has the answer's positions alone
-    each = 2 if cuda and fused_on_gpu(shape) and not recompute else 4
+    # the backward pass of an MLP; fused, the last one has the answer's positions alone
+    each = (6 if recompute else 2) if cuda and fused_on_gpu(shape) else 4
     working = BYTES[precision] * tokens * each * (shape.hidden + shape.inner)
     return Memory(weights, adapter, round(kept + working), runtime, recompute)
 
