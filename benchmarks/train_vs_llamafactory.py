@@ -1,29 +1,34 @@
 """Training beside LLaMA-Factory: same model, data and hyper-parameters, steps taken in turn.
 
     python benchmarks/train_vs_llamafactory.py --model FOLDER [--reviews FILE.csv] [--steps 30]
+    python benchmarks/train_vs_llamafactory.py --model FOLDER --full-size [--steps 12]     (a GPU)
 
 The peer is installed into its own virtual environment (`--peer-venv`) unless it is there already,
 and runs in a process of its own that waits between steps, so that a change in the machine's load
-meets both. Flags: LoRA rank 8, alpha 16, dropout 0.08 on q/k/v, learning rate 5e-5 cosine after
-20 steps of warm-up, batch 4 x accumulation 8, cutoff 1024, template default, fp32. It is measured
+meets both. Flags: LoRA rank 8, alpha 16, dropout 0.08 on q/k/v, learning rate 5e-5 cosine after 20
+steps of warm-up, batch 4 x accumulation 8, cutoff 1024, template default, fp32. It is measured
 twice: with its default switches, and with gradient checkpointing off and rows grouped by length.
 Our micro-batches hold 1,024 tokens beside the first, 2,048 beside the second, whose memory is
-larger. Every step of ours takes the rows, and the very tokens, that the peer took in its step. 128
-reviews a step are read (where there are as many): the peer's first group of lengths is then as many
-steps as are taken, and these meet all lengths, the longest first. `--reviews` is a CSV with columns
-`label` and `text`; without it made-up text of reviews' lengths stands in. Prints ratios of summed
-step times, peak memory and both loss curves.
+larger. On a GPU both compute in bf16, the second time the peer takes 16 rows at once, ours the
+budget that `train.max_tokens: auto` has there (8,192), and `--full-size` puts random weights of
+Llama-2-7B's sizes behind FOLDER's tokenizer. Every step of ours takes the rows, and the very
+tokens, that the peer took in its step. 128 reviews a step are read (where there are as many): the
+peer's first group of lengths is then as many steps as are taken, and these meet all lengths, the
+longest first. `--reviews` is a CSV with columns `label` and `text`; without it made-up text of
+reviews' lengths stands in. Prints ratios of summed step times, peak memory and both loss curves.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,8 +51,20 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "train_sampling_strategy": "group_by_length",
     },
 }
-# Tokens of our micro-batches: as many as stay below the peer's memory.
+ON_GPU: dict[str, dict[str, Any]] = {
+    "default switches": {},
+    "its own switches set well": {
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+    },
+}
+# Tokens of our micro-batches: on a CPU as many as stay below the peer's memory.
 BUDGETS = {"default switches": 1024, "its own switches set well": 2048}
+GPU_BUDGET = 8192
+LLAMA_2_7B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+}  # fmt: skip
 PEER_FLAGS: dict[str, Any] = {
     "stage": "sft",
     "do_train": True,
@@ -56,7 +73,6 @@ PEER_FLAGS: dict[str, Any] = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
-    "use_cpu": True,
     "disable_tqdm": True,
 }
 RATE, WARM_UP, BATCH = 5e-5, 20, 32
@@ -70,15 +86,21 @@ def main() -> None:
 
     args = parse()
     set_runtime_defaults()
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # as the ranks of a training have it
     python = install_peer(args.peer_venv)
     with tempfile.TemporaryDirectory() as work:
         write_dataset(args, Path(work))
+        if args.full_size:
+            args.model = full_size(args.model, Path(work, "model"))
         results = {}
         for name in args.switches:
             print(f"\nLLaMA-Factory 0.9.5, {name}", flush=True)
             with tempfile.TemporaryDirectory(dir=work) as output:
                 flags = {**SWITCHES[name], "output_dir": output}
-                budget = args.max_tokens or BUDGETS[name]
+                flags |= {"bf16": True, **ON_GPU[name]} if args.cuda else {"use_cpu": True}
+                budget = args.max_tokens or (GPU_BUDGET if args.cuda else BUDGETS[name])
                 results[name] = compare(args, python, Path(work), flags, budget)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
@@ -95,8 +117,35 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--switches", nargs="+", choices=SWITCHES, default=list(SWITCHES))
     default = Path.home() / ".cache/yelp_hpc/llamafactory"
     parser.add_argument("--peer-venv", type=Path, default=default)
+    parser.add_argument("--full-size", action="store_true", help="random weights, Llama-2-7B's")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.cuda = importlib.util.find_spec("torch") is not None and cuda()
+    return args
+
+
+def cuda() -> bool:
+    """Whether there is a GPU; asked in a child, whose torch is gone with it."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def full_size(model: str, folder: Path) -> str:
+    """A folder of random weights in bf16 with the tokenizer of `model`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir()
+    for file in Path(model).glob("*token*"):
+        shutil.copy(file, folder)
+    vocabulary = len(AutoTokenizer.from_pretrained(model))
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        made = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B, vocab_size=vocabulary))
+    torch.set_default_dtype(torch.float32)
+    made.cpu().save_pretrained(folder)
+    return str(folder)
 
 
 def install_peer(venv: Path) -> Path:
@@ -162,7 +211,7 @@ def compare(
             began, cpu = time.perf_counter(), time.process_time()
             loss = ours.step(answer["rows"])
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-            memory = answer["peak_rss_mb"]
+            memory = answer["peak_mb"]
             losses["peer"].append(answer["loss"])
             losses["ours"].append(loss)
             size = sum(len(ours.rows.sequence(row)) for row in answer["rows"])
@@ -178,7 +227,7 @@ def compare(
                 f"ours {seconds:.2f} s (CPU {cpu:.1f}), loss {loss:.4f}",
                 flush=True,
             )
-    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    mine = peak_mb()
     ratio = sum(times["peer"]) / sum(times["ours"])
     speed = {who: BATCH * len(seconds) / sum(seconds) for who, seconds in times.items()}
     busy_ratio = sum(busy["peer"]) / sum(busy["ours"])
@@ -190,7 +239,7 @@ def compare(
     return {
         **{"ratio": ratio, "max_tokens": budget, "cpu_time_ratio": busy_ratio},
         "examples_per_s": speed,
-        "peak_rss_mb": {"ours": mine, "peer": memory},
+        "peak_mb": {"ours": mine, "peer": memory},
         "tokens": tokens_taken,
         "seconds": times,
         "cpu_seconds": busy,
@@ -250,6 +299,7 @@ def peer(
 
 def peer_worker(request: dict[str, Any]) -> None:
     """Runs under the peer's Python: its own `run_exp`, halted after every optimizer step."""
+    import torch
     from llamafactory.train.tuner import run_exp
     from transformers import Trainer, TrainerCallback
 
@@ -286,22 +336,32 @@ def peer_worker(request: dict[str, Any]) -> None:
             self.began, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - self.began
             self.cpu_seconds = time.process_time() - self.cpu
 
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 hand_over(
                     seconds=self.seconds,
                     cpu_seconds=self.cpu_seconds,
                     loss=float(logs["loss"]),
-                    peak_rss_mb=peak,
+                    peak_mb=peak_mb(),
                     rows=taken,
                 )
                 taken.clear()
 
     run_exp(request["flags"], callbacks=[InTurn()])
+
+
+def peak_mb() -> float:
+    """The most memory that this process held: of the GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def as_rows(rows: list[dict[str, list[int]]]) -> Any:
@@ -354,12 +414,19 @@ class Ours:
         torch.set_num_threads(args.threads)
         torch.manual_seed(42)
         self.rows = as_rows(rows)
-        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        device, precision = torch.device("cpu"), "fp32"
+        if args.cuda:
+            device, precision = torch.device("cuda"), "bf16"
+            torch.cuda.reset_peak_memory_stats()
+            torch.use_deterministic_algorithms(True)  # as a rank does
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        dtype = torch.bfloat16 if args.cuda else torch.float32
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         lora = LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.08, target_modules=["q_proj", "k_proj", "v_proj"],
             task_type="CAUSAL_LM",
         )  # fmt: skip
-        adapted = get_peft_model(base, lora)
+        adapted = get_peft_model(base, lora).to(device)
         dropout = use_sequence_dropout(adapted, seed=42)
         model = prepare_model(adapted).train()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -376,10 +443,10 @@ class Ours:
         mean = sum(map(self.rows.own_length, range(len(rows)))) / len(rows)
         pieces = default_pieces(BATCH * mean, self.rows.prefix_length, BATCH)
         self.budget = Budget(0, max_tokens, pieces, False, args.threads, more=more_pieces(False))
-        cpu, scaler = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.gradients = Gradients(
-            "fp32", 42, World(0, 1, cpu), model, dropout, scaler, self.rows, StopRequest(),
-            Meter(model, cpu, "fp32"), trained,
+            precision, 42, World(0, 1, device), model, dropout, scaler, self.rows, StopRequest(),
+            Meter(model, device, precision), trained,
         )  # fmt: skip
 
     def step(self, rows: list[int]) -> float:

@@ -25,7 +25,9 @@ def test_every_part_of_the_gpu_benchmark_holds_on_a_cpu(tmp_path: Path) -> None:
     assert "every part holds" in done.stdout
     found = read_json(out)
     assert found["determinism"]["found"]["strict"]["different of 6"] == 1
-    assert set(found["whole_model"]["found"]) == {"bf16 kept", "bf16 computed twice"}
+    assert {name.partition(",")[0] for name in found["whole_model"]["found"]} == {
+        "bf16 kept", "bf16 computed twice",
+    }  # fmt: skip
     assert found["scoring_and_generation"]["found"]["tokens_s"] > 0
 
 
