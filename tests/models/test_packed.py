@@ -255,10 +255,17 @@ def varlen_reference(
 def test_padded_rows_and_variable_length_arguments_agree(prefix_length: int) -> None:
     layout = Layout(prefix_length, LENGTHS, torch.device("cpu"))
     torch.manual_seed(3)
-    query = torch.randn(layout.total, 6, 8, dtype=torch.float64)
-    key, value = (torch.randn(layout.total, 2, 8, dtype=torch.float64) for _ in range(2))
+    states = [
+        torch.randn(layout.total, heads, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (6, 2, 2)
+    ]
+    query, key, value = states
     expected = attend_varlen(varlen_reference, query, key, value, layout.varlen, scale=0.3)
-    torch.testing.assert_close(attend(query, key, value, layout, scale=0.3), expected)
+    found = attend(query, key, value, layout, scale=0.3)
+    torch.testing.assert_close(found, expected)
+    slope = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * slope).sum(), states)
+    torch.testing.assert_close(torch.autograd.grad((found * slope).sum(), states), wanted)
 
 
 def test_a_variable_length_kernel_that_does_not_run_is_said_once(

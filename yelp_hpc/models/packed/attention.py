@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from yelp_hpc.models.packed.varlen import attend_varlen, varlen_kernel
+from yelp_hpc.models.packed.varlen import Places, attend_varlen, varlen_kernel
 
 IMPLEMENTATION = "yelp_packed"
 
@@ -201,27 +201,29 @@ class Layout:
         return place
 
     @cached_property
-    def varlen(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
-        """`(key_tokens, cu_seq_q, cu_seq_k, max_q, max_k)` for a variable-length kernel.
+    def varlen(self) -> Places:
+        """For a variable-length kernel, causal from the lower right.
 
-        Causal from the lower right. Queries are the T tokens in order: the prefix, then each
-        sequence. Keys of each sequence are the prefix and its own; without a prefix the keys are
-        the T tokens too and `key_tokens` is None.
+        Queries are the T tokens in order: the prefix, then each sequence. Keys of each sequence are
+        the prefix and its own; without a prefix the keys are the T tokens too.
         """
         prefix = self.prefix_length
         queries = [prefix, *self.lengths] if prefix else list(self.lengths)
         keys = [prefix, *(prefix + n for n in self.lengths)] if prefix else list(self.lengths)
-        key_tokens = None
+        gather = None
         if prefix:
-            tokens = list(range(prefix))
-            for i in range(len(self.lengths)):
-                tokens += [*range(prefix), *range(self.starts[i], self.starts[i + 1])]
-            key_tokens = torch.tensor(tokens, device=self.device)
+            tokens, shared, own = list(range(prefix)), list(range(prefix)), list[int]()
+            for start, length in zip(self.starts, self.lengths, strict=False):
+                shared += range(len(tokens), len(tokens) + prefix)
+                own += range(len(tokens) + prefix, len(tokens) + prefix + length)
+                tokens += [*range(prefix), *range(start, start + length)]
+            every = torch.tensor([*tokens, *shared, *own]).to(self.device)
+            gather = tuple(every.split([len(tokens), len(shared), len(own)]))
 
         def ends(lengths: list[int]) -> Tensor:
             return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
 
-        return key_tokens, ends(queries), ends(keys), max(queries), max(keys)
+        return Places(gather, ends(queries), ends(keys), max(queries), max(keys))
 
 
 # Models that hand their keyword arguments on get the layout as `packed`, which survives the second
