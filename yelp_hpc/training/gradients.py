@@ -123,14 +123,14 @@ class Gradients:
                 logits = forward_selected(self.model, batch)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / count
             self.scaler.scale(loss).backward()
-        start = 0
-        for parameter in self.parameters.values():
-            end = start + parameter.numel()
-            if parameter.grad is not None:
-                out[start:end] = parameter.grad.flatten()
-            start = end
-        out[start] = loss.detach()
-        out[start + 1] = len(batch.input_ids)
+        found = [
+            (p.new_zeros(p.shape) if p.grad is None else p.grad).flatten()
+            for p in self.parameters.values()
+        ]
+        size = sum(map(len, found))
+        torch.cat(found, out=out[:size])
+        out[size] = loss.detach()
+        out[size + 1] = len(batch.input_ids)
         self.meter.add(batch)
 
     def _forget_gradients(self) -> None:

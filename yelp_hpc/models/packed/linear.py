@@ -79,13 +79,16 @@ class Branch:
 
     def down(self, dtype: torch.dtype) -> Tensor:
         """Every A below each other, `[rank, in]`."""
-        return torch.cat([part.a.detach() for part in self.parts]).to(dtype)
+        rows = [part.a.detach() for part in self.parts]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
 
     def up(self, features: int, dtype: torch.dtype) -> Tensor:
         """Every scaled B in its own rows and columns, `[features, rank]`, zero elsewhere.
 
         A few multiplications by zero cost less than one thin product for each part.
         """
+        if len(self.parts) == 1 and len(self.parts[0].b) == features:
+            return (self.parts[0].b.detach() * self.parts[0].scaling).to(dtype)
         up = self.parts[0].b.new_zeros(features, self.rank)
         for part in self.parts:
             torch.mul(part.b.detach(), part.scaling, out=up[part.columns, part.ranks])
@@ -107,6 +110,13 @@ class Projection:
         self.order = order
         # peft's layer around a module: merging changes the weight and leaves no trace on it.
         self.owners = modules if owner is None else (owner,)
+        self._bases = [_base(module) for module in modules]
+        ends = list(accumulate((base.out_features for base in self._bases), initial=0))
+        places = zip(modules, map(slice, ends, ends[1:]), strict=True)
+        self._adapted: list[tuple[Any, slice]] = [
+            (module, columns) for module, columns in places if hasattr(module, "lora_A")
+        ]
+        self._merging: list[Any] = [one for one in self.owners if hasattr(one, "merged_adapters")]
         self._key: tuple[Any, ...] | None = None
 
     @staticmethod
@@ -124,8 +134,8 @@ class Projection:
         )
 
     def _prepare(self) -> None:
-        bases = [_base(module) for module in self.modules]
-        if self._state(bases) == self._key:
+        bases = self._bases
+        if self._state() == self._key:
             return
         with torch.no_grad(), torch.inference_mode(False):
             self.forward_weight = pack_weight(self._weight())
@@ -136,12 +146,13 @@ class Projection:
                     b.weight.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases
                 ]
                 self.bias = self.ordered(torch.cat(biases))
-        self._key = self._state(bases)
+        self._key = self._state()
 
-    def _state(self, bases: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(
-            (base.weight.data_ptr(), base.weight._version, tuple(getattr(m, "merged_adapters", ())))
-            for base, m in zip(bases, self.owners, strict=True)
+    def _state(self) -> tuple[Any, ...]:
+        weights = [base._parameters["weight"] for base in self._bases]  # a GPU waits for Python
+        return (
+            *((weight.data_ptr(), weight._version) for weight in weights),
+            *(tuple(one.merged_adapters) for one in self._merging),
         )
 
     def backward_weight(self) -> Tensor:
@@ -151,7 +162,7 @@ class Projection:
         return self._backward_weight
 
     def _weight(self) -> Tensor:
-        bases = [_base(module) for module in self.modules]
+        bases = self._bases
         weights = [base.weight.detach() for base in bases]
         if available(weights[0].device, weights[0].dtype):
             return self.ordered(torch.cat(weights))
@@ -184,32 +195,31 @@ class Projection:
         """`[T, in]` to `[T, sum of out]`."""
         self._prepare()
         branches = self._branches(x)
+        if not branches and not available(x.device, x.dtype):  # keeps nothing of x either
+            return F.linear(x, self.forward_weight, self.bias)
         matrices = [m for branch in branches for part in branch.parts for m in (part.a, part.b)]
         result: Tensor = _Projection.apply(x, self, branches, *matrices)
         return result
 
     def _branches(self, x: Tensor) -> list[Branch]:
         branches: dict[Any, Branch] = {}
-        start = 0
-        for module in self.modules:
-            layer: Any = module
-            stop = start + _base(module).out_features
-            if hasattr(layer, "lora_A") and not layer.disable_adapters and not layer.merged:
-                for name in layer.active_adapters:
-                    if name not in layer.lora_A:
-                        continue
-                    dropout, scaling = layer.lora_dropout[name], float(layer.scaling[name])
-                    key, p = None, 0.0
-                    if dropout.training and getattr(dropout, "p", 0.0):
-                        p = dropout.p
-                        key = getattr(dropout, "name", dropout), p
-                    if key not in branches:
-                        branches[key] = Branch(_kept(dropout, x) if p else None)
-                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    ranks = slice(branches[key].rank, branches[key].rank + len(a))
-                    part = Part(slice(start, stop), ranks, scaling / (1 - p), a, b)
-                    branches[key].parts.append(part)
-            start = stop
+        for layer, columns in self._adapted:
+            if layer.disable_adapters or layer.merged:
+                continue
+            for name in layer.active_adapters:
+                if name not in layer.lora_A:
+                    continue
+                dropout, scaling = layer.lora_dropout[name], float(layer.scaling[name])
+                key, p = None, 0.0
+                if dropout.training and getattr(dropout, "p", 0.0):
+                    p = dropout.p
+                    key = getattr(dropout, "name", dropout), p
+                if key not in branches:
+                    branches[key] = Branch(_kept(dropout, x) if p else None)
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                ranks = slice(branches[key].rank, branches[key].rank + len(a))
+                part = Part(columns, ranks, scaling / (1 - p), a, b)
+                branches[key].parts.append(part)
         return list(branches.values())
 
 

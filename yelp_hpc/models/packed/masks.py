@@ -41,8 +41,8 @@ def keep_mask(keys: Tensor, layer: int, features: int, p: float, dtype: torch.dt
 
     `keys`: of `token_keys`; `layer`: any 63-bit number, equal for equal masks.
     """
-    columns = torch.arange(-(-features // 4), device=keys.device)
-    bits = _mixed((keys + layer).unsqueeze(1) + (columns + 1) * _STEP)
+    columns = torch.arange(1, -(-features // 4) + 1, device=keys.device)
+    bits = _mixed(keys.unsqueeze(1) + (columns * _STEP + layer))
     draws = bits.view(torch.int16)[:, :features]
     kept = torch.empty(len(keys), features, dtype=dtype, device=keys.device)
     return torch.ge(draws, round(p * _LEVELS) - _LEVELS // 2, out=kept)
