@@ -56,7 +56,10 @@ def test_submit_all_gives_a_table_that_verifies(tmp_path: Path, architecture: st
         "model": {"path": str(model)},
         "data": {"source": "file", "train": str(tmp_path / "reviews.csv"), "test_rows": 20},
         "lora": {"target": ["query_key_value"] if architecture == "chatglm3" else None},
-        "train": {"learning_rate": 1e-3, "warmup_steps": 2, "global_batch": 16, "max_tokens": 1024},
+        "train": {
+            **{"learning_rate": 1e-3, "warmup_steps": 2, "global_batch": 16, "max_tokens": 1024},
+            "gradient_checkpointing": "on" if architecture == "llama" else "auto",
+        },
         "infer": {"shards": 2},
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
@@ -70,6 +73,9 @@ def test_submit_all_gives_a_table_that_verifies(tmp_path: Path, architecture: st
         (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')\n")
     done = yelp_hpc(*submit, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    logs = {log.name: log.read_text(encoding="utf-8") for log in run.logs.glob("*.log")}
+    assert "prepare.log" in logs  # it wraps a twin, train and infer the model itself
+    assert not [name for name, text in logs.items() if "Warning:" in f"{text}{done.stderr}"]
     metrics = read_json(run.metrics)
     for name in ("base", "tuned"):
         assert metrics["models"][name]["rows"] == 20

@@ -5,7 +5,6 @@ Reads the model's folder and, for the tuned model, the adapter; writes nothing.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +126,7 @@ def with_adapter(model: Any, adapter: Path, merge: bool) -> Any:
     """
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        # PEFT asks for a name that transformers calls old.
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-        tuned: Any = PeftModel.from_pretrained(model, str(adapter))
+    tuned: Any = PeftModel.from_pretrained(model, str(adapter))
     return tuned.merge_and_unload() if merge else tuned
 
 

@@ -7,6 +7,7 @@ with a checkpoint is never run, and `.bin` weights are read as tensors only. Rea
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from yelp_hpc.models.checkpoint import (
     weight_files,
 )
 from yelp_hpc.models.weights import READING, cannot_load, check_fit, check_sound, not_finite
+
+# PEFT asks every model that it wraps for a name that transformers calls old.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 TORCH_DTYPES = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,8 +188,6 @@ def train_rank(payload: dict[str, Any], stop: StopRequest) -> None:
     """What each rank does: build, restore, train; rank 0 writes the adapter."""
     paths, config = RunPaths(payload["run"]), config_from_dict(payload["config"])
 
-    # New names that transformers 5.6 does not have yet.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     from yelp_hpc.ranks.device import device_name
     from yelp_hpc.ranks.world import join_world
     from yelp_hpc.training.checkpoint import CheckpointStore, read_checkpoint, write_adapter

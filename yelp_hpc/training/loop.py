@@ -392,4 +392,7 @@ def peft_name(parameter: str) -> str:
 
 def recompute_layers(model: Any) -> None:
     """Have the backward pass compute each layer again instead of keeping its activations."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.6 has the old name alone
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
