@@ -45,6 +45,7 @@ from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
+from yelp_hpc.rundir.modes import unwritable
 from yelp_hpc.rundir.paths import STAGES, RunPaths
 from yelp_hpc.runtime import open_log, use_programs
 
@@ -103,11 +104,11 @@ def submit(
             there already.
 
     Raises:
-        RequestError: the run's name cannot be used, a stage is running already, an earlier stage,
-            the model, the data, the image or a package is missing, the run directory was made with
-            another configuration, Slurm refuses the request. Nothing was written then.
-        StageError: the run directory cannot be written, the controller does not answer; locally
-            or with `wait`: a stage failed.
+        RequestError: the run's name cannot be used, the directory cannot be written, a stage is
+            running already, an earlier stage, the model, the data, the image or a package is
+            missing, the run directory was made with another configuration, Slurm refuses the
+            request. Nothing was written then.
+        StageError: the controller does not answer; locally or with `wait`: a stage failed.
         SavedForRequeue: locally or with `wait`: stopped by a signal after saving.
     """
     paths = RunPaths(checked_run(run_dir))
@@ -167,20 +168,9 @@ def submit(
 
 
 def refuse_unwritable(paths: RunPaths) -> None:
-    """Raises StageError when the run directory cannot be made or written."""
-    there = next(path for path in (paths.root, *paths.root.parents) if _there(path))
-    if not there.is_dir():
-        raise StageError(f"cannot write {paths.run_json}: {there} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise StageError(f"cannot write {paths.run_json}: {there} may not be written by you")
-
-
-def _there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except OSError:
-        return False
-    return True
+    """Raises RequestError when the run directory cannot be made or written."""
+    if problem := unwritable(paths.root, folder=True):
+        raise RequestError(f"--run: {problem}")
 
 
 _NO_REPOSITORY = (

@@ -62,7 +62,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
 def nearest_path(path: Path) -> str:
     """What stands beside `path` and is most like it by name; "" when nothing is."""
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        names = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
     except OSError:
         return ""
     near = nearest(path.name, names, cutoff=0.4)

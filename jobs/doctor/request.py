@@ -24,6 +24,7 @@ from yelp_hpc.jobs.doctor.probes import (
 )
 from yelp_hpc.models.checkpoint import check_kind
 from yelp_hpc.models.door import ask
+from yelp_hpc.rundir.modes import in_the_way
 from yelp_hpc.settings import Frozen
 
 
@@ -112,6 +113,8 @@ def inputs(config: Config) -> Inputs:
         return Inputs(model=cached, **_judged(config, cached), **found)
     if config.model.path.startswith("demo:"):
         return Inputs(**found)
+    if "://" not in config.model.path and (hinders := in_the_way(local)):
+        return Inputs(problem=hinders, **found)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not is_folder(local.parent):
         return Inputs(remote=True, **found)
     if seen(local) == "file":
@@ -127,6 +130,8 @@ def _data_file(key: str, value: str, header: bool) -> DataFile:
     state = seen(path)
     if "://" in value:
         return DataFile(key=key, path=value, state="is an address; download it")
+    if hinders := in_the_way(path):
+        return DataFile(key=key, path=value, state=hinders)
     if state == "folder" or (state == "missing" and glob.has_magic(value)):
         found = first_file(path)
         if found is None:

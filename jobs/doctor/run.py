@@ -12,7 +12,7 @@ from yelp_hpc.data.sense import warnings
 from yelp_hpc.errors import RequestError, nearest
 from yelp_hpc.gpus import OLDEST_DRIVER
 from yelp_hpc.image.check import driver_problems
-from yelp_hpc.jobs.chain import checked_run
+from yelp_hpc.jobs.chain import checked_run, refuse_unwritable
 from yelp_hpc.jobs.cluster import minutes
 from yelp_hpc.jobs.doctor.facts import AllReduce, Image, Machine, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, command, config_line, ok
@@ -29,7 +29,7 @@ SKEW_SECONDS, SKEW_LIMIT = 5.0, 120.0
 def check_run(request: Request) -> Iterator[Finding]:
     """The name of the run directory, and its record against the configuration."""
     try:
-        checked_run(request.run)
+        refuse_unwritable(RunPaths(checked_run(request.run)))
     except RequestError as error:
         yield advice("run", "failure", str(error), "--run runs/NAME")
         return

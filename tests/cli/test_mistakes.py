@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from yelp_hpc.cli.main import cli, main
 
 SUBMIT = "submit all --config c.yaml --run run --executor local"
+LONG = "x" * 300
 SHOW = "config show --config c.yaml --set"
 DRY = "submit all --config c.yaml --run run --dry-run --cluster cl.yaml"
 
@@ -168,6 +171,36 @@ TYPED = [
     (f"{SUBMIT} --set model.path=model/config.json", "is a file; name its folder"),
     (f"{SUBMIT} --set model.path=https://huggingface.co/a/b", "model.path: a/b"),
     (f"{SUBMIT} --set data.train=https://x.org/r.csv", "is an address; download it"),
+    (f"{SUBMIT} --set model.path=c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file"),
+    (f"{SUBMIT} --set data.train=c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file"),
+    (f"{SUBMIT} --set data.train=dead", "it is a link to gone, which is not there"),
+    (f"{SUBMIT} --set train.adapter={LONG}", "is too long a name; choose a shorter one"),
+    ("study c.yaml --config c.yaml --out c.yaml", "--out takes a folder, and c.yaml is a file"),
+]
+# a path that can be none, and every option that takes one
+NO_PLACES = [
+    ("c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file; name another"),
+    ("dead", "dead does not exist: it is a link to gone, which is not there"),
+    ("dead/x", "dead does not exist: it is a link to gone, which is not there"),
+    (LONG, "is too long a name; choose a shorter one"),
+    ("", "it is empty (a variable that is not set?); write a name"),
+]
+WRITING = [
+    *("submit all --config c.yaml --run", "submit all --config c.yaml --dry-run --run"),
+    *("demo --run", "study seeds.yaml --config c.yaml --out", "collect --run"),
+    *("track --run", "plan --config c.yaml --run", "reproduce --from c.yaml --run"),
+    *("predict --run . --input reviews.csv --out", "export --run . --merged --out"),
+    *("export --run . --predictions", "compare . --html", "init --config", "init --cluster"),
+]
+READING = [
+    *("status --run", "logs --run", "cancel --run", "verify --run", "publish --run", "compare"),
+    *("run train --run", "reproduce --run new --from", "predict --run . --out o.csv --input"),
+    *(
+        "init --data",
+        "submit all --run new --config",
+        "submit all --run new --config c.yaml --cluster",
+    ),
+    *("fetch --config", "config show --config", "doctor --config", "doctor --run", "image check"),
 ]
 CLUSTERS = [
     ("defaults: {account: 0123}", "defaults.account: put it in quotes: YAML reads it as a number"),
@@ -228,6 +261,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "c.yaml").write_text(
         "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
     )
+    (tmp_path / "dead").symlink_to("gone")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -254,6 +288,37 @@ def test_the_message_names_the_thing_and_the_next_command(
     code, said = typed(line, monkeypatch, capsys)
     assert code == 2 and expected in " ".join(said.split()), said
     assert "Traceback" not in said and sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", [*WRITING, *READING])
+def test_a_path_that_can_be_none_is_refused(
+    folder: Path,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(folder.rglob("*"))
+    for place, expected in NO_PLACES:
+        monkeypatch.setattr(sys, "argv", ["yelp_hpc", *line.split(), place])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = " ".join(capsys.readouterr().err.split())
+        assert stopped.value.code == 2 and expected in said, (place, said)
+        assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", WRITING)
+def test_a_folder_that_may_not_be_written_is_refused(folder: Path, line: str) -> None:
+    (folder / "shut").mkdir()
+    before = sorted(folder.rglob("*"))
+    (folder / "shut").chmod(0o555)
+    rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]  # root's own
+    typed = [sys.executable, "-m", "yelp_hpc", *line.split(), "shut/new/x.csv"]
+    argv = [*(rights if os.geteuid() == 0 else []), *typed]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2 and f"you may not write in {folder}/shut" in said, said
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("text", "expected"), CLUSTERS, ids=[text for text, _ in CLUSTERS])

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, SET, WAIT
+from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, SET, WAIT, Place
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path())
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=Place())
 @JSON
-@click.option("--html", metavar="FILE", type=click.Path(), help="write one HTML page, too")
+@click.option("--html", metavar="FILE", type=Place(writes=True), help="write one HTML page, too")
 def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
     """Compare finished runs on the test rows that they share.
 
@@ -44,9 +44,15 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
 
 
 @click.command()
-@click.argument("file", metavar="FILE", type=click.Path())
+@click.argument("file", metavar="FILE", type=Place())
 @CONFIG
-@click.option("--out", required=True, metavar="DIR", type=click.Path(), help="the study's folder")
+@click.option(
+    "--out",
+    required=True,
+    metavar="DIR",
+    type=Place(file_okay=False, writes=True),
+    help="the study's folder",
+)
 @SET
 @EXECUTOR
 @CLUSTER

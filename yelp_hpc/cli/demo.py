@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import click
 
-from yelp_hpc.cli.options import SET
+from yelp_hpc.cli.options import SET, Place
 
 
 @click.command()
 @click.option(
-    "--run", "run_dir", default="runs/demo", show_default=True, metavar="DIR", help="run directory"
+    "--run",
+    "run_dir",
+    default="runs/demo",
+    show_default=True,
+    metavar="DIR",
+    type=Place(file_okay=False, writes=True),
+    help="run directory",
 )
 @SET
 @click.option(
-    "--cluster", metavar="FILE", help="a cluster file, whose image then runs the stages, here"
+    "--cluster",
+    metavar="FILE",
+    type=Place(),
+    help="a cluster file, whose image then runs the stages, here",
 )
 def demo(run_dir: str, overrides: tuple[str, ...], cluster: str | None) -> None:
     """Run every stage on this machine: SmolLM2-135M and real review sentences, from PyPI.

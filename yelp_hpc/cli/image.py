@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 
 from yelp_hpc.cli.meant import Commands
+from yelp_hpc.cli.options import Place
 from yelp_hpc.progress import plain
 from yelp_hpc.runtime import use_programs
 
-IMAGE = click.argument(
-    "image", default="yelp_hpc.sif", type=click.Path(path_type=Path, dir_okay=False)
-)
+IMAGE = click.argument("image", default="yelp_hpc.sif", type=Place(path_type=Path, dir_okay=False))
 CLUSTER = click.option(
     "--cluster",
     metavar="FILE",
+    type=Place(),
     expose_value=False,
     callback=lambda context, option, value: _take_up(value),
     help="a cluster file, whose `programs:` may name the container program",
@@ -42,7 +42,7 @@ def image() -> None:
 @image.command()
 @IMAGE
 @CLUSTER
-@click.option("--lock", metavar="FILE", type=click.Path(path_type=Path), help="default: cpu.lock")
+@click.option("--lock", metavar="FILE", type=Place(path_type=Path), help="default: cpu.lock")
 @click.option("--cuda", is_flag=True, help="the GPU set, containers/cuda.lock")
 @click.option(
     "--base",

@@ -21,7 +21,17 @@ from yelp_hpc.cli.config import config
 from yelp_hpc.cli.demo import demo
 from yelp_hpc.cli.image import image
 from yelp_hpc.cli.meant import Commands, Words, shards_of
-from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, RUN, SET, WAIT
+from yelp_hpc.cli.options import (
+    CLUSTER,
+    CONFIG,
+    EXECUTOR,
+    JSON,
+    RUN,
+    SET,
+    WAIT,
+    WRITTEN_RUN,
+    Place,
+)
 from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.predict import predict
 from yelp_hpc.cli.record import export, reproduce, track, verify
@@ -88,7 +98,7 @@ cli.add_command(plan)
 @cli.command()
 @click.argument("stage", type=Words([*STAGES, "all"]))
 @CONFIG
-@RUN
+@WRITTEN_RUN
 @SET
 @EXECUTOR
 @CLUSTER
@@ -174,7 +184,7 @@ def run_stage(stage: str, run_dir: str, model: str | None, shard: tuple[int, ...
 
 
 @cli.command()
-@RUN
+@WRITTEN_RUN
 @JSON
 def collect(run_dir: str, as_json: bool) -> None:
     """Check coverage, print the table, write metrics.json and report.html.
@@ -277,7 +287,7 @@ cli.add_command(config)
 @click.option(
     "--cluster",
     metavar="FILE",
-    type=click.Path(),
+    type=Place(),
     help="its image does what is not installed here",
 )
 def fetch(config_file: str, overrides: tuple[str, ...], cluster: str | None) -> None:

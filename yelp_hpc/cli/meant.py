@@ -60,7 +60,8 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
         if is_file := re.search(r"Directory '(.+)' is a file", error.message):
             folder = Path(is_file[1]).parent
             hint = f"; write `--run {folder}`" if Path(is_file[1]).name == "run.json" else ""
-            return f"--run takes a folder, and {is_file[1]} is a file{hint}"
+            option = error.param.opts[0] if error.param else "--run"
+            return f"{option} takes a folder, and {is_file[1]} is a file{hint}"
         if error.ctx.command.name == "run" and error.message.startswith("'all' is not known"):
             return "run does one stage, here; all of them: `submit all --executor local`"
     return None

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
 import click
 
 from yelp_hpc.cli.completion import complete_settings
 from yelp_hpc.cli.meant import Words
 
-RUN = click.option(
-    "--run",
-    "run_dir",
-    required=True,
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="run directory",
-)
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Place(click.Path):
+    """A path that can be one: it has a name, and no file, link or missing right hinders it.
+
+    Args:
+        writes: the command writes there.
+    """
+
+    def __init__(self, *, writes: bool = False, **what: Any) -> None:
+        super().__init__(**what)
+        self.writes = writes
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """As click does; fails with what hinders."""
+        from yelp_hpc.rundir.modes import in_the_way, unwritable
+
+        if not str(value).strip():
+            self.fail("it is empty (a variable that is not set?); write a name", param, ctx)
+        found = super().convert(value, param, ctx)
+        path = Path(os.fsdecode(found))
+        problem = unwritable(path, not self.file_okay) if self.writes else in_the_way(path)
+        if problem:
+            self.fail(problem, param, ctx)
+        return found
+
+
+def _run(*, writes: bool) -> Callable[[Command], Command]:
+    return click.option(
+        "--run",
+        "run_dir",
+        required=True,
+        metavar="DIR",
+        type=Place(file_okay=False, writes=writes),
+        help="run directory",
+    )
+
+
+RUN = _run(writes=False)
+WRITTEN_RUN = _run(writes=True)
 CONFIG = click.option(
-    "--config", "config_file", required=True, metavar="FILE", type=click.Path(), help="YAML config"
+    "--config", "config_file", required=True, metavar="FILE", type=Place(), help="YAML config"
 )
 SET = click.option(
     "--set",
@@ -33,7 +73,7 @@ EXECUTOR = click.option(
 CLUSTER = click.option(
     "--cluster",
     metavar="FILE",
-    type=click.Path(),
+    type=Place(),
     help="resources and container: configs/clusters/*.yaml",
 )
 WAIT = click.option("--wait", is_flag=True, help="follow until the end")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yelp_hpc.cli.completion import complete_cards
-from yelp_hpc.cli.options import JSON, SET
+from yelp_hpc.cli.options import JSON, SET, Place
 from yelp_hpc.progress import plain
 
 if TYPE_CHECKING:
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--config", "config_file", metavar="FILE", type=click.Path(), help="YAML config")
+@click.option("--config", "config_file", metavar="FILE", type=Place(), help="YAML config")
 @click.option(
     "--run",
     "run_dir",
     metavar="DIR",
-    type=click.Path(file_okay=False),
+    type=Place(file_okay=False),
     help="count the tokens in its prepare/, keep the forecast there",
 )
 @SET
 @click.option(
     "--cluster",
     metavar="FILE",
-    type=click.Path(),
+    type=Place(),
     help="names the nodes and the GPU: configs/clusters/*.yaml",
 )
 @click.option(
@@ -78,6 +78,7 @@ def plan(
     from yelp_hpc.config import load_config
     from yelp_hpc.errors import RequestError
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.modes import unwritable
     from yelp_hpc.rundir.paths import RunPaths
 
     problems = []
@@ -87,6 +88,8 @@ def plan(
         problems.append("name --config FILE, or --run DIR of a run that was submitted")
     if overrides and config_file is None:
         problems.append("--set changes a --config FILE; a run directory keeps its own settings")
+    if run_dir is not None and not compare:
+        problems += filter(None, [unwritable(Path(run_dir), folder=True)])
     if problems:
         raise RequestError("; ".join(problems))
     run = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from yelp_hpc.cli.meant import Words
-from yelp_hpc.cli.options import RUN
+from yelp_hpc.cli.options import RUN, Place
 from yelp_hpc.rundir.paths import MODELS
 
 if TYPE_CHECKING:
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     "source",
     required=True,
     metavar="FILE",
-    type=click.Path(),
+    type=Place(),
     help="csv, tsv, jsonl, json, parquet, arrow (text also in gz, zst, zip), or a folder of them",
 )
 @click.option(
-    "--out", required=True, metavar="FILE", type=click.Path(), help="csv, jsonl or parquet"
+    "--out",
+    required=True,
+    metavar="FILE",
+    type=Place(writes=True),
+    help="csv, jsonl or parquet",
 )
 @click.option("--model", type=Words(MODELS), default="tuned", show_default=True)
 @click.option("--executor", type=Words(["local", "slurm"]), default="local", show_default=True)
@@ -36,7 +40,10 @@ if TYPE_CHECKING:
     "--shards", type=click.IntRange(1, 100_000), default=1, show_default=True, help="a job each"
 )
 @click.option(
-    "--cluster", metavar="FILE", help="resources and container; slurm's default: the run's"
+    "--cluster",
+    metavar="FILE",
+    type=Place(),
+    help="resources and container; slurm's default: the run's",
 )
 @click.option("--text-column", metavar="NAME", help="of the input; default: the run's")
 @click.option("--label-column", metavar="NAME", help="gives metrics; default: the run's, if there")

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from yelp_hpc.cli.meant import Words
-from yelp_hpc.cli.options import RUN
+from yelp_hpc.cli.options import RUN, WRITTEN_RUN, Place
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir.paths import TRACKERS
 
 
 @click.command()
-@RUN
+@WRITTEN_RUN
 @click.option(
     "--to",
     "names",
@@ -44,11 +44,16 @@ def track(run_dir: str, names: tuple[str, ...]) -> None:
 @click.command()
 @RUN
 @click.option("--merged", is_flag=True, help="the model: adapter and base as one")
-@click.option("--out", metavar="DIR", type=click.Path(), help="folder to write the model to")
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=Place(file_okay=False, writes=True),
+    help="folder to write the model to",
+)
 @click.option(
     "--predictions",
     metavar="FILE",
-    type=click.Path(),
+    type=Place(writes=True),
     help="csv, jsonl or parquet: review, truth, each model's answer and probabilities",
 )
 def export(run_dir: str, merged: bool, out: str | None, predictions: str | None) -> None:
@@ -110,7 +115,12 @@ def verify(run_dir: str) -> None:
 
 @click.command()
 @click.option(
-    "--from", "source", required=True, metavar="FILE", help="run.json, or a run directory"
+    "--from",
+    "source",
+    required=True,
+    metavar="FILE",
+    type=Place(),
+    help="run.json, or a run directory",
 )
 @RUN
 @click.option("--compare", is_flag=True, help="both are done: say whether they are the same")
@@ -121,11 +131,14 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
       python -m yelp_hpc reproduce --from runs/demo/run.json --run runs/again
       python -m yelp_hpc reproduce --from runs/demo --run runs/again --compare
     """
-    from yelp_hpc.errors import StageError, all_problems
+    from yelp_hpc.errors import RequestError, StageError, all_problems
     from yelp_hpc.proof import reproduce as again
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.modes import unwritable
 
     if not compare:
+        if problem := unwritable(Path(run_dir), folder=True):
+            raise RequestError(f"--run: {problem}")
         prepared = again.reproduce(source, run_dir)
         for warning in prepared.warnings:
             click.echo(plain(f"warning: {warning}"), err=True)

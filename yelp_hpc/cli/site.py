@@ -6,14 +6,25 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.options import JSON, SET
+from yelp_hpc.cli.options import CLUSTER, JSON, SET, Place
 
 
 @click.command()
-@click.option("--cluster", default="cluster.yaml", show_default=True, metavar="FILE")
-@click.option("--config", "config_file", default="config.yaml", show_default=True, metavar="FILE")
+@click.option(
+    "--cluster", default="cluster.yaml", show_default=True, metavar="FILE", type=Place(writes=True)
+)
+@click.option(
+    "--config",
+    "config_file",
+    default="config.yaml",
+    show_default=True,
+    metavar="FILE",
+    type=Place(writes=True),
+)
 @click.option("--force", is_flag=True, help="replace files that are there")
-@click.option("--data", metavar="FILE", help="write the config alone, its task from this data")
+@click.option(
+    "--data", metavar="FILE", type=Place(), help="write the config alone, its task from this data"
+)
 def init(cluster: str, config_file: str, force: bool, data: str | None) -> None:
     """Write a cluster file, by asking Slurm, and a starter config.
 
@@ -32,11 +43,15 @@ def init(cluster: str, config_file: str, force: bool, data: str | None) -> None:
 
 
 @click.command()
-@click.option("--config", "config_file", metavar="FILE", help="also look at its model and data")
-@click.option("--cluster", metavar="FILE", help="resources and container: configs/clusters/*.yaml")
 @click.option(
-    "--run", "run_dir", metavar="DIR", type=click.Path(), help="run directory, old or new"
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=Place(),
+    help="also look at its model and data",
 )
+@CLUSTER
+@click.option("--run", "run_dir", metavar="DIR", type=Place(), help="run directory, old or new")
 @SET
 @click.option("--on-node", is_flag=True, help="submit a short job that looks at a compute node")
 @click.option(

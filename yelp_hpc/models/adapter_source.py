@@ -14,6 +14,7 @@ from yelp_hpc.cache import hub_folder
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.models.fetch import fetch_model
 from yelp_hpc.rundir.files import damaged_files, read_marker, read_object, sha256_file
+from yelp_hpc.rundir.modes import in_the_way
 from yelp_hpc.rundir.origin import WEIGHTS
 from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
 
@@ -55,6 +56,8 @@ def find_adapter(source: str, download: bool = True) -> AdapterSource | None:
         StageError: the download fails.
     """
     path = Path(source).expanduser()
+    if hinders := in_the_way(path):
+        raise RequestError(hinders)
     run = None
     if path.is_dir():
         folder = path

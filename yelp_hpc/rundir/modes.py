@@ -1,8 +1,58 @@
-"""Who may read what is written: the umask's business, not a library's."""
+"""What a path can name, who may write there, who may read what is written. Writes no file.
+
+`in_the_way` and `unwritable` look at a path before anything is done with it, `let_umask_rule` gives
+files the mode that they would have had without a library's own mind.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+"""Bytes, on Linux."""
+_ROOM_IN_NAME, _ROOM_IN_PATH = 80, 300
+"""What is put before a name while its file is written; what a run directory holds below it."""
+
+
+def in_the_way(path: Path) -> str | None:
+    """Why nothing can be or be made at `path`; None when something is there, or nothing hinders."""
+    path = path.expanduser()
+    parts = [len(os.fsencode(part)) for part in path.parts]
+    if max(parts, default=0) > _LONGEST_NAME or sum(parts) + len(parts) > _LONGEST_PATH:
+        return f"{str(path)[:40]}… is too long a name; choose a shorter one"
+    for place in (path, *path.parents):
+        if os.path.islink(place) and not os.path.exists(place):  # noqa: PTH110, PTH114 - never raise
+            return f"{place} does not exist: it is a link to {place.readlink()}, which is not there"
+        if os.path.lexists(place):
+            if place == path or (os.access(place, os.X_OK) and os.path.isdir(place)):  # noqa: PTH112
+                return None
+            if os.path.isdir(place):  # noqa: PTH112
+                return f"{path} cannot be looked at: you may not enter {place}; name another"
+            return f"{path} cannot be there: {place} is a file; name another"
+    return None
+
+
+def unwritable(path: Path, folder: bool = False) -> str | None:
+    """Why `path` cannot be written, as a file or a `folder` with files; None when it can.
+
+    A file is written beside itself and renamed, so that its folder must be writable.
+    """
+    if hinders := in_the_way(path):
+        return hinders
+    path = path.expanduser().absolute()
+    name, whole = len(os.fsencode(path.name)), len(os.fsencode(path))
+    if name > _LONGEST_NAME - _ROOM_IN_NAME or whole > _LONGEST_PATH - _ROOM_IN_PATH:
+        return f"{str(path)[:40]}… is too long for what is written there; choose a shorter name"
+    if path.is_dir() and not folder:
+        return f"{path} is a folder; name a file"
+    if os.path.lexists(path) and folder and not path.is_dir():
+        return f"{path} is a file; name a folder"
+    start = path if folder else path.parent
+    there = next(place for place in (start, *start.parents) if os.path.lexists(place))
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{path} cannot be written: you may not write in {there}; name another"
+    return None
 
 
 def let_umask_rule(folder: Path) -> None:
