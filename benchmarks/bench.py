@@ -36,6 +36,8 @@ ELSEWHERE = {
     "chaos": "root and `make cluster`",
     "submit_cost": "`make cluster`",
     "image_start": "an image",
+    "gpu_commands": "a GPU",
+    "gpu_architectures": "a GPU",
     "faults": "a C compiler, and time",
 }
 

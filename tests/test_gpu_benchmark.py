@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from yelp_hpc.rundir.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,27 @@ def test_every_part_of_the_gpu_benchmark_holds_on_a_cpu(tmp_path: Path) -> None:
         "bf16 kept", "bf16 computed twice",
     }  # fmt: skip
     assert found["scoring_and_generation"]["found"]["tokens_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_commands_on_a_cpu_end_with_the_same_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    argv = ["benchmarks/gpu_commands.py", "--small", "--work", str(tmp_path / "work")]
+    subprocess.run([sys.executable, *argv, "--out", str(out)], check=True, cwd=ROOT)
+    assert read_json(out)["same bytes"] is True
+
+
+def test_twins_are_asked_on_another_device_in_two_number_formats(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    argv = ["benchmarks/gpu_architectures.py", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, *argv, "llama", "mamba", "bert"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "3 asked, 2 computed, 0 do not hold" in done.stdout
+    found = {answer["kind"]: answer for answer in read_json(out)}
+    assert found["llama"]["way"] == "packed" and found["llama"]["float32"]["packed"] < 1e-5
+    assert 1e-4 < found["mamba"]["bfloat16"]["plain"] < 0.1
 
 
 def test_a_part_that_fails_hides_no_other(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Figures of plans to the last digit: who changes a formula changes `figures.json` and sees it.
 
-`python tests/forecast/test_figures.py` writes the file anew; the formulas themselves are held
+`python -m tests.forecast.test_figures` writes the file anew; the formulas themselves are held
 against built models, measured peaks and the engine's own plan in test_plan.py.
 """
 

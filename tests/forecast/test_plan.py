@@ -170,6 +170,21 @@ def test_more_cards_take_less_time_and_no_fewer_flops() -> None:
     assert "assumption" in page(one) and max(map(len, page(one).splitlines())) <= 80
 
 
+def test_a_card_that_waits_for_its_host_is_said_and_counted() -> None:
+    """An H200 took 91 to 180 ms for a micro-batch of which it computed 62."""
+    path = ROOT / "configs/yelp_chatglm3.yaml"
+    times = []
+    for pieces in (1, 4):
+        config = load_config(path, [f"train.micro_batches={pieces}", "train.nproc=1"]).config
+        plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("h200"))
+        times.append(plan.train_seconds or 0)
+        assert ("faster than its host" in "\n".join(plan.notes)) == (pieces == 4)
+    assert times[1] > 1.5 * times[0]
+    slow = load_config(path).config
+    plan = forecast(slow, CHATGLM3, estimated_lengths(slow), card=find_card("rtx3090"))
+    assert "faster than its host" not in "\n".join(plan.notes)
+
+
 def test_a_card_that_is_too_small_or_knows_no_bf16_is_said() -> None:
     changes = ["data.train_rows=320", "train.precision=bf16", "model.precision=fp32"]
     config = load_config(ROOT / "configs/yelp_chatglm3.yaml", changes).config

@@ -21,6 +21,9 @@ from yelp_hpc.gpus import OLDEST_CARD, OLDEST_DRIVER, Card
 # Shares of a card's rates that are reached, of dense matrix products and of its memory: assumed.
 # `--efficiency` changes the first, a probe replaces both.
 EFFICIENCY, MEMORY_EFFICIENCY = 0.7, 0.8
+LAUNCH_SECONDS = 4e-3
+"""Of a layer's kernels in a step, forward and backward: a micro-batch that a card computes faster
+waits for its host. 3.2 to 6.4 ms beside an H200, of which `benchmarks/gpu.py` tells."""
 START_SECONDS = 40.0  # interpreter, imports, CUDA; and the weights at …
 READ_RATE = 1e9  # … bytes a second
 
@@ -126,9 +129,17 @@ def on_card(
         steps = work.critical * (load.train_flops / work.tokens)
         checked = load.validation_tokens / load.ranks
         checks = checked * load.forward_flops / work.tokens
-        training = start + (steps + checks) / (trains * efficiency)
-        training += moved(work.critical, config.train.precision, True)
+        computed = moved(work.critical, config.train.precision, True)
+        computed += steps / (trains * efficiency)
+        launched = LAUNCH_SECONDS * shape.layers * work.micro_batches / load.ranks
+        training = start + max(computed, launched) + checks / (trains * efficiency)
         training += moved(checked, config.train.precision, False)
+        if launched > computed:
+            notes.append(
+                f"a {card.name} computes micro-batches of {work.tokens // work.micro_batches:,} "
+                "tokens faster than its host launches them: fewer `train.micro_batches` (1 on one "
+                "GPU) and a larger `train.max_tokens` would be faster"
+            )
     if infers:
         scoring = load.infer_flops / (infers * efficiency)
         scoring += moved(load.models * load.scored_tokens, config.infer.precision, False)
