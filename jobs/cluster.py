@@ -22,7 +22,7 @@ from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.runtime import TOKENS
 from yelp_hpc.settings import Frozen, read_settings
-from yelp_hpc.synonyms import CLUSTER, CONFIG, SBATCH
+from yelp_hpc.synonyms import CLUSTER, CONFIG, SBATCH, SHORT
 
 
 def _one_line(value: str) -> str:
@@ -92,10 +92,17 @@ _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # what the launchers set themselves: a second value in `sbatch:` would silently win over it
 _RESERVED = frozenset(
     {
-        *("array", "dependency", "error", "export", "job-name", "kill-on-invalid-dep"),
-        *("ntasks-per-node", "open-mode", "output", "requeue", "no-requeue", "signal", "wrap"),
+        *("array", "dependency", "error", "export", "export-file", "job-name", "ntasks"),
+        *("kill-on-invalid-dep", "ntasks-per-gpu", "ntasks-per-node", "open-mode", "output"),
+        *("parsable", "quiet", "requeue", "no-requeue", "signal", "test-only", "wait", "wrap"),
     }
 )
+# our key → options that say the same in another way, which sbatch or we take instead of it
+_INSTEAD = {
+    "memory": ("mem-per-cpu", "mem-per-gpu"),
+    "gpus": ("gpus-per-task", "gpus-per-socket", "tres-per-task"),
+    "cpus": ("cpus-per-gpu",),
+}
 
 
 def minutes(text: str) -> int:
@@ -168,15 +175,37 @@ class Resources(Frozen):
         minutes(str(value))
         return str(value)
 
-    @field_validator("sbatch")
+    @field_validator("sbatch", mode="before")
     @classmethod
-    def _options(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if not _OPTION.fullmatch(name):
-                raise ValueError(f"{name!r} is no sbatch option; write it without dashes in front")
-            if name in _RESERVED:
-                raise ValueError(f"{name} is set by the launchers and cannot be given here")
+    def _options(cls, value: Any) -> Any:
+        named = value.items() if isinstance(value, dict) else ()
+        wrong = [text for name, given in named if (text := cls._no_option(str(name), given))]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return value
+
+    @classmethod
+    def _no_option(cls, name: str, value: Any) -> str | None:
+        """Why an option cannot stand in `sbatch:`, however it is spelt; None when it can."""
+        bare = name.lstrip("-")
+        option = SHORT.get(bare, bare.lower().replace("_", "-"))
+        keys = {synonym: key for synonym, key in CLUSTER.items() if key in cls.model_fields}
+        keys |= {key: key for key in cls.model_fields if key not in ("sbatch", "gpu_type")}
+        known = sorted({*_RESERVED, *(key.replace("_", "-") for key in keys)})
+        if option not in known and len(option) > 1:  # sbatch takes a name's beginning for it
+            option = next((one for one in known if one.startswith(option)), option)
+        key = keys.get(option.replace("-", "_"))
+        if option == "gres" and not re.search(r"(^|,|/)gpu\b", str(value)):
+            key = None
+        if key:
+            dashes = " (and no option with dashes in front)" if bare != name else ""
+            return f"option {name} is the key {key}: write `{key}: VALUE` beside `sbatch:`{dashes}"
+        if option in _RESERVED:
+            return f"option {name} is set by the launchers and cannot be given here"
+        if name != option or not _OPTION.fullmatch(name) or len(name) == 1:
+            meant = f", as {option}" if _OPTION.fullmatch(option) and len(option) > 1 else ""
+            return f"{name!r} is no sbatch option; write it in full, without dashes in front{meant}"
+        return None
 
 
 class Container(Frozen):
@@ -265,6 +294,15 @@ class ClusterConfig(Frozen):
     def _one_way(self) -> ClusterConfig:
         if self.container and self.command:
             raise ValueError("give container or command, not both")
+        twice = {
+            f"{key} and sbatch.{option} say the same: leave one out (in {stage}, or in defaults)"
+            for stage in STAGES
+            for key, options in _INSTEAD.items()
+            for option in {*options} & {*self.resources(stage).sbatch}
+            if getattr(self.resources(stage), key)
+        }
+        if twice:
+            raise ValueError("; ".join(sorted(twice)))
         return self
 
     def resources(self, stage: str) -> Resources:

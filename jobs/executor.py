@@ -121,7 +121,8 @@ def parameters(
         extra["mem"] = want.memory
     if want.gpus:
         kind = f"gpu:{want.gpu_type}" if want.gpu_type else "gpu"
-        extra["gres"] = f"{kind}:{want.gpus}"
+        others = want.sbatch.get("gres")  # of another kind, as a node's scratch
+        extra["gres"] = f"{kind}:{want.gpus}" + (f",{others}" if others else "")
     chosen = {
         "job_name": job_name(job, run),
         "time": minutes(limit),

@@ -229,9 +229,7 @@ CASES = [
     arguments("submit all --config good.yaml --run a,b --dry-run", "a,b", "','"),
     arguments("submit all --config good.yaml --run a%j --dry-run", "a%j", "'%'"),
     arguments("submit all --config good.yaml --run good.yaml --dry-run", "good.yaml"),
-    arguments(
-        "submit all --config good.yaml --run good.yaml/x --executor local", "x/run.json", code=1
-    ),
+    arguments("submit all --config good.yaml --run good.yaml/x", "good.yaml is a file"),
     arguments("export --run nowhere --out x", "--merged"),
     arguments("reproduce --from gone.json --run r", "gone.json"),
     arguments("reproduce --from good.yaml --run r", "good.yaml"),

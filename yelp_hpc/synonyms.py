@@ -152,7 +152,7 @@ NO_KEY = _names(
             "nodes of the cluster file; leave it out"
         ): (
             "deepspeed fsdp fsdp_config ddp_timeout ddp_find_unused_parameters ddp_backend "
-            "local_rank accelerate distributed"
+            "local_rank accelerate distributed ntasks ntasks_per_node"
         ),
         (
             "quantised training is not done; what saves memory: train.precision and "
@@ -272,10 +272,19 @@ SBATCH = frozenset(
         *("reservation", "nodelist", "exclusive", "comment", "mem-per-cpu", "mem-per-gpu", "begin"),
         *("gpus-per-task", "gpu-bind", "licenses", "tmp", "switches", "nice", "priority", "hint"),
         *("distribution", "cpus-per-gpu", "gres-flags", "deadline", "clusters", "wckey", "chdir"),
-        *("get-user-env", "ntasks", "prefer", "profile", "threads-per-core", "use-min-nodes"),
+        *("get-user-env", "prefer", "profile", "threads-per-core", "use-min-nodes"),
     }
 )
 """sbatch's options that have no key of their own: they go into `sbatch:`."""
+
+SHORT = {
+    **{"p": "partition", "A": "account", "t": "time", "N": "nodes", "C": "constraint", "q": "qos"},
+    **{"G": "gpus", "x": "exclude", "c": "cpus-per-task", "n": "ntasks", "J": "job-name"},
+    **{"o": "output", "e": "error", "d": "dependency", "a": "array", "W": "wait", "Q": "quiet"},
+    **{"w": "nodelist", "L": "licenses", "D": "chdir", "M": "clusters", "m": "distribution"},
+    **{"H": "hold", "b": "begin", "S": "core-spec", "B": "extra-node-info", "k": "no-kill"},
+}
+"""sbatch's short option → the long one."""
 
 COMMANDS = _names(
     {

@@ -73,12 +73,12 @@ def test_dry_run_prints_scripts_that_bash_reads_and_submits_nothing(
     evil = "x; touch $(pwd)/pwned #"
     cluster = {
         "defaults": {"partition": evil, "gpus": 4, "gpu_type": "rtx3090", "time": "2-0"},
-        "train": {"nodes": 2},
+        "train": {"nodes": 2, "sbatch": {"gres": "lscratch:100"}},
     }
     run = fake_run("a run", cluster=cluster)
     made = submit("all", run.root, run.config, run.cluster, dry_run=True)
     train = made[1].script
-    assert "#SBATCH --gres=gpu:rtx3090:4" in train
+    assert "#SBATCH --gres=gpu:rtx3090:4,lscratch:100\n" in train
     assert "#SBATCH --nodes=2" in train
     assert "#SBATCH --signal=USR2@120" in train
     assert f"#SBATCH --partition={shlex.quote(evil)}" in train

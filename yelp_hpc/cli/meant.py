@@ -10,7 +10,7 @@ import click
 
 from yelp_hpc.errors import nearest
 from yelp_hpc.rundir.paths import STAGES
-from yelp_hpc.synonyms import CLUSTER, COMMANDS, NO_KEY, OPTIONS, SBATCH, key_of
+from yelp_hpc.synonyms import CLUSTER, COMMANDS, NO_KEY, OPTIONS, SBATCH, SHORT, key_of
 
 
 def command_meant(word: str, commands: Iterable[str]) -> str | None:
@@ -159,7 +159,8 @@ def option_meant(option: str, command: click.Command, arguments: Sequence[str] =
             f"there is no option {option}; it is a key of the config, {key}: "
             "change it there, and submit again"
         )
-    resource = resource or _SHORT.get(option, "")
+    name = SHORT.get(option.lstrip("-"), name).replace("-", "_")
+    resource = CLUSTER.get(name, name if name in set(CLUSTER.values()) else "")
     if resource or name.replace("_", "-") in SBATCH:
         line = f"{resource}: VALUE" if resource else f"sbatch: {{{name.replace('_', '-')}: VALUE}}"
         return (
@@ -178,8 +179,6 @@ def _takes_no(word: str, command: click.Command) -> str:
     return f"{command.name} takes no {word}; it takes {', '.join([*words, *_options(command)])}"
 
 
-_SHORT = {"-p": "partition", "-A": "account", "-t": "time", "-N": "nodes", "-C": "constraint",
-          "-q": "qos", "-G": "gpus", "-x": "exclude"}  # fmt: skip
 _SITE = frozenset({"gpus", "gpu_type", "nodes", "cpus", "memory", "time", "partition", "account"})
 
 
