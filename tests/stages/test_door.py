@@ -277,16 +277,23 @@ def test_a_model_without_a_twin_is_asked_itself_in_prepare(
     assert examine(config, sound).way == "packed"
 
 
-def test_prepare_reads_every_weight(sound: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [None, 1, 100])
+def test_prepare_reads_every_weight(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int | None
+) -> None:
+    if piece:
+        monkeypatch.setattr("yelp_hpc.models.weights._PIECE", piece)
     folder = tmp_path / "model"
     shutil.copytree(sound, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][3, 3] = float("nan")
+    tensors["model.one_number"] = torch.tensor(float("inf"))
+    tensors["lm_head.weight"][[3, -1], [3, -1]] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = tiny_config(folder, data={"cutoff": 256})
-    assert check_model(config) == ()
-    with pytest.raises(RequestError, match=r"NaN or infinity.*\n  - lm_head.weight"):
+    check_model(config)  # reads headers alone
+    with pytest.raises(RequestError, match="NaN or infinity") as refused:
         examine(config, folder)
+    assert str(refused.value).splitlines()[1:] == ["  - lm_head.weight", "  - model.one_number"]
 
 
 def load(folder: Path) -> Any:

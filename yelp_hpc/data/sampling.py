@@ -54,7 +54,7 @@ def split_rows(
         test = _draw(
             rng, range(len(test_labels)), test_labels, data.test_rows, data, "test_rows", names
         )
-        rest = list(range(len(labels)))
+        rest: Sequence[int] = range(len(labels))
     else:
         test = _draw(rng, range(len(labels)), labels, data.test_rows, data, "test_rows", names)
         taken = set(test)
@@ -98,7 +98,7 @@ def _draw(
             + (" left beside the test set" if key == "train_rows" and not data.test else "")
         )
     if not data.balanced:
-        return rng.sample(list(candidates), wanted)
+        return rng.sample(candidates, wanted)
     drawn: list[int] = []
     for label, name in enumerate(names):
         share = wanted // len(names) + (label < wanted % len(names))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from yelp_hpc.models.checkpoint import weight_files
 
 # Weights that nothing reads; checkpoints carry them or not.
 _UNUSED_WEIGHTS = re.compile(r"rotary.*inv_freq$")
+_PIECE = 1 << 22
+"""Weights that are looked at at once."""
 
 
 def check_shapes(folder: Path) -> list[str]:
@@ -50,7 +53,7 @@ def check_values(folder: Path) -> None:
     damaged: list[str] = []
     for file in files:
         try:
-            sick += not_finite(_tensors(file))
+            sick += dict.fromkeys(not_finite(_tensors(file)))
         except Exception as error:  # as above
             damaged.append(f"{file.name}: {first_line(error)}")
     check_sound(folder, damaged, sick)
@@ -121,14 +124,19 @@ def cannot_load(folder: Path, files: Iterable[Path], error: Exception) -> Reques
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, large ones in pieces."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-        for name in names:  # opened anew for each: what is mapped and read counts as memory
-            with safe_open(file, framework="pt") as tensors:
-                yield name, tensors.get_tensor(name)
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        for name, shape in shapes.items():
+            step = max(1, _PIECE // max(1, prod(shape[1:])))
+            for row in range(0, shape[0] if shape else 1, step):
+                # opened anew for each: what is mapped and read counts as memory
+                with safe_open(file, framework="pt") as tensors:
+                    part = tensors.get_slice(name)[row : row + step] if shape else None
+                    yield name, tensors.get_tensor(name) if part is None else part
         return
     whole = zipfile.is_zipfile(file)  # torch's format of before 2020 cannot be mapped
     yield from torch.load(file, map_location="cpu", weights_only=True, mmap=whole).items()
