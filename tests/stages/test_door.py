@@ -167,7 +167,12 @@ BROKEN = [
            "has no tokenizer", train=False),
     Broken("ids beyond the embedding", changed(vocab_size=100), "ids up to .* has 100 rows"),
     Broken("no end of sequence", no_end, "has no end-of-sequence token"),
-    Broken("nonsense", changed(num_attention_heads="many"), "config.json cannot be used"),
+    Broken("nonsense", changed(num_attention_heads="many"),
+           "config.json cannot be used: num_attention_heads is 'many', and a positive whole"),
+    Broken("no layers", changed(num_hidden_layers=0), "num_hidden_layers is 0, and a positive"),
+    Broken("no size", changed(hidden_size=-8, head_dim=True, text_config={"vocab_size": "9"}),
+           "hidden_size is -8, .*; head_dim is True, .*; text_config.vocab_size is '9', and"),
+    Broken("odd heads", changed(num_key_value_heads=3), "is 3, which does not divide num_att.*, 4"),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yelp_hpc.errors import RequestError
+from yelp_hpc.models.checkpoint import SIZES, is_size
 
 # The MLP has a gate beside its two projections, but not in these.
 _UNGATED = frozenset({"gpt2", "gpt_neox", "gpt_bigcode", "opt", "phi", "falcon", "bloom"})
@@ -20,19 +21,6 @@ _TIED = frozenset({
     "mpt", "openai-gpt", "opt", "recurrent_gemma", "smollm3", "starcoder2", "trocr", "vaultgemma",
     "xglm", "youtu", "zamba", "zamba2", "zaya",
 })  # fmt: skip
-_NAMES = {
-    "hidden": ("hidden_size", "n_embd", "d_model"),
-    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"),
-    "heads": (
-        "num_attention_heads",
-        "n_head",
-        "n_heads",
-        "num_heads",
-        "attention_heads",
-        "decoder_attention_heads",
-    ),
-    "vocabulary": ("padded_vocab_size", "vocab_size"),
-}
 # State spaces without attention: counted as if one head did their work.
 _HEADLESS = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
 _FEW_HEADS = 1
@@ -154,22 +142,23 @@ def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:
         value = next((config[name] for name in names if config.get(name) is not None), default)
         if isinstance(value, list) and value and all(isinstance(one, int) for one in value):
             value = max(value)  # a width a layer
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            problems.append(f"{names[0]} is {value!r}")
+        if not is_size(value):
+            named = next((name for name in names if config.get(name) is not None), names[0])
+            problems.append(f"{named} is {value!r}")
             return 1
-        return value
+        return int(value or 1)
 
     found = {
-        key: size(names, _FEW_HEADS if key == "heads" and kind in _HEADLESS else None)
-        for key, names in _NAMES.items()
+        key: size(SIZES[key], _FEW_HEADS if key == "heads" and kind in _HEADLESS else None)
+        for key in ("hidden", "layers", "heads", "vocabulary")
     }
     hidden, heads = found["hidden"], found["heads"]
     chatglm = config.get("model_type") == "chatglm"
-    grouped = ("multi_query_group_num",) if chatglm else ("num_key_value_heads", "num_kv_heads")
+    grouped = SIZES["groups"][:1] if chatglm else SIZES["groups"][1:]
     one = kind in ("falcon", "gpt_bigcode") and config.get("multi_query", True)
     groups = 1 if one and not config.get("new_decoder_architecture") else size(grouped, heads)
-    head_dim = size(("kv_channels", "head_dim"), max(1, hidden // heads))
-    inner = size(("ffn_hidden_size", "intermediate_size", "n_inner", "ffn_dim"), 4 * hidden)
+    head_dim = size(SIZES["head_dim"], max(1, hidden // heads))
+    inner = size(SIZES["inner"], 4 * hidden)
     if problems:
         raise RequestError(f"{where} does not describe a decoder: {', '.join(problems)}")
     tied = config.get("tie_word_embeddings")

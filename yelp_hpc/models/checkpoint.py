@@ -42,6 +42,19 @@ HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnsw
 _PACKED = re.compile(
     r"(qweight|qzeros|weight_packed|weight_scale(_inv)?|proj_blocks|\.SCB|absmax)$"
 )
+SIZES = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"),
+    "heads": (
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+        "decoder_attention_heads",
+    ),
+    "vocabulary": ("padded_vocab_size", "vocab_size"),
+    "groups": ("multi_query_group_num", "num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("kv_channels", "head_dim"),
+    "inner": ("ffn_hidden_size", "intermediate_size", "n_inner", "ffn_dim"),
+}
+"""Size of a decoder → what config.json calls it, of one architecture or another."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 
@@ -105,6 +118,8 @@ def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> di
         raise RequestError(f"{folder} cannot be used: {problems[0]}")
     if problems:
         raise RequestError(all_problems(f"{folder} cannot be used:", problems))
+    if sizes := list(_sizes(config)):
+        raise RequestError(f"{folder / 'config.json'} cannot be used: {'; '.join(sizes)}")
     if native:
         check_family(folder, config)
     files = weight_files(folder, whole)
@@ -160,6 +175,31 @@ def config_problems(config: dict[str, Any]) -> Iterator[str]:
     if settings:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         yield quantised(str(method or "quantization_config"))
+
+
+def is_size(value: object) -> bool:
+    """Whether a value is a positive whole number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _sizes(config: dict[str, Any], where: str = "") -> Iterator[str]:
+    """What is no size; a list has one a layer, none for a layer that does without."""
+    for name in (name for names in SIZES.values() for name in names):
+        value = config.get(name)
+        if name == "head_dim" and value == 0 and config.get("kv_lora_rank"):
+            continue  # the width of what is rotated, where others have the rest
+        each = value if isinstance(value, list) and value else [value]
+        good = all(is_size(one) or (one == 0 and each is value) for one in each)
+        if value is not None and not good:
+            yield f"{where}{name} is {value!r}, and a positive whole number is wanted"
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and is_size(groups) and heads % groups:
+        yield (
+            f"{where}num_key_value_heads is {groups}, which does not divide num_attention_heads, "
+            f"{heads}"
+        )
+    if isinstance(inner := config.get("text_config"), dict):
+        yield from _sizes(inner, f"{where}text_config.")
 
 
 def quantised(method: str) -> str:
