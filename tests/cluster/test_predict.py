@@ -99,6 +99,7 @@ def test_a_thousand_rows_under_kills_are_those_of_this_machine(
 def test_in_the_image_the_answers_are_those_of_this_machine(
     slurm: Cluster, image_sif: Path, open_folder: Path
 ) -> None:
+    """Four shards on a site whose arrays hold two tasks: each loads the model once for two."""
     top = open_folder / "predict"
     run = finish_run(top / "run", top / "model", str(top / "model"))
     (top / "in").mkdir()
@@ -110,14 +111,19 @@ def test_in_the_image_the_answers_are_those_of_this_machine(
     values = {
         "defaults": {"partition": "cpu", "memory": "500M", "time": "10"},
         "container": {"image": str(image_sif), "cache": str(top / "cache")},
+        "max_array_size": 2,
     }
     cluster.write_text(yaml.safe_dump(values))
-    asked = ["predict", "--run", str(run.root), "--input", str(source), "--shards", "2"]
+    asked = ["predict", "--run", str(run.root), "--input", str(source), "--shards", "4"]
     where = ["--executor", "slurm", "--cluster", str(cluster), "--wait"]
     yelp_hpc(*asked, "--out", str(top / "out" / "there.csv"), *where)
     (root,) = run.predict.iterdir()
-    for name in ("prepare", "infer-tuned-0000", "collect"):
-        assert "apptainer exec" in RunPaths(root).stage_log(name).read_text()
+    tasks = [log.stem for log in sorted(RunPaths(root).logs.glob("infer-tuned-*.log"))]
+    assert tasks == ["infer-tuned-0000", "infer-tuned-0002"]
+    for name in ("prepare", *tasks, "collect"):
+        log = RunPaths(root).stage_log(name).read_text()
+        assert "apptainer exec" in log
+        assert log.count("loading ") == (1 if name in tasks else 0), log
     there = (top / "out" / "there.csv").read_text()
     answers = [one.label for one in Classifier(run.root).predict([str(x["text"]) for x in lines])]
     assert [row["answer"] for row in csv.DictReader(there.splitlines())] == answers
