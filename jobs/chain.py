@@ -46,7 +46,7 @@ from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.modes import unwritable
-from yelp_hpc.rundir.paths import STAGES, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_FILES, STAGES, RunPaths
 from yelp_hpc.runtime import open_log, use_programs
 
 
@@ -168,9 +168,14 @@ def submit(
 
 
 def refuse_unwritable(paths: RunPaths) -> None:
-    """Raises RequestError when the run directory cannot be made or written."""
+    """Raises RequestError when the run directory cannot be made or written, or is a model's."""
     if problem := unwritable(paths.root, folder=True):
         raise RequestError(f"--run: {problem}")
+    for file in ("config.json", ADAPTER_FILES[0]):
+        if (paths.root / file).is_file() and not paths.run_json.exists():
+            raise RequestError(
+                f"{paths.root} holds a model ({file}); name a folder of the run's own"
+            )
 
 
 _NO_REPOSITORY = (

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from yelp_hpc.errors import RequestError
 from yelp_hpc.own_files import shipped
 from yelp_hpc.settings import Frozen, read_settings
 from yelp_hpc.synonyms import CONFIG, NO_KEY, OF_A_SITE
@@ -337,9 +338,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     A name that is no file here may be one of the package's own: `demo`, `yelp_chatglm3`.
 
     Raises:
-        RequestError: the file is missing or not YAML, a key is unknown (the nearest valid one is
-            named), a value has the wrong type or range. All problems are in the one message.
+        RequestError: the file is missing, not YAML or a run's record, a key is unknown (the nearest
+            valid one is named), a value has the wrong type or range. All problems are in the one
+            message.
     """
+    if Path(path).name == "run.json" and Path(path).is_file():
+        raise RequestError(
+            f"{path} is the record of a run, no config; to repeat what it asked for:\n"
+            f"  python -m yelp_hpc reproduce --from {path} --run DIR"
+        )
     config, given, origin = read_settings(Config, shipped(path), overrides)
     return LoadedConfig(config, given, origin)
 

@@ -87,7 +87,8 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
     null = "; null for none" if optional and value is not None else ""
     plain = kind.startswith(("int", "float", "bool", "string_type", "literal"))
     if isinstance(value, dict) and plain:
-        return "takes one value, and has no keys below it"
+        text = "; a text that begins with { stands in quotes" if kind == "string_type" else ""
+        return f"takes one value, and has no keys below it{text}"
     if kind == "string_type" and isinstance(value, bool):
         return "put it in quotes: YAML reads it as true or false"
     if kind == "string_type" and isinstance(value, int | float | date):

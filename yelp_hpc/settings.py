@@ -237,7 +237,11 @@ def _apply_override(given: dict[str, Any], origin: dict[str, str], override: str
     try:
         value = parse_value(text)
     except yaml.YAMLError as error:
-        return [f"--set {key}: {text!r} is not a YAML value: {getattr(error, 'problem', error)}"]
+        why = getattr(error, "problem", error)
+        return [
+            f"--set {key}: {text!r} is not a YAML value: {why}; a text with {{ [ : or # stands in "
+            "quotes inside the shell's"
+        ]
     except RecursionError:
         return [f"--set {key}: the value is nested too deeply"]
     *parents, last = key.split(".")

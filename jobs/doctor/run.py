@@ -5,6 +5,7 @@ Pure but for a look at the sources of binds: facts in, findings out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -131,9 +132,9 @@ def check_inputs(found: Inputs, request: Request) -> Iterator[Finding]:
         else:
             yield command("model", "failure", text, request.fetch)
     elif found.unfit:
-        yield config_line(
-            "model", "failure", found.unfit, "model.path: OWNER/NAME of another model"
-        )
+        named = re.search(r"\b(lora\.target|task\.labels|prompt\.template)\b", found.unfit)
+        remedy = f"{named[1]}: VALUE" if named else "model.path: OWNER/NAME of another model"
+        yield config_line("model", "failure", found.unfit, remedy)
     elif found.remote:
         text = f"{config.model.path} is not in the cache: the first stage downloads it"
         yield command("model", "warning", text, request.fetch)

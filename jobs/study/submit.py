@@ -90,7 +90,9 @@ def submit_study(
             require_sound_request(one.planned(), wanted.loaded.config, own, executor)
             runs.append(one)
         except RequestError as error:
-            problems += [line for line in str(error).splitlines() if line not in problems]
+            said = str(error).splitlines()
+            said = [line.removeprefix("  - ") for line in said[1:] or said]  # without its headline
+            problems += [line for line in said if line not in problems]
     if problems:
         raise RequestError(all_problems(f"the study {study.root} cannot be made:", problems))
     if executor == "slurm":

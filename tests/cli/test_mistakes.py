@@ -173,6 +173,21 @@ TYPED = [
     (f"{SUBMIT} --set model.path=model/config.json", "is a file; name its folder"),
     (f"{SUBMIT} --set model.path=https://huggingface.co/a/b", "model.path: a/b"),
     (f"{SUBMIT} --set data.train=https://x.org/r.csv", "is an address; download it"),
+    (f"{SUBMIT} --set prompt.template={{review}}", "a text that begins with { stands in quotes"),
+    (f"{SUBMIT} --set prompt.template={{a}}{{b}}", "a text with { [ : or # stands in quotes"),
+    (
+        "submit all --config c.yaml --run model --executor local",
+        "model holds a model (config.json)",
+    ),
+    ("submit all --config old/run.json --run run", "reproduce --from old/run.json --run DIR"),
+    ("study --config c.yaml --out s", "`python -m yelp_hpc study FILE --config FILE --out DIR`"),
+    (
+        "study lr.yaml --config c.yaml --out s --executor local",
+        "be made: - model.path gone: there is",
+    ),
+    ("compare", "compare needs RUN…: `python -m yelp_hpc compare RUN…`"),
+    ("config --config c.yaml", "`python -m yelp_hpc config COMMAND --config …`"),
+    ("image --cuda", "`python -m yelp_hpc image COMMAND --cuda …`"),
     (f"{SUBMIT} --set model.path=c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file"),
     (f"{SUBMIT} --set data.train=c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file"),
     (f"{SUBMIT} --set data.train=dead", "it is a link to gone, which is not there"),
@@ -292,6 +307,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
     )
     (tmp_path / "dead").symlink_to("gone")
+    (tmp_path / "lr.yaml").write_text("model.path: [gone]\n")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -525,6 +525,20 @@ def test_what_is_not_bound_is_named_with_the_line_that_binds_it() -> None:
     assert binds_line(empty, ["/m/llama-3.1", "/m"]) == "container.binds: [/m]"
 
 
+@pytest.mark.parametrize(
+    ("unfit", "remedy"),
+    [
+        ("lora.target nope matches no linear module", "lora.target: VALUE"),
+        ("its weights are quantised (gptq)", "model.path: OWNER/NAME of another model"),
+    ],
+)
+def test_what_the_model_cannot_do_is_mended_where_it_is_asked_for(unfit: str, remedy: str) -> None:
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"source": "demo"}})
+    found = Inputs(model=Path("m"), unfit=unfit)
+    (finding,) = check_inputs(found, Request(ClusterConfig(), config))
+    assert (finding.text, finding.remedy) == (unfit, remedy)
+
+
 def test_packages_that_are_not_those_of_the_lock() -> None:
     machine = Machine(
         place="host", name="n", python="3.11.2", packages={"click": "1.0"}, lock="click==8.5.1 \\\n"

@@ -45,7 +45,10 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
         return option_meant(error.option_name, error.ctx.command, arguments)
     if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Argument):
         words = getattr(error.param.type, "choices", None)
-        return f"{error.ctx.command.name} needs one of {', '.join(words)}" if words else None
+        name = error.ctx.command.name
+        if words:
+            return f"{name} needs one of {', '.join(words)}"
+        return f"{name} needs {error.param.metavar}: `{' '.join(_usage(error.ctx.command))}`"
     if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
         option = f"{error.param.opts[0]} {error.param.metavar or ''}".strip()
         word = next(iter(_left_over(error.ctx.command, arguments)), None)
@@ -136,7 +139,10 @@ def option_meant(option: str, command: click.Command, arguments: Sequence[str] =
             spelt = f"{known} {metavar}" if metavar else meant
             return f"there is no option {option}; did you mean {spelt}?"
     if isinstance(command, click.Group):
-        return f"an option stands behind its command: `python -m yelp_hpc COMMAND {option} …`"
+        group = f"{command.name} " if command.name in _GROUPS else ""
+        return (
+            f"an option stands behind its command: `python -m yelp_hpc {group}COMMAND {option} …`"
+        )
     if name in ("config", "set") and command.name in ("demo", "init"):
         return f"{command.name} takes no {option}: it brings or writes one"
     if name in ("config", "set") and "--run" in own:
@@ -179,6 +185,17 @@ def _takes_no(word: str, command: click.Command) -> str:
     return f"{command.name} takes no {word}; it takes {', '.join([*words, *_options(command)])}"
 
 
+def _usage(command: click.Command) -> list[str]:
+    """The shortest line that has all that the command needs."""
+    line = ["python -m yelp_hpc", str(command.name)]
+    for one in command.params:
+        if one.required:
+            metavar = [str(one.metavar)] if one.metavar else []
+            line += metavar if isinstance(one, click.Argument) else [one.opts[0], *metavar]
+    return line
+
+
+_GROUPS = ("config", "image")
 _SITE = frozenset({"gpus", "gpu_type", "nodes", "cpus", "memory", "time", "partition", "account"})
 
 
