@@ -173,6 +173,8 @@ class Resources(Frozen):
         if isinstance(value, bool) or value is None:
             return value
         minutes(str(value))
+        if not re.search("[1-9]", str(value)):
+            raise ValueError("0 is no limit to Slurm, and a job saves before its limit: name one")
         return str(value)
 
     @field_validator("sbatch", mode="before")

@@ -277,6 +277,7 @@ CLUSTERS = [
         "train: {gpus: 2, sbatch: {gpus-per-task: '2'}}",
         "gpus and sbatch.gpus-per-task say the same",
     ),
+    ("defaults: {time: 0}", "0 is no limit to Slurm"),
     ("programs: {docker: x}", "docker is none of sbatch"),
     ("setup: {load: x}", "input should be a list: [A, B]"),
     ("slurm: {partition: gpu}", "resources stand under `defaults:`"),
@@ -307,6 +308,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
     )
     (tmp_path / "dead").symlink_to("gone")
+    (tmp_path / "semi.csv").write_text("label;text\n0;bad\n")
     (tmp_path / "lr.yaml").write_text("model.path: [gone]\n")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text("{}")
