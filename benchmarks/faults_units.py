@@ -11,6 +11,7 @@ from benchmarks.faults import Unit
 from benchmarks.faults_commands import Publishing, Slurm, command_units
 from benchmarks.faults_small import torch_units
 from benchmarks.faults_stages import Stages, stage_units
+from yelp_hpc.rundir import modes
 
 
 def _import_everything() -> None:
@@ -47,6 +48,7 @@ def heavy_units(top: Path) -> Iterator[list[Unit]]:
     for folder in (stages.top, publishing.top):
         folder.mkdir(parents=True)
     _import_everything()
+    modes.PATIENCE = 0  # a disk that is struck full stays full
     if (pid := os.fork()) == 0:
         code = 1
         try:

@@ -167,6 +167,14 @@ def _text_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def remove_torn_pickles(job: str) -> None:
+    """A pickle that was being written when the node died makes submitit fail every later run."""
+    folder = os.environ.get("SUBMITIT_FOLDER")
+    if folder:
+        for path in Path(folder).glob(f"{job.removeprefix('local-')}_*.save_tmp"):
+            path.unlink(missing_ok=True)
+
+
 def private_pickles() -> None:
     """Have submitit write its pickles, of calls and of results, readable by their owner alone."""
     from submitit.core import utils

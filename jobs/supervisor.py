@@ -29,7 +29,7 @@ from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.logs import tail
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_missing
 from yelp_hpc.jobs.site.client import NoAnswer
-from yelp_hpc.jobs.snapshot import private_pickles, read_settings
+from yelp_hpc.jobs.snapshot import private_pickles, read_settings, remove_torn_pickles
 from yelp_hpc.jobs.train import write_trackers
 from yelp_hpc.jobs.verdict import Verdict, judge
 from yelp_hpc.publishing.token import hub_token
@@ -38,6 +38,7 @@ from yelp_hpc.ranks.launch import rendezvous
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.modes import room_again
 from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.rundir.study import take_shared
@@ -104,7 +105,7 @@ def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task
     cluster = ClusterConfig.model_validate(frozen["cluster"])
     use_programs(cluster.programs)
     job = Job(stage, model, (attempts.task_of(task),))
-    _remove_torn_pickles()
+    remove_torn_pickles(this_job())
     while True:
         verdict = _attempt(stop, paths, cluster, frozen.get("image_sha256"), job)
         print(f"{job.name}: {verdict.action}: {verdict.reason}", flush=True)
@@ -129,10 +130,10 @@ def _attempt(
     attempt = _begin(paths, cluster, job, now)
     leader = _leads()
     limit = slurm.TimeLimit(attempt.job, os.environ) if on_slurm() else None
-    if leader:
-        attempts.write(paths, attempt)
     known = len(read_faults(paths))
     try:
+        if leader:
+            attempts.write(paths, attempt)
         if attempt.stalled > cluster.requeue_cap:
             verdict = Verdict("failed", f"started {attempt.stalled} times without any progress")
         else:
@@ -144,6 +145,11 @@ def _attempt(
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
+    alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+    if verdict.action == "failed" and alone and attempt.stalled < cluster.requeue_cap:
+        said = verdict.reason.rpartition("=== job ")[2]  # by this start
+        if room_again(paths.root, said, lambda: stop.signal is not None):
+            verdict = Verdict("again", f"the disk was full; {verdict.reason}")
     if new := [fault for fault in read_faults(paths)[known:] if verdict.action != "done"]:
         why = f"{verdict.reason}; node {new[-1]['node']} failed: {new[-1]['what']}"
         verdict = replace(verdict, reason=why)
@@ -369,14 +375,6 @@ def _begin_stage() -> None:
     """In the child: be killed when the supervisor is, so that nothing runs twice; hear signals."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def _remove_torn_pickles() -> None:
-    """A pickle that was being written when the node died makes submitit fail every later run."""
-    folder = os.environ.get("SUBMITIT_FOLDER")
-    if folder:
-        for path in Path(folder).glob(f"{this_job().removeprefix('local-')}_*.save_tmp"):
-            path.unlink(missing_ok=True)
 
 
 def on_slurm() -> bool:

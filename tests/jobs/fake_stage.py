@@ -5,9 +5,11 @@ the other, as that does. Works in steps of a tenth of a second, keeps each step 
 file, saves on SIGUSR2 and SIGTERM and then exits 75. How it shall behave stands in RUN/fake.json:
 {"steps": N, "fail": ["infer-base-3"], "stuck": true} (no step is ever finished), {"deaf": true} (no
 signal is heard), {"ill": true} (the hardware fails of the node on which train starts first, there
-and ever after). In a study the file stands beside study.json, and its `fail` names RUN/STAGE.
+and ever after), {"full": 2} (for the first two starts of each the disk is full). In a study the
+file stands beside study.json, and its `fail` names RUN/STAGE.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +56,10 @@ def play(shard: int | None) -> None:
         with faults.open("a") as file:
             file.write(json.dumps({"node": node, "time": time.time(), "what": "ECC error"}) + "\n")
         sys.exit(75)
+    starts = (root / "trace.jsonl").read_text().count(f'"name": "{name}"')
+    if starts <= plan.get("full", 0):
+        print(f"cannot write {root}: {os.strerror(errno.ENOSPC)}.", flush=True)
+        sys.exit(1)
     if {name, f"{root.name}/{name}"} & {*plan.get("fail", [])}:
         print("the data is rotten", flush=True)
         sys.exit(1)

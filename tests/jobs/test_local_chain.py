@@ -75,6 +75,22 @@ def test_when_the_first_stage_fails_nothing_else_starts(fake_run: MakeRun) -> No
     assert "last lines of" not in str(failed.value)
 
 
+def test_a_disk_that_is_full_for_a_moment_needs_no_hand(fake_run: MakeRun) -> None:
+    run = fake_run("a run", shards=1, full=1).prepared()
+    assert go(run, "train") == 1
+    assert [line["name"] for line in run.trace()] == ["train", "train"]
+    first, second = attempts.read(RunPaths(run.root), "train")
+    assert (first.verdict, second.verdict) == ("again", "done")
+    assert first.reason.startswith("the disk was full")
+
+
+def test_a_disk_that_stays_full_ends_the_chain(fake_run: MakeRun) -> None:
+    run = fake_run("a run", shards=1, cluster={"requeue_cap": 2}, full=9)
+    with pytest.raises(StageError, match="prepare failed: exit code 1"):
+        go(run)
+    assert [line["name"] for line in run.trace()] == ["prepare", "prepare"]
+
+
 def test_the_frozen_code_holds_every_file_that_the_package_reads(tmp_path: Path) -> None:
     frozen = freeze(RunPaths(tmp_path))
     installed = Path(yelp_hpc.__file__).parent.rglob("*")

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import read_jsonl, read_object, sweep, write_json
+from yelp_hpc.rundir.modes import room_again
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 SILENT = 120.0
@@ -85,11 +86,20 @@ def task_of(text: str) -> Task:
 
 
 def write(paths: RunPaths, attempt: Attempt) -> None:
-    """Write the attempt, in place of what stood there of it."""
+    """Write the attempt, in place of what stood there of it; on a full disk once there is room.
+
+    Raises:
+        StageError: it cannot be written.
+    """
     values = asdict(attempt)
     values["shards"] = task_text(values.pop("task"))
     sweep(attempt.path(paths).parent)
-    write_json(attempt.path(paths), values)
+    try:
+        write_json(attempt.path(paths), values)
+    except StageError as error:
+        if not room_again(paths.root, str(error), lambda: False):
+            raise
+        write_json(attempt.path(paths), values)
 
 
 def beat(paths: RunPaths, attempt: Attempt) -> None:

@@ -1,13 +1,20 @@
-"""What a path can name, who may write there, who may read what is written. Writes no file.
+"""What a path can name, who may read and write there, whether there is room. Writes no file.
 
-`in_the_way` and `unwritable` look at a path before anything is done with it, `let_umask_rule` gives
-files the mode that they would have had without a library's own mind.
+`in_the_way` and `unwritable` look at a path before anything is done with it, `room_again` after it
+failed; `let_umask_rule` gives files the mode that they would have had without a library's own mind.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from yelp_hpc.progress import say
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
 """Bytes, on Linux."""
@@ -31,6 +38,27 @@ def in_the_way(path: Path) -> str | None:
                 return f"{path} cannot be looked at: you may not enter {place}; name another"
             return f"{path} cannot be there: {place} is a file; name another"
     return None
+
+
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
+"""How a full disk or a used-up quota is called in the message of whoever met it."""
+PATIENCE = 120.0
+"""Seconds for which room is waited for."""
+_ROOM = 2**24
+
+
+def room_again(folder: Path, said: str, give_up: Callable[[], bool]) -> bool:
+    """Whether a disk that was full, as `said` tells, or is full now has room again in time."""
+    with suppress(OSError):
+        if any(words in said for words in FULL) or shutil.disk_usage(folder).free < _ROOM:
+            with suppress(OSError):  # where this is said may be full, too
+                say(f"{folder}: the disk is full, or was; waiting up to {PATIENCE:.0f} s for room")
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end and not give_up():
+                time.sleep(2)  # of a quota nothing else is known: the next start tells
+                if shutil.disk_usage(folder).free >= _ROOM:
+                    return True
+    return False
 
 
 def unwritable(path: Path, folder: bool = False) -> str | None:
