@@ -71,11 +71,11 @@ def test_sizes_come_out(config: dict[str, Any], expected: dict[str, Any]) -> Non
     ("change", "said"),
     [
         ({"hidden_size": None}, "hidden_size is None"),
-        ({"hidden_size": 0, "vocab_size": True}, "hidden_size is 0, padded_vocab_size is True"),
+        ({"hidden_size": 0, "vocab_size": True}, "hidden_size is 0, vocab_size is True"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"num_attention_heads": -1}, "num_attention_heads is -1"),
-        ({"intermediate_size": []}, "ffn_hidden_size is []"),
-        ({"intermediate_size": [8, "x"]}, "ffn_hidden_size is [8, 'x']"),
+        ({"intermediate_size": []}, "intermediate_size is []"),
+        ({"intermediate_size": [8, "x"]}, "intermediate_size is [8, 'x']"),
         ({"num_key_value_heads": 0.5}, "num_key_value_heads is 0.5"),
     ],
 )
