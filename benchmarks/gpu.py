@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from yelp_hpc.config import config_from_dict
 from yelp_hpc.data.answer_tree import answer_tree
-from yelp_hpc.forecast.machine import EFFICIENCY
+from yelp_hpc.forecast.machine import EFFICIENCY, MEMORY_EFFICIENCY
 from yelp_hpc.forecast.memory import traffic_bytes, training_memory
 from yelp_hpc.forecast.model_shape import KNOWN, model_shape
 from yelp_hpc.gpus import card_named
@@ -289,7 +289,7 @@ class Bench:
                 moved = traffic_bytes(shape, precision, train=True) * tokens * shape.layers
                 again = 1.5 if recompute else 1
                 line["planned_s"] = again * (
-                    flops / (rate * EFFICIENCY) + moved / (0.8 * card.bandwidth)
+                    flops / (rate * EFFICIENCY) + moved / (MEMORY_EFFICIENCY * card.bandwidth)
                 )
             how = "computed twice" if recompute else "kept"
             found[f"{precision} {how}, {tokens} tokens"] = line

@@ -33,8 +33,8 @@ set_runtime_defaults()  # as `run` does, before torch is imported
 
 import pyarrow.parquet as pq
 import torch
+from peer_setup import install_peer
 from sklearn.metrics import f1_score
-from train_vs_llamafactory import install_peer
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import scored_answers

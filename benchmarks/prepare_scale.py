@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_vs_llamafactory import GIVEN, INSTRUCTION, install_peer
+from benchmarks.peer_setup import GIVEN, INSTRUCTION, install_peer
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train_vs_llamafactory import PEER_FLAGS, SWITCHES, install_peer
+from peer_setup import PEER_FLAGS, SWITCHES, install_peer
 
 FIGURES = ("training_loss", "label_loss", "accuracy", "f1_macro")
 

@@ -21,13 +21,10 @@ reviews' lengths stands in. Prints ratios of summed step times, peak memory and 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import math
 import os
-import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -38,19 +35,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PEER = ("llamafactory==0.9.5", "jieba", "nltk", "rouge-chinese")
-TORCH = "torch==2.13.0"
-INSTRUCTION = (
-    "The following is a user's review of a merchant. Please judge and output the corresponding "
-    "five-star rating for this review."
-)
-SWITCHES: dict[str, dict[str, Any]] = {
-    "default switches": {},
-    "its own switches set well": {
-        "disable_gradient_checkpointing": True,
-        "train_sampling_strategy": "group_by_length",
-    },
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from peer_setup import GIVEN, PEER_FLAGS, SWITCHES, install_peer, peak_mb, write_dataset
+
 ON_GPU: dict[str, dict[str, Any]] = {
     "default switches": {},
     "its own switches set well": {
@@ -65,18 +53,7 @@ LLAMA_2_7B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
-PEER_FLAGS: dict[str, Any] = {
-    "stage": "sft",
-    "do_train": True,
-    "finetuning_type": "lora",
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 RATE, WARM_UP, BATCH = 5e-5, 20, 32
-GIVEN = dict(os.environ)  # the peer's; ours also has what `run` sets
 
 
 def main() -> None:
@@ -91,7 +68,8 @@ def main() -> None:
     )  # as the ranks of a training have it
     python = install_peer(args.peer_venv)
     with tempfile.TemporaryDirectory() as work:
-        write_dataset(args, Path(work))
+        # transformers sorts groups of a fourth of the rows (of 50 steps' at most) by length.
+        write_dataset(args.reviews, 4 * BATCH * (args.steps + 1), Path(work))
         if args.full_size:
             args.model = full_size(args.model, Path(work, "model"))
         results = {}
@@ -99,7 +77,8 @@ def main() -> None:
             print(f"\nLLaMA-Factory 0.9.5, {name}", flush=True)
             with tempfile.TemporaryDirectory(dir=work) as output:
                 flags = {**SWITCHES[name], "output_dir": output}
-                flags |= {"bf16": True, **ON_GPU[name]} if args.cuda else {"use_cpu": True}
+                if args.cuda:
+                    flags |= {"use_cpu": False, "bf16": True, **ON_GPU[name]}
                 budget = args.max_tokens or (GPU_BUDGET if args.cuda else BUDGETS[name])
                 results[name] = compare(args, python, Path(work), flags, budget)
     if args.json:
@@ -146,49 +125,6 @@ def full_size(model: str, folder: Path) -> str:
     torch.set_default_dtype(torch.float32)
     made.cpu().save_pretrained(folder)
     return str(folder)
-
-
-def install_peer(venv: Path) -> Path:
-    """The peer's Python; makes its virtual environment if there is none (minutes)."""
-    python = venv / "bin/python"
-    ready = (
-        "import importlib.util as u; assert all(map(u.find_spec, ('llamafactory', 'torchaudio')))"
-    )
-    if python.exists() and subprocess.run([python, "-c", ready], check=False).returncode == 0:
-        return python
-    print(f"installing LLaMA-Factory into {venv}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraint:
-        print(TORCH, file=constraint, flush=True)
-        pip = [str(python), "-m", "pip"]
-        subprocess.run([*pip, "install", "-q", "-c", constraint.name, TORCH, *PEER], check=True)
-    # The registry's builds of these do not load beside a CPU torch and break `import transformers`.
-    subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio"], check=True)
-    # The peer imports torchaudio, which it never uses for text: an empty one stands in.
-    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
-    stub = Path(packages, "torchaudio", "__init__.py")
-    stub.parent.mkdir(exist_ok=True)
-    stub.touch()
-    return python
-
-
-def write_dataset(args: argparse.Namespace, folder: Path) -> None:
-    """The rows as LLaMA-Factory reads them: alpaca records and dataset_info.json."""
-    # transformers sorts groups of a fourth of the rows (of 50 steps' at most) by length.
-    wanted = 4 * BATCH * (args.steps + 1)
-    dice = random.Random(1)
-    if args.reviews is not None:
-        with args.reviews.open(newline="") as file:
-            rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
-        rows = dice.sample(rows, min(wanted, len(rows)))
-    else:
-        words = ["the", "food", "was", "good", "bad", "service", "place", "we", "came", "never"]
-        counts = [min(900, max(5, int(dice.lognormvariate(4.4, 0.8)))) for _ in range(wanted)]
-        rows = [(" ".join(dice.choices(words, k=n)), str(dice.randrange(5))) for n in counts]
-    records = [{"instruction": INSTRUCTION, "input": text, "output": label} for text, label in rows]
-    (folder / "reviews.json").write_text(json.dumps(records))
-    (folder / "dataset_info.json").write_text('{"reviews": {"file_name": "reviews.json"}}')
 
 
 def compare(
@@ -353,15 +289,6 @@ def peer_worker(request: dict[str, Any]) -> None:
                 taken.clear()
 
     run_exp(request["flags"], callbacks=[InTurn()])
-
-
-def peak_mb() -> float:
-    """The most memory that this process held: of the GPU where there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def as_rows(rows: list[dict[str, list[int]]]) -> Any:

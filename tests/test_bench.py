@@ -8,7 +8,15 @@ from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 # Parts of others, and what makes data.
-PARTS = {"bench", "faults_commands", "faults_small", "faults_stages", "faults_units", "topics"}
+PARTS = {
+    "bench",
+    "faults_commands",
+    "faults_small",
+    "faults_stages",
+    "faults_units",
+    "peer_setup",
+    "topics",
+}
 
 
 def bench() -> Any:
