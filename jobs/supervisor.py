@@ -89,11 +89,11 @@ class Stop:
             self._child.send_signal(signal.SIGUSR2)
 
 
-def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task: str = "") -> str:
+def supervise(stage: str, run_dir: str, settings: str, model: str = "", task: str = "") -> None:
     """Run a stage, or the shards of an array task in one process, to a verdict.
 
-    Returns the verdict when the work is done. Ends the process with 75 when the job was requeued or
-    stopped after saving.
+    Ends the process with 0 when the work is done and with 75 when the job was requeued or stopped
+    after saving: so submitit pickles no result, which on a full disk would fail what is done.
 
     Raises:
         StageError: it failed; the message ends with the last lines of the stage's log.
@@ -101,24 +101,24 @@ def supervise(stage: str, run_dir: str, cluster_file: str, model: str = "", task
     stop = Stop()
     paths = RunPaths(run_dir)
     private_pickles()
-    frozen = read_settings(Path(cluster_file))
+    frozen = read_settings(Path(settings))
     cluster = ClusterConfig.model_validate(frozen["cluster"])
     use_programs(cluster.programs)
     job = Job(stage, model, (attempts.task_of(task),))
     remove_torn_pickles(this_job())
     while True:
         verdict = _attempt(stop, paths, cluster, frozen.get("image_sha256"), job)
-        print(f"{job.name}: {verdict.action}: {verdict.reason}", flush=True)
+        _tell(f"{job.name}: {verdict.action}: {verdict.reason}")
         if verdict.action == "failed":
             raise StageError(f"{job.name} failed: {verdict.reason}")
         if verdict.action == "done":
             if stage == "train":
                 write_trackers(paths)
-            return "done"
+            sys.exit(0)
         if verdict.action in ("requeued", "stopped"):
             if not _leads():
                 time.sleep(120)  # leave first and srun would end the leader before its requeue
-            # a plain exit writes no pickle, and 75 shows in sacct if the requeue did not take
+            # 75 shows in sacct if the requeue did not take
             sys.exit(SavedForRequeue.exit_code)
         stop.signal = None
 
@@ -141,7 +141,7 @@ def _attempt(
                 ready = ready_image(cluster.container, image)
                 cluster = cluster.model_copy(update={"container": ready})
             for part in take_shared(paths):
-                print(f"{job.name}: took {part} of another run of the study", flush=True)
+                _tell(f"{job.name}: took {part} of another run of the study")
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
@@ -168,14 +168,12 @@ def _attempt(
 def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) -> Attempt:
     """The attempt that begins, with the account of earlier ones that were killed outright."""
     job_id = this_job()
-    earlier = attempts.read(paths, job.name, job_id)
+    earlier, before = attempts.read(paths, job.name, job_id), digest(now)
     for killed in attempts.killed(paths, job.name, job_id, job.tasks[0]):
         killed.ended, killed.verdict = attempts.last_seen(killed), "lost"
         killed.reason = "killed without a chance to save (node failure or no grace)"
-        kept = max(newest(now) or 0.0, killed.started)
-        killed.lost = max(0.0, killed.ended - kept)
+        killed.lost = max(0.0, killed.ended - max(newest(now) or 0.0, killed.started))
         attempts.write(paths, killed)
-    before = digest(now)
     restart = max((attempt.restart + 1 for attempt in earlier), default=0)
     stalled = earlier[-1].stalled + 1 if earlier and earlier[-1].before == before else 1
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if on_slurm() else 1
@@ -347,7 +345,7 @@ def _requeue(
             if limit is not None and limit.left < pause:
                 why = f"nobody answered the requeue until the time limit: {error}"
                 break
-            print(f"{error}; asked again in {pause:.0f} s", flush=True)
+            _tell(f"{error}; asked again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 20.0)
         except StageError as error:
@@ -367,8 +365,13 @@ def _elsewhere(paths: RunPaths, attempt: Attempt) -> str:
     try:
         return slurm.elsewhere(attempt.job, nodes) if nodes else ""
     except (StageError, RequestError) as error:
-        print(f"{', '.join(nodes)} had a fault and cannot be left out: {error}", flush=True)
+        _tell(f"{', '.join(nodes)} had a fault and cannot be left out: {error}")
         return ""
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # the job's own log may lie on a disk that is full
+        print(text, flush=True)
 
 
 def _begin_stage() -> None:

@@ -18,6 +18,7 @@ import yelp_hpc
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.jobs.chain import cancel, submit
+from yelp_hpc.jobs.executor import freeze_cluster
 from yelp_hpc.jobs.logs import find_logs
 from yelp_hpc.jobs.snapshot import freeze
 from yelp_hpc.jobs.status import collect_status
@@ -58,6 +59,8 @@ def test_the_chain_runs_once_and_then_has_nothing_to_do(fake_run: MakeRun) -> No
     ]
     # a model's shards share a process, which loads it once
     assert [len({line["pid"] for line in trace if m in line["name"]}) for m in MODELS] == [1, 1]
+    # no result is pickled: on a disk that fills up, that would fail what is done
+    assert not list(RunPaths(run.root).logs.glob("*/*result*"))
     assert go(run) == 0
     assert len(run.trace()) == 7
     lines, _ = collect_status(run.root, run.config)
@@ -82,6 +85,17 @@ def test_a_disk_that_is_full_for_a_moment_needs_no_hand(fake_run: MakeRun) -> No
     first, second = attempts.read(RunPaths(run.root), "train")
     assert (first.verdict, second.verdict) == ("again", "done")
     assert first.reason.startswith("the disk was full")
+
+
+def test_a_job_whose_own_log_is_on_a_full_disk_does_its_work(fake_run: MakeRun) -> None:
+    run = fake_run("a run", shards=1)
+    paths = RunPaths(run.root)
+    call = ["prepare", str(paths.root), str(freeze_cluster(paths, run.cluster))]
+    code = "import sys; from yelp_hpc.jobs.supervisor import supervise; supervise(*sys.argv[1:])"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-uc", code, *call], stdout=full, check=False)
+    assert done.returncode == 0
+    assert attempts.read(paths, "prepare")[-1].verdict == "done"
 
 
 def test_a_disk_that_stays_full_ends_the_chain(fake_run: MakeRun) -> None:
