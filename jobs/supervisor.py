@@ -38,7 +38,7 @@ from yelp_hpc.ranks.launch import rendezvous
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
-from yelp_hpc.rundir.modes import room_again
+from yelp_hpc.rundir.modes import PATIENCE, room_again
 from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.rundir.study import take_shared
@@ -109,18 +109,22 @@ def supervise(stage: str, run_dir: str, settings: str, model: str = "", task: st
     while True:
         verdict = _attempt(stop, paths, cluster, frozen.get("image_sha256"), job)
         _tell(f"{job.name}: {verdict.action}: {verdict.reason}")
-        if verdict.action == "failed":
-            raise StageError(f"{job.name} failed: {verdict.reason}")
         if verdict.action == "done":
             if stage == "train":
                 write_trackers(paths)
             sys.exit(0)
-        if verdict.action in ("requeued", "stopped"):
-            if not _leads():
-                time.sleep(120)  # leave first and srun would end the leader before its requeue
-            # 75 shows in sacct if the requeue did not take
-            sys.exit(SavedForRequeue.exit_code)
-        stop.signal = None
+        failed, end = verdict.action == "failed", time.monotonic() + PATIENCE + 30
+        if verdict.action == "again":
+            stop.signal = None
+            continue
+        # leave first and srun would end the leader, which may want a requeue of the whole job
+        while not _leads() and time.monotonic() < end:
+            if failed and stop.signal == signal.SIGTERM:
+                break
+            time.sleep(1)
+        if failed:
+            raise StageError(f"{job.name} failed: {verdict.reason}")
+        sys.exit(SavedForRequeue.exit_code)  # 75 shows in sacct if the requeue did not take
 
 
 def _attempt(
@@ -145,11 +149,12 @@ def _attempt(
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
-    alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
-    if verdict.action == "failed" and alone and attempt.stalled < cluster.requeue_cap:
+    if verdict.action == "failed" and leader and attempt.stalled < cluster.requeue_cap:
         said = verdict.reason.rpartition("=== job ")[2]  # by this start
         if room_again(paths.root, said, lambda: stop.signal is not None):
-            verdict = Verdict("again", f"the disk was full; {verdict.reason}")
+            alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+            action = "again" if alone else "requeued"  # which all nodes begin anew
+            verdict = Verdict(action, f"the disk was full; {verdict.reason}", ask=not alone)
     if new := [fault for fault in read_faults(paths)[known:] if verdict.action != "done"]:
         why = f"{verdict.reason}; node {new[-1]['node']} failed: {new[-1]['what']}"
         verdict = replace(verdict, reason=why)
@@ -283,7 +288,8 @@ def _process(
         if time.monotonic() - beat > HEARTBEAT and leader:
             beat = time.monotonic()
             attempts.beat(paths, attempt)
-            other = newer_attempt(paths, job, attempt)
+            # a shard done twice is harmless
+            other = None if job.stage == "infer" else attempts.newer(paths, attempt)
             if other and not ended:
                 # this node was cut off and Slurm started the job elsewhere: only one may write
                 why = f"job {other.job} took over on {other.node}; this copy was stopped"
@@ -300,26 +306,6 @@ def _process(
             child.kill()
     stop.watch(None)
     return code, ended
-
-
-def newer_attempt(paths: RunPaths, job: Job, attempt: Attempt) -> Attempt | None:
-    """An attempt at the same work that came later, for stages that must run only once.
-
-    Later by its number, or by the order of submissions: clocks of nodes differ by minutes.
-    """
-    if job.stage == "infer":  # a shard done twice is harmless
-        return None
-    place = attempts.order(paths)
-    later = [
-        other
-        for other in attempts.read(paths, job.name)
-        if (
-            other.restart > attempt.restart
-            if other.job == attempt.job
-            else place(other.job) > place(attempt.job)
-        )
-    ]
-    return later[-1] if later else None
 
 
 def _requeue(

@@ -223,6 +223,17 @@ def test_two_nodes_meet_and_are_requeued_as_one(slurm: Cluster, slurm_run: MakeR
     assert [attempt.verdict for attempt in tried] == ["requeued", "done"]
 
 
+def test_two_nodes_that_met_a_full_disk_begin_anew(slurm: Cluster, slurm_run: MakeRun) -> None:
+    train = {"partition": "cpu", "gpus": 0, "nodes": 2}
+    run = slurm_run(cluster={"train": train}, full=2).prepared()
+    job = go(run, "train")["train"]
+    wait_ended([job], 90)
+    assert [line["YELP_HPC_NNODES"] for line in run.trace()] == ["2"] * 4
+    first, second = attempts.read(RunPaths(run.root), "train")
+    assert [first.verdict, second.verdict] == ["requeued", "done"]
+    assert first.reason.startswith("the disk was full")
+
+
 def test_a_node_whose_hardware_failed_is_named_and_left(slurm: Cluster, slurm_run: MakeRun) -> None:
     train = {"partition": "cpu", "gpus": 0}
     run = slurm_run(cluster={"train": train}, steps=3, ill=True).prepared()

@@ -77,10 +77,11 @@ def test_what_was_planted_or_torn_is_not_run_and_is_made_again(
 def test_a_snapshot_that_was_planted_before_the_submission_is_replaced(
     fake_run: Callable[..., FakeRun],
 ) -> None:
-    run = fake_run(shards=1)
+    run = fake_run(shards=1, fail=["prepare"])
     code = freeze(RunPaths(run.root))
     (code / "yelp_hpc" / "jobs" / "supervisor.py").write_text("raise SystemExit('planted')")
-    submit("prepare", run.root, run.config, run.cluster, "local", say=lambda text: None)
+    with pytest.raises(StageError, match="prepare failed"):
+        submit("prepare", run.root, run.config, run.cluster, "local", say=lambda text: None)
     assert [line["name"] for line in run.trace()] == ["prepare"]
     pickles = list((run.root / "logs" / "local").glob("*.pkl"))
     assert len(pickles) == 2 and all(path.stat().st_mode & 0o077 == 0 for path in pickles)

@@ -126,6 +126,24 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
     return sorted(found, key=lambda attempt: (place(attempt.job), attempt.job, attempt.restart))
 
 
+def newer(paths: RunPaths, attempt: Attempt) -> Attempt | None:
+    """A start at the same work that came later, which only one may do.
+
+    Later by its number, or by the order of submissions: clocks of nodes differ by minutes.
+    """
+    place = order(paths)
+    later = [
+        other
+        for other in read(paths, attempt.name)
+        if (
+            other.restart > attempt.restart
+            if other.job == attempt.job
+            else place(other.job) > place(attempt.job)
+        )
+    ]
+    return later[-1] if later else None
+
+
 def order(paths: RunPaths) -> Callable[[str], float]:
     """Of a job or array task: its place among all submissions, the last where none tells of it."""
     first: dict[tuple[str, str], int] = {}
