@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,7 +18,7 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
-from yelp_hpc.jobs.job import Job, job_name
+from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
 from yelp_hpc.jobs.progress import stage_done
@@ -30,7 +28,9 @@ from yelp_hpc.jobs.snapshot import exposed, read_settings
 from yelp_hpc.jobs.submission import (
     Live,
     Submission,
+    beyond_reach,
     cancelled,
+    end,
     living,
     new_submission,
     record,
@@ -278,8 +278,8 @@ def submit_job(
     ids[job.name] = ticket.job
     identity = {
         "slurm_cluster": ticket.cluster,
-        "job_name": job_name(job, paths.root),
-        "script": str(ticket.script),
+        "job_name": ticket.name,
+        "script": ticket.script,
         "submitted": ticket.submitted,
     }
     submission = new_submission(job, ticket.job, runs[0][0] if runs else paths, cluster)
@@ -370,26 +370,30 @@ def cancel(run_dir: str | Path) -> list[str]:
     A submission that is under way is waited for, so that all of it is cancelled.
 
     Raises:
-        StageError: the Slurm controller does not answer.
+        StageError: the Slurm controller does not answer, or something runs where this machine
+            cannot end it.
     """
     paths = RunPaths(Path(run_dir).absolute())
     requests = sorted(path.parent for path in paths.predict.glob("*/run.json"))
-    return [job for root in (paths.root, *requests) for job in _cancel(RunPaths(root))]
+    beyond: list[str] = []
+    found = [job for root in (paths.root, *requests) for job in _cancel(RunPaths(root), beyond)]
+    if beyond:
+        raise StageError("\n".join(beyond))
+    return found
 
 
-def _cancel(paths: RunPaths) -> list[str]:
+def _cancel(paths: RunPaths, beyond: list[str]) -> list[str]:
     take_up_programs(paths)
     if not paths.lock("submit").exists() and not living(paths, PATIENCE):
         return []  # nothing was ever submitted here, so that nothing is written either
     with locked(paths.lock("submit")):
         live = living(paths, PATIENCE)
-        slurm.cancel(sorted({item.job for item in live if not item.local and not item.cluster}))
-        for item in live:
-            if item.local and item.record and item.record.get("host") == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(int(item.job.removeprefix("local-")), signal.SIGTERM)
+        told = {item.job: text for item in live if (text := beyond_reach(paths, item))}
+        beyond += told.values()
+        live = [item for item in live if item.job not in told]
+        end(live)
         cancelled(paths, live)
     for item in live:
-        far = f" here; it runs on: scancel {item.job} on cluster {item.cluster}"
+        far = f" here; scancel it on cluster {item.cluster}, should it wait there"
         print(plain(f"cancelled {item.job}{far if item.cluster else ''}"))
     return [item.job for item in live]

@@ -178,7 +178,9 @@ class Ticket:
 
     job: str
     cluster: str
-    script: Path
+    name: str
+    script: str
+    """Both as Slurm shows them: a site's plugin or script may have changed them."""
     submitted: float | None
     """By the controller's clock."""
 
@@ -198,10 +200,16 @@ def submit_slurm(
 
     Raises:
         RequestError: Slurm refuses the request; its own message and the key to change are shown.
+            Or the user's shell leaves open which cluster is meant.
         StageError: the controller cannot be reached.
     """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
+    if several := slurm.several_clusters():
+        raise RequestError(
+            f"SLURM_CLUSTERS names several clusters ({several}), and a chain runs on one of them: "
+            "export SLURM_CLUSTERS=NAME"
+        )
     private_pickles()
     folder, tag = paths.logs / "slurm", uuid.uuid4().hex[:12]
     script = folder / f"{job.name}-{tag}.sh"
@@ -224,7 +232,8 @@ def submit_slurm(
     except (StageError, RequestError) as error:
         for path in (*pickles, script):
             path.unlink(missing_ok=True)
-        if isinstance(error, RequestError):
+        refused = isinstance(error, NoAnswer) or str(error).startswith("sbatch failed: ")
+        if not refused:  # there is no sbatch, or something else in its place
             raise
         raise refusal(job, str(error)) from None
     try:
@@ -239,8 +248,13 @@ def submit_slurm(
     with suppress(StageError, RequestError):
         facts = slurm.facts_of(job_id)
     when = facts.get("SubmitTime", "")
-    submitted = float(when) if when.isdigit() else None
-    return Ticket(job_id, where_to or slurm.cluster_name(), script, submitted)
+    return Ticket(
+        job_id,
+        where_to or slurm.cluster_name(),
+        facts.get("JobName") or params["job_name"],
+        facts.get("Command") or str(script),
+        float(when) if when.isdigit() else None,
+    )
 
 
 def sbatch(script: Path) -> tuple[str, str]:
@@ -252,7 +266,7 @@ def sbatch(script: Path) -> tuple[str, str]:
     while True:
         try:
             said = client(["sbatch", "--parsable", str(script)], timeout=90)
-            found = _job_id(said) or next(((i, "") for i in _queued(script)), None)
+            found = _job_id(said, script) or next(((i, "") for i in _queued(script)), None)
             if found is None:
                 raise no_client("sbatch", said)
             twins = [i for i in _queued(script) if i != found[0]] if pause > 1 else []
@@ -264,6 +278,10 @@ def sbatch(script: Path) -> tuple[str, str]:
                 if queued := _queued(script):
                     return queued[0], ""
                 raise
+        except StageError:
+            if queued := _queued(script):  # a site's script failed after the job was queued
+                return queued[0], ""
+            raise
         time.sleep(pause)
         if queued := _queued(script):
             return queued[0], ""
@@ -276,15 +294,15 @@ def _queued(script: Path) -> list[str]:
     return []
 
 
-def _job_id(said: str) -> tuple[str, str] | None:
+def _job_id(said: str, script: Path) -> tuple[str, str] | None:
     """Id and cluster of `123` or `123;cluster`, whatever a site's banner says around it."""
-    for line in reversed(said.splitlines()):
-        text = line.strip()
-        if match := re.fullmatch(r"(\d+)(?:;(\S+))?", text):
-            return match[1], match[2] or ""
-        if match := re.fullmatch(r"Submitted batch job (\d+)(?: on cluster (\S+))?", text):
-            return match[1], match[2] or ""
-    return None
+    lines = "\n".join(line.strip() for line in said.splitlines())
+    sure = re.findall(r"^Submitted batch job (\d+)(?: on cluster (\S+))?$", lines, re.MULTILINE)
+    found: list[tuple[str, str]] = sure or re.findall(r"^(\d+)(?:;(\S+))?$", lines, re.MULTILINE)
+    if len({job for job, _ in found}) > 1:  # a banner may hold numbers, as of credits left
+        queued = _queued(script)
+        found = [each for each in found if each[0] in queued] or found
+    return found[-1] if found else None
 
 
 def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path) -> tuple[str, Any]:

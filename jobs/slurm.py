@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.jobs.site.client import PATIENCE, client, no_client, user_name
+from yelp_hpc.jobs.site.client import PATIENCE, NoAnswer, client, no_client, user_name
+from yelp_hpc.jobs.site.reasons import never_starts as never_starts
+from yelp_hpc.jobs.site.reasons import reason_in_words as reason_in_words
 
 _FIELDS = (
     *("JobArrayID", "State", "Reason", "NodeList", "TimeUsed", "TimeLimit", "RestartCnt"),
@@ -68,6 +70,23 @@ FINISHED = frozenset(
         *("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"),
     }
 )
+# a flag of a job may stand in the place of its state
+_FLAGS = {
+    **dict.fromkeys(("SIGNALING", "RESIZING"), "RUNNING"),
+    **dict.fromkeys(("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"), "PENDING"),
+    **dict.fromkeys(("RESV_DEL_HOLD", "LAUNCH_FAILED", "EXPEDITING"), "PENDING"),
+    **{"STOPPED": "SUSPENDED", "POWER_UP_NODE": "CONFIGURING"},
+}
+_FORGOTTEN = re.compile(r"Invalid job id|Job \S+ not found", re.IGNORECASE)
+_ENDED = re.compile(r"Invalid job id|already (completing|completed|done|finished)", re.IGNORECASE)
+
+
+def _state(text: str) -> str:
+    """The state in `CANCELLED by 0`, `CANCELLED+`, `RUNNING,SIGNALING` or `REQUEUE_HOLD`."""
+    first, *flags = text.strip().partition(" ")[0].rstrip("+*").replace("+", ",").split(",")
+    if "COMPLETING" in flags:  # as where one word is shown
+        return "COMPLETING"
+    return _FLAGS.get(first, first)
 
 
 def queue(job_ids: Sequence[str], patience: float = 0.0) -> list[Row]:
@@ -77,7 +96,11 @@ def queue(job_ids: Sequence[str], patience: float = 0.0) -> list[Row]:
 
 def everything(job_ids: Sequence[str], patience: float = 0.0) -> list[Row]:
     """As `queue`, with those that ended not long ago."""
-    return _squeue(["--states=all", f"--jobs={','.join(job_ids)}"], patience) if job_ids else []
+    if not job_ids:
+        return []
+    rows = _squeue(["--states=all", f"--jobs={','.join(job_ids)}"], patience)
+    asked = {job.partition("_")[0] for job in job_ids}
+    return [row for row in rows if row.parent in asked]  # a site's script may show more
 
 
 def of_script(script: Path, patience: float = 0.0) -> list[Row]:
@@ -98,7 +121,7 @@ def _squeue(which: Sequence[str], patience: float) -> list[Row]:
             ["squeue", "--array", f"--Format={form}", *which], epoch=True, patience=patience
         )
     except StageError as error:
-        if "Invalid job id" not in str(error):  # what squeue says when it has forgotten the only id
+        if not _FORGOTTEN.search(str(error)):  # what squeue says of the only id
             raise
         return []
     # with a header, so that an empty queue differs from a script that prints something else
@@ -123,7 +146,7 @@ def _rows(text: str) -> list[Row]:
         submitted, user, *what = [*cells[7:], "", ""]
         rows.append(
             Row(
-                *(job, state, reason, node, used, limit),
+                *(job, _state(state), reason, node, used, limit),
                 restarts=int(restarts) if restarts.isdigit() else 0,
                 submitted=float(submitted) if submitted.isdigit() else None,
                 user=user,
@@ -174,11 +197,11 @@ def parse_accounting(text: str) -> list[Row]:
         if re.fullmatch(r"\d+(_\d+)?", job) and line.count("|") >= 4:  # no banner, nothing pending
             node = "" if node.startswith("None") else node
             what = "|".join(cells[6:]).rstrip("|")
-            rows[job] = Row(job, state.split(" ")[0], "", node, elapsed, limit, 0, None, user, what)
+            rows[job] = Row(job, _state(state), "", node, elapsed, limit, 0, None, user, what)
     return list(rows.values())
 
 
-def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
+def facts_of(job: str, patience: float = 0.0, timeout: float = 60) -> dict[str, str]:
     """What `scontrol show job` says of one job or array task; {} when it does not know it.
 
     Of an array: of a task that has not ended, if there is one.
@@ -188,16 +211,23 @@ def facts_of(job: str, patience: float = 0.0) -> dict[str, str]:
         StageError: it does not answer.
     """
     try:
-        text = client(["scontrol", "-o", "show", "job", job], epoch=True, patience=patience)
+        argv = ["scontrol", "-o", "show", "job", job]
+        text = client(argv, timeout=timeout, epoch=True, patience=patience)
     except StageError as error:
-        if "Invalid job id" in str(error):
+        if _FORGOTTEN.search(str(error)):
             return {}
         raise
     lines = [line for line in text.splitlines() if "JobId=" in line]
     if not lines:
         raise no_client("scontrol", text)
-    told = [dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", line)) for line in lines]
-    return next((facts for facts in told if facts.get("JobState") not in FINISHED), told[0])
+    told = [dict(reversed(_PAIRS.findall(line))) for line in lines]  # a comment's come last
+    for facts in told:
+        facts["JobState"] = _state(facts.get("JobState", "GONE"))
+    return next((facts for facts in told if facts["JobState"] not in FINISHED), told[0])
+
+
+_PAIRS = re.compile(r"(?:^|\s)([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
+"""A value may hold blanks, as a job's name and its script's."""
 
 
 def held(job: str) -> bool | None:
@@ -216,7 +246,8 @@ def state_of(job: str) -> str:
     cancelled, preempted or requeued is COMPLETING or PENDING, never RUNNING.
     """
     try:
-        return facts_of(job, patience=10).get("JobState", "GONE")
+        state = facts_of(job, patience=10).get("JobState", "GONE")
+        return "RUNNING" if state in ("SUSPENDED", "CONFIGURING") else state
     except (StageError, RequestError):
         return "UNREACHABLE"
 
@@ -243,7 +274,8 @@ class TimeLimit:
     def ask(self) -> float:
         """Ask Slurm again and return `left`; no answer leaves what was known."""
         try:
-            facts = facts_of(self._job)
+            # a client that hangs must not use up the time that is left to save
+            facts = facts_of(self._job, timeout=min(20.0, max(2.0, self.left / 4)))
             limit, used = facts.get("TimeLimit", ""), facts.get("RunTime", "")
             if limit.upper() in ("UNLIMITED", "INFINITE"):
                 self._end = math.inf
@@ -299,15 +331,39 @@ def exclude(job: str, nodes: str) -> None:
     client(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
 
 
-def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; ones that have ended are no error."""
-    if job_ids:
-        client(["scancel", *job_ids], patience=PATIENCE)
+def cancel(job_ids: Sequence[str], cluster: str = "") -> None:
+    """Cancel jobs; ones that have ended are no error.
+
+    Args:
+        cluster: theirs, where the user's shell names several, of which each may have such ids.
+    """
+    if not job_ids:
+        return
+    where = [f"--clusters={cluster}"] if cluster and several_clusters() else []
+    try:
+        client(["scancel", *where, *job_ids], patience=PATIENCE)
+    except NoAnswer:
+        raise
+    except StageError as error:
+        said = [line for line in str(error).splitlines() if "error" in line]
+        if not said or not all(_ENDED.search(line) for line in said):
+            raise
+
+
+def several_clusters() -> str:
+    """The clusters that the user's shell names, `a,b` or `all`; "" where it names one or none."""
+    named = named_cluster()
+    return named if named == "all" or "," in named else ""
+
+
+def named_cluster() -> str:
+    """The cluster, or several, that the user's shell names, or ""."""
+    return os.environ.get("SLURM_CLUSTERS") or os.environ.get("SBATCH_CLUSTERS") or ""
 
 
 def cluster_name() -> str:
     """The cluster that this machine's clients ask, "" when it cannot be told."""
-    if named := os.environ.get("SLURM_CLUSTERS") or os.environ.get("SBATCH_CLUSTERS"):
+    if named := named_cluster():
         return named
     try:
         text = client(["scontrol", "show", "config"])
@@ -315,60 +371,3 @@ def cluster_name() -> str:
         return ""
     match = re.search(r"^ClusterName\s*=\s*(\S+)", text, re.MULTILINE)
     return match[1] if match else ""
-
-
-# reasons that no waiting mends; those of an association or a qos name what is over the limit
-_NEVER = re.compile(
-    r"DependencyNeverSatisfied|Partition(Config|(Time|Node)Limit)|BadConstraints"
-    r"|Invalid(Account|QOS)|AccountNotAllowed|QOSNotAllowed|DeadLine|ReservationDeleted"
-    r"|JobHeld(User|Admin)|JobHoldMaxRequeue|.*requeued.*held.*"
-    r"|(Assoc|QOS)Max\w*(PerJob|PerNode|WallDurationPerJob\w*)(Limit)?$|QOSMin\w+"
-    r"|NodesUnavailable|ReqNodeNotInPartition",
-    re.IGNORECASE,
-)
-_OVER = re.compile(r"(?P<whose>Assoc|QOS)(?P<how>Max|Min|Grp|Used)(?P<what>\w+)")
-
-
-def never_starts(reason: str) -> bool:
-    """Whether a job that waits for this reason waits until somebody acts."""
-    return bool(_NEVER.fullmatch(reason.strip("()").partition(",")[0]))
-
-
-def reason_in_words(reason: str) -> str:
-    """Why a job waits, for someone who has not read Slurm's manual."""
-    plain = reason.strip("()").partition(",")[0]
-    if said := _REASONS.get(plain) or _REASONS.get(plain.replace("_", " ")):  # of newer versions
-        return said
-    if over := _OVER.fullmatch(plain):
-        whose = "your association" if over["whose"] == "Assoc" else "the qos"
-        never = "; it will never start" if never_starts(plain) else ""
-        return f"over a limit of {whose} ({plain}){never}"
-    return reason.strip("()")
-
-
-_REASONS = {
-    "None": "about to be scheduled",
-    "Priority": "others are ahead of it in the queue",
-    "Resources": "waiting for nodes to become free",
-    "Dependency": "waits for an earlier stage",
-    "DependencyNeverSatisfied": "an earlier stage failed, so it will never start",
-    "BeginTime": "was requeued, starts again in a moment",
-    "JobHeldUser": "held by its owner: scontrol release",
-    "JobHeldAdmin": "held by an administrator, or after failing to start",
-    "JobArrayTaskLimit": "as many array tasks run as array_parallelism allows",
-    "JobHoldMaxRequeue": "failed to start too often and is held: scontrol release",
-    "PartitionConfig": "asks for more than its partition's settings allow",
-    "PartitionTimeLimit": "asks for more time than its partition allows",
-    "PartitionNodeLimit": "asks for more nodes than its partition has",
-    "PartitionDown": "its partition takes no jobs at the moment",
-    "PartitionInactive": "its partition takes no jobs at the moment",
-    "BadConstraints": "no node can ever give what it asks for",
-    "Licenses": "waiting for a licence",
-    "Reservation": "waiting for its reservation to begin",
-    "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
-    "AssocGrpGRES": "your group's GPUs are all in use",
-    "QOSMaxJobsPerUserLimit": "you have as many jobs running as the qos allows",
-    "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
-    "launch failed requeued held": "failed to start and is held: scontrol release",
-    "job requeued in held state": "was requeued and is held: scontrol release",
-}

@@ -6,8 +6,10 @@ with what Slurm shows, a process's start and its machine's boot with what the ke
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import socket
 import time
 import uuid
@@ -176,6 +178,11 @@ class Live:
         """Whether it is a process of a machine, and no job of Slurm."""
         return self.job.startswith("local-")
 
+    @property
+    def home(self) -> str:
+        """The cluster that it was submitted to, as far as that was recorded."""
+        return str((self.record or {}).get("slurm_cluster") or "")
+
     def __str__(self) -> str:
         where = f" of cluster {self.cluster}, which is not this machine's" if self.cluster else ""
         return f"{self.name} is job {self.job}{where}"
@@ -219,6 +226,32 @@ def living(paths: RunPaths, patience: float = 0.0) -> list[Live]:
     return found
 
 
+def beyond_reach(paths: RunPaths, live: Live) -> str:
+    """Why this machine cannot end what runs, or ""; what only waits elsewhere is let go."""
+    host = str((live.record or {}).get("host") or "")
+    if live.local and host != socket.gethostname():
+        pid = live.job.removeprefix("local-")
+        return f"{live.name} runs on {host}: end it there (kill {pid}); nothing follows it"
+    if live.cluster and attempts.beating(paths, live.name, live.job):
+        return f"{live.name} runs on cluster {live.cluster}: end it there (scancel {live.job})"
+    return ""
+
+
+def end(what: Sequence[Live]) -> None:
+    """Cancel jobs of this machine's cluster, and tell processes of this machine to save and stop.
+
+    Raises:
+        StageError: Slurm does not answer.
+    """
+    queued = [live for live in what if not live.local and not live.cluster]
+    for home in sorted({live.home for live in queued}):
+        slurm.cancel(sorted(live.job for live in queued if live.home == home), home)
+    for live in what:
+        if live.local:
+            with suppress(ProcessLookupError):
+                os.kill(int(live.job.removeprefix("local-")), signal.SIGTERM)
+
+
 def by_cluster(
     lines: Sequence[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], str]]]:
@@ -255,9 +288,11 @@ def unseen(paths: RunPaths, line: Mapping[str, Any], ask: bool = True) -> bool:
             told = slurm.facts_of(line["job"])
     if told is None:
         return new or attempts.beating(paths, line["name"], line["job"])
-    if not told or told.get("JobState") in slurm.FINISHED:
+    if not told:  # another cluster of the same name may have it
+        return attempts.beating(paths, line["name"], line["job"])
+    if told["JobState"] in slurm.FINISHED:
         return False
-    return told.get("Command", "") == str(line.get("script") or "").partition(" ")[0]
+    return told.get("Command", "") == str(line.get("script") or "")
 
 
 def boot_id() -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.progress import plain
 from yelp_hpc.runtime import TOKENS, program
 
 _RANKS = frozenset(
@@ -33,15 +34,25 @@ _USERS = (
 )
 # what a client says when the controller, munge or the network are at fault and not the request
 _NO_ANSWER = re.compile(
-    r"contact slurm controller|socket timed out|zero bytes|backup controller|standby mode|munge"
-    r"|authentication (credential|error)|resource temporarily unavailable|communication"
-    r"|connection (refused|reset|timed out)|temporarily unable|message receive failure"
-    r"|missing socket|unable to establish (controller|connection)|transport endpoint"
-    r"|no route to host|broken pipe|try again later|slurmdbd|unexpected message|i/o error writing"
-    r"|configuration source|cannot allocate memory|too many open files",
+    r"contact slurm controller|(socket|operation) timed out|zero bytes|backup controller"
+    r"|standby mode|munge|authentication (credential|error)|resource temporarily unavailable"
+    r"|communications? (connection|shutdown|error|failure)|connection (refused|reset|timed out)"
+    r"|temporarily unable|create job record|message (send|receive) failure|rate limit"
+    r"|controller not responding|missing socket|unable to establish (controller|connection)"
+    r"|transport endpoint|no route to host|network is unreachable|broken pipe|try again later"
+    r"|temporary failure in name|unknown host|slurmdbd|unexpected message|i/o error writing"
+    r"|configuration source|did not answer within|cannot allocate memory|too many open files"
+    r"|stale (nfs )?file handle",
     re.IGNORECASE,
 )
-_WRAPPED = re.compile(r"usage|unrecognized|unrecognised|invalid option|unknown option", re.I)
+# where a client says its own last word, which a site's banner around it must not outshout
+_LAST_WORD = re.compile(
+    r"(?:submission failed|slurm_\w+ error): (?!unspecified error)(.*)", re.IGNORECASE
+)
+_WRAPPED = re.compile(
+    r"\busage:|unrecogni[sz]ed (option|argument)|(invalid|unknown|unexpected) (option|argument)",
+    re.IGNORECASE,
+)
 PATIENCE = 30.0
 """Seconds for which a command of the user's is tried again while the controller does not answer."""
 
@@ -95,11 +106,13 @@ def _once(argv: Sequence[str], timeout: float, epoch: bool) -> str:
         raise NoAnswer(f"{name} did not answer within {timeout:.0f} s") from None
     except OSError as error:
         raise StageError(f"{program(name)} cannot be started: {error.strerror}") from None
-    # an administrator's note may be in Latin-1
-    text, errors = (part.decode(errors="replace") for part in (done.stdout, done.stderr))
-    if done.returncode == 0:
+    # an administrator's note may be in Latin-1, a banner in colours
+    text, errors = (plain(part.decode(errors="replace")) for part in (done.stdout, done.stderr))
+    # a site's script in its place may lose the exit code
+    lost = not text.strip() and (_LAST_WORD.search(errors) or unanswered(errors))
+    if done.returncode == 0 and not lost:
         return text
-    said = (errors or text).strip()
+    said = "\n".join(part for part in (errors.strip(), text.strip()[:500]) if part)
     if unanswered(said):
         raise NoAnswer(f"{name} failed: {said}")
     raise StageError(f"{name} failed: {said}{_hint(name) if _WRAPPED.search(said) else ''}")
@@ -120,7 +133,7 @@ def require(name: str) -> None:
 
 def unanswered(said: str) -> bool:
     """Whether what a client said means that nobody answered it."""
-    return bool(_NO_ANSWER.search(said))
+    return any(_NO_ANSWER.search(words) for words in _LAST_WORD.findall(said) or [said])
 
 
 def _hint(name: str) -> str:

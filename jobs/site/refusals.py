@@ -17,7 +17,7 @@ from yelp_hpc.rundir.paths import STAGES
 # what sbatch says → the keys to change, as the cluster file has them; {} is the stage
 _SECTION = "{0}.%s or defaults.%s"
 _HINTS = {
-    r"unrecognized option '--([a-z-]+)": "{0}.sbatch or defaults.sbatch",
+    r"(unrecognized|invalid|ambiguous) option|option '--": "{0}.sbatch or defaults.sbatch",
     r"account/partition combination|invalid account": _SECTION % ("account", "account"),
     r"(Assoc|QOS)\w*SubmitJob|too many (jobs|tasks)": (
         "max_array_size (fewer array tasks) or {0}.qos, or wait until earlier jobs have ended"
@@ -36,15 +36,31 @@ _HINTS = {
     r"time limit|--time\b|(wall|run).?time": _SECTION % ("time", "time"),
     r"partition": _SECTION % ("partition", "partition"),
     r"feature|constraint": _SECTION % ("constraint", "constraint"),
-    r"generic resource|gres|gpu": "{0}.gpus and gpu_type, or the same of defaults",
-    r"node configuration": "{0}.nodes, gpus, cpus, memory or constraint, or the same of defaults",
+    r"generic resource|gres|gpu|\btres\b": "{0}.gpus and gpu_type, or the same of defaults",
+    r"node configuration|topology|node not available": (
+        "{0}.nodes, gpus, cpus, memory or constraint, or the same of defaults"
+    ),
     r"memory|--mem\b": _SECTION % ("memory", "memory"),
-    r"cpu count|--cpus": _SECTION % ("cpus", "cpus"),
+    r"cpu count|--cpus|processors": _SECTION % ("cpus", "cpus"),
     r"node count|--nodes\b": _SECTION % ("nodes", "nodes"),
     r"mail": _SECTION % ("mail_user", "mail_user"),
-    r"wckey|reservation|licen[sc]e": "{0}.sbatch or defaults.sbatch",
+    r"wckey|reservation|licen[sc]e|burst.?buffer": "{0}.sbatch or defaults.sbatch",
     r"node name": "{0}.exclude or sbatch (nodelist), or the same of defaults",
     r"account": _SECTION % ("account", "account"),
+}
+# what no key mends
+_NO_KEY = {
+    r"access/permission denied|invalid user|user not found": (
+        "No key of the cluster config mends that: ask the site's support whether your user may "
+        "submit jobs from this machine."
+    ),
+    r"job dependency": (
+        "A job that this one waits for has left the queue meanwhile: run the same command again."
+    ),
+    r"configuration file|incompatible version|protocol version|header lengths|insane message": (
+        "This machine's Slurm client and its controller do not fit: ask the site's support."
+    ),
+    r"no cluster '": "SLURM_CLUSTERS of your environment names a cluster that is not there.",
 }
 
 
@@ -62,10 +78,16 @@ def refusal(job: Job, message: str) -> RequestError | StageError:
     limits = re.findall(r"\b(?:Assoc|QOS)(?:Max|Min|Grp)\w+", text)
     limits += re.findall(r"^(?:CPU count|Memory specification|Node count).*", text, re.MULTILINE)
     for said in (*limits, *final, *reversed(text.splitlines())):
+        for words, advice in _NO_KEY.items():
+            if re.search(words, said, re.IGNORECASE):
+                return RequestError(f"Slurm refuses {job.name}:\n  {shown}\n{advice}")
         for words, keys in _HINTS.items():
             if re.search(words, said, re.IGNORECASE):
                 return _refused(job, shown, keys)
-    return _refused(job, shown, "{0} or defaults")
+    return RequestError(
+        f"Slurm refuses {job.name}:\n  {shown}\nIf that is about what the job asks for, change it "
+        f"in {job.stage} or defaults of the cluster config; else ask the site's support."
+    )
 
 
 def _refused(job: Job, shown: str, keys: str) -> RequestError:

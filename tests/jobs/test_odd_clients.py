@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.fake_run import FakeRun
-from yelp_hpc.errors import RequestError, YelpHpcError
-from yelp_hpc.jobs import submission
+from yelp_hpc.errors import RequestError, StageError, YelpHpcError
+from yelp_hpc.jobs import chain, submission
 from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.jobs.watch import follow
 from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.files import append_jsonl
 from yelp_hpc.rundir.paths import RunPaths
 
 HEAD = 'echo "JOBID|STATE|REASON|NODELIST|TIME|LIMIT|RESTARTS|SUBMIT|USER|NAME|COMMAND|"\n'
@@ -31,7 +33,7 @@ ASKED = (
     'case "$*" in *"show config"*) echo "ClusterName = lab";;\n'
     '*"show job"*) while IFS="|" read -r id state a b c d e f g h script; do '
     '[ "$id" = "${@: -1}" ] && echo "JobId=$id JobState=$state SubmitTime=1700000000 '
-    'Command=${script%|}" && exit; '
+    'JobName=$h Command=${script%|}" && exit; '
     'done <$S/jobs; echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;; esac\n'
 )
 SOUND = {
@@ -54,6 +56,23 @@ SITES: dict[str, dict[str, str]] = {
     "a sacct without a database": {"sacct": "echo 'Slurm accounting is off' >&2; exit 1"},
     "words around the id": {"sbatch": f'{QUEUED}echo "lua: hi"; echo "Submitted batch job $n"'},
     "an id on a line of another system": {"sbatch": f'{QUEUED}printf "hi\\r\\n$n\\r\\n"'},
+    "numbers around the id": {"sbatch": f"{QUEUED}echo 17; echo $n; echo Credits left:; echo 42"},
+    "colours around the id": {"sbatch": f"{QUEUED}printf '\\033[32m%s\\033[0m\\n' $n"},
+    "a script that fails after the job was queued": {
+        "sbatch": f"{QUEUED}echo $n; echo 'cannot write the mail' >&2; exit 3"
+    },
+    "a script that hands in a copy": {
+        "sbatch": f"{QUEUED.replace('|$s|', '|/spool/$n.sh|')}echo $n"
+    },
+    "a script that hands in standard input": {
+        "sbatch": f"{QUEUED.replace('|$s|', '|(null)|')}echo $n"
+    },
+    "a plugin that renames": {"sbatch": f"{QUEUED.replace('${name#', 'a lab: ${name#')}echo $n"},
+    "states with flags": {"sbatch": f"{QUEUED.replace('PENDING', 'PENDING,LAUNCH_FAILED')}echo $n"},
+    "a queue of everybody's": {
+        "squeue": f'{HEAD}echo "7|PENDING|JobHeldUser||0:00|1:00|0|17|eve|yelp-train:a-run|/x|"\n'
+        "cat $S/jobs"
+    },
     "a script that was lost once": {
         "sbatch": "[ -e $S/once ] || { touch $S/once; echo 'sbatch: error: Batch job submission "
         f"failed: I/O error writing script/environment to file' >&2; exit 1; }}\n{QUEUED}echo $n"
@@ -128,6 +147,8 @@ def test_what_squeue_never_shows_is_asked_of_the_controller(
         go(run)
     play(SITES[site])
     jobs.write_text("")
+    (record,) = (run.root / "logs" / "attempts" / "train").iterdir()
+    os.utime(record, (1.0, 1.0))
     assert go(run) == ["102"]
 
 
@@ -171,6 +192,87 @@ def test_a_queue_that_cannot_be_asked_is_no_empty_one(
     with pytest.raises(YelpHpcError, match="squeue failed: out of memory"):
         cancel(run.root)
     assert jobs.read_text() == before
+
+
+def test_an_error_without_an_exit_code_is_no_empty_queue(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(chain, "PATIENCE", 0.0)
+    play({})
+    go(run)
+    lost = AWAY.replace("exit 1", "exit 0")
+    play({"squeue": lost, "scontrol": lost})
+    with pytest.raises(StageError, match="Unable to contact slurm controller"):
+        go(run)
+    with pytest.raises(StageError, match="Unable to contact slurm controller"):
+        cancel(run.root)
+    play({})
+    cancel(run.root)
+    play({"sbatch": "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2"})
+    with pytest.raises(RequestError, match=r"Change train\.account"):
+        go(run)
+
+
+def test_a_job_that_slurm_has_forgotten_and_whose_supervisor_lives_is_elsewhere(
+    play: Callable[[dict[str, str]], Path], run: FakeRun
+) -> None:
+    """Two clusters of one name, on one file system."""
+    jobs = play({})
+    go(run)
+    jobs.write_text("")
+    attempts.write(RunPaths(run.root), attempts.Attempt("train", "101", 0))
+    with pytest.raises(RequestError, match="train is job 101"):
+        go(run)
+
+
+def test_what_runs_beyond_this_machine_is_not_called_cancelled(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunPaths(run.root)
+    play({})
+    go(run)
+    (line,) = submission.records(paths)
+    append_jsonl(paths.submissions, {**line, "slurm_cluster": "far"})
+    attempts.write(paths, attempts.Attempt("train", "101", 0))
+    with pytest.raises(StageError, match=r"runs on cluster far: end it there \(scancel 101\)"):
+        cancel(run.root)
+    with pytest.raises(RequestError, match="of cluster far"):
+        go(run)
+    local = {**line, "executor": "local", "job": "local-77", "host": "g7", "name": "prepare"}
+    append_jsonl(paths.submissions, local)
+    attempts.write(paths, attempts.Attempt("prepare", "local-77", 0))
+    with pytest.raises(StageError, match=r"prepare runs on g7: end it there \(kill 77\)"):
+        cancel(run.root)
+
+
+def test_of_several_clusters_one_has_to_be_named(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = play({"scancel": f'echo "$*" >>$S/asked\n{SOUND["scancel"]}'})
+    go(run)
+    for several in ("lab,far", "all"):
+        monkeypatch.setenv("SLURM_CLUSTERS", several)
+        with pytest.raises(RequestError, match="export SLURM_CLUSTERS=NAME"):
+            submit("infer", run.root, run.config, run.cluster, say=lambda text: None)
+    assert cancel(run.root) == ["101"]
+    assert jobs.with_name("asked").read_text() == "--clusters=lab 101\n"
+
+
+def test_what_ended_meanwhile_is_no_error_of_cancel(
+    play: Callable[[dict[str, str]], Path], run: FakeRun
+) -> None:
+    said = "scancel: error: Kill job error on job id 101: {}"
+    for why, ends in (("Invalid job id specified", True), ("Access/permission denied", False)):
+        play({"scancel": f"echo '{said.format(why)}' >&2; exit 1"})
+        if ends:
+            go(run)
+            assert cancel(run.root) == ["101"]
+            (play({}).with_name("jobs")).write_text("")
+        else:
+            go(run)
+            with pytest.raises(StageError, match=why):
+                cancel(run.root)
 
 
 def test_what_only_vanishes_from_the_queue_is_waited_for(

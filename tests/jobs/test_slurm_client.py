@@ -110,7 +110,7 @@ def test_what_is_asked_of_a_job_and_what_is_asked_for_it(
     told = "\nWelcome\nJobId=7 JobName=a b JobState=RUNNING Reason=None NodeList=g[1-2] Comment=\n"
     asked = answering(told)
     facts = slurm.facts_of("7_1", patience=4.0)
-    assert facts == {"JobId": "7", "JobName": "a", "JobState": "RUNNING", "Reason": "None",
+    assert facts == {"JobId": "7", "JobName": "a b", "JobState": "RUNNING", "Reason": "None",
                      "NodeList": "g[1-2]", "Comment": ""}  # fmt: skip
     assert slurm.state_of("7") == "RUNNING"
     slurm.requeue("7_1")
@@ -118,8 +118,8 @@ def test_what_is_asked_of_a_job_and_what_is_asked_for_it(
     slurm.cancel([])
     show = ["scontrol", "-o", "show", "job"]
     assert asked == [
-        [*show, "7_1", "epoch=True", "patience=4.0"],
-        [*show, "7", "epoch=True", "patience=10"],
+        [*show, "7_1", "timeout=60", "epoch=True", "patience=4.0"],
+        [*show, "7", "timeout=60", "epoch=True", "patience=10"],
         ["scontrol", "requeue", "7_1"],
         ["scancel", "7", "8", f"patience={PATIENCE}"],
     ]
@@ -165,7 +165,7 @@ def test_the_name_of_the_cluster(
         ("AssocMaxWallDurationPerJobLimit",
          "over a limit of your association (AssocMaxWallDurationPerJobLimit); it will never start",
          True),
-        ("QOSMinGRES", "over a limit of the qos (QOSMinGRES); it will never start", True),
+        ("QOSMinGRES", "under the least of the qos (QOSMinGRES); it will never start", True),
         ("QOSGrpCpuLimit", "over a limit of the qos (QOSGrpCpuLimit)", False),
         ("AssocGrpCPUMinutesLimit",
          "over a limit of your association (AssocGrpCPUMinutesLimit)", False),
@@ -300,6 +300,13 @@ def test_a_client_gets_plain_times_and_whole_arrays_and_its_own_words_are_shown(
         "fork: Resource temporarily unavailable",
         "Batch job submission failed: I/O error writing script/environment to file",
         "slurm_load_jobs error: Unexpected message received",
+        "Welcome\nsbatch: error: Batch job submission failed: Message send failure",
+        "Batch job submission failed: Unable to create job record, try again",
+        "slurm_load_jobs error: RPC rate limit exceeded",
+        "sbatch: error: Batch job submission failed: Protocol authentication error",
+        "Slurm temporarily unable to accept job, sleeping and retrying",
+        "getaddrinfo() failed: Temporary failure in name resolution",
+        "sbatch: error: Unable to open file train.sh: Stale file handle",
     ],
 )
 def test_no_answer_is_asked_again(said: str, tmp_path: Path) -> None:
@@ -364,6 +371,24 @@ def test_the_users_defaults_fill_in_what_the_cluster_file_leaves_out() -> None:
         ("Batch job submission failed: Invalid node name specified", "sbatch (nodelist)"),
         ("Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: "
          "Requested node configuration is not available", "Change infer.memory or"),
+        ("Batch job submission failed: More processors requested than permitted", "infer.cpus"),
+        ("Batch job submission failed: User's group not permitted to use this partition",
+         "infer.partition"),
+        ("Batch job submission failed: Required node not available (down, drained or reserved)",
+         "constraint"),
+        ("Batch job submission failed: Invalid Trackable RESource (TRES) specification",
+         "infer.gpus"),
+        ("Batch job submission failed: Access/permission denied", "No key of the cluster config"),
+        ("Batch job submission failed: Job dependency problem", "run the same command again"),
+        ("Batch job submission failed: Incompatible versions of client and server code",
+         "do not fit"),
+        ("No cluster 'far' known by database.", "SLURM_CLUSTERS"),
+        ("sbatch: error: CLI filter plugin terminated with error", "ask the site's support"),
+        ("option '--exclusive' doesn't allow an argument", "infer.sbatch"),
+        ("Nodes may be slow, try again later\nsbatch: error: Batch job submission failed: Invalid "
+         "qos specification", "infer.qos"),
+        ("munge is fine. Slurm temporarily unable to accept job, sleeping and retrying\nsbatch: "
+         "error: Batch job submission failed: Invalid feature specification", "infer.constraint"),
         ("lua: --requeue is not permitted\nsbatch: error: Batch job submission failed: Unspecified "
          "error", "Change requeue"),
     ],
@@ -375,12 +400,56 @@ def test_a_refusal_names_a_key_that_exists(said: str, key: str) -> None:
     assert "infer.max_array_size" not in str(error)
 
 
+def test_an_sbatch_that_hangs_is_no_refusal() -> None:
+    assert isinstance(refusal(Job("infer"), "sbatch did not answer within 90 s"), NoAnswer)
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "runs", "live"),
+    [
+        ("RUNNING,SIGNALING", "RUNNING", True, True),
+        ("SIGNALING", "RUNNING", True, True),
+        ("RUNNING,CONFIGURING,POWER_UP_NODE", "RUNNING", True, True),
+        ("STOPPED", "SUSPENDED", True, True),
+        ("COMPLETED,COMPLETING", "COMPLETING", True, True),
+        ("FAILED,LAUNCH_FAILED", "FAILED", False, False),
+        ("PENDING,SPECIAL_EXIT", "PENDING", False, True),
+        ("SPECIAL_EXIT", "PENDING", False, True),
+        ("REQUEUE_HOLD", "PENDING", False, True),
+        ("CANCELLED by 1000", "CANCELLED", False, False),
+        ("CANCELLED+", "CANCELLED", False, False),
+    ],
+)
+def test_flags_of_a_state(
+    text: str,
+    state: str,
+    runs: bool,
+    live: bool,
+    answering: Callable[[str | Exception], Asked],
+) -> None:
+    answering(f"{HEAD}7|{text}|None||0:00|1:00|0|5|me|a|/s.sh|\n")
+    (row,) = slurm.everything(["7"])
+    assert (row.state, row.runs, row.live) == (state, runs, live)
+    assert slurm.parse_accounting(f"7|{text}|g1|0:01|1:00|me|a")[0].state == state
+    answering(f"JobId=7 JobName=a JobState={text.partition(' ')[0]} Reason=None")
+    assert slurm.facts_of("7")["JobState"] == state
+    assert slurm.state_of("7") == ("RUNNING" if state == "SUSPENDED" else state)
+
+
+def test_a_task_that_the_controller_has_forgotten_alone(
+    answering: Callable[[str | Exception], Asked],
+) -> None:
+    answering(StageError("scontrol failed: Job 12_3 not found"))
+    assert slurm.facts_of("12_3") == {}
+
+
 @pytest.mark.parametrize(
     "reason",
     [
         *("job requeued in held state", "(launch_failed_requeued_held)", "JobHoldMaxRequeue"),
         *("PartitionConfig", "BadConstraints", "JobHeldAdmin", "DependencyNeverSatisfied"),
         *("QOSMaxGRESPerJob", "AssocMaxWallDurationPerJobLimit", "QOSMinGRES"),
+        *("MaxMemPerLimit", "InvalidQOS", "AccountNotAllowed", "QOSNotAllowed", "DeadLine"),
     ],
 )
 def test_what_no_waiting_mends(reason: str) -> None:
