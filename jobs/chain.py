@@ -22,7 +22,7 @@ from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
 from yelp_hpc.jobs.progress import stage_done
-from yelp_hpc.jobs.site.client import PATIENCE, require
+from yelp_hpc.jobs.site.client import PATIENCE, require_clients
 from yelp_hpc.jobs.site.refusals import of_the_shell
 from yelp_hpc.jobs.snapshot import exposed, read_settings
 from yelp_hpc.jobs.submission import (
@@ -139,8 +139,8 @@ def submit(
             text = f"# {submission.name}\n{notes}{submission.script}\n$ {submission.command}\n"
             print(plain(text))
         return dry
-    for client in ("sbatch", "srun") if executor == "slurm" else ():
-        require(client)
+    if executor == "slurm":
+        require_clients(cluster.programs)
     for warning in exposed(paths):
         say(f"warning: {warning}")
     with ExitStack() as at_work:

@@ -105,6 +105,10 @@ _INSTEAD = {
 }
 
 
+DEFAULT_TIME = "60"
+"""The time limit where neither the cluster file nor the user's SBATCH_ variables name one."""
+
+
 def minutes(text: str) -> int:
     """Minutes of a Slurm time: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`."""
     match = _TIME.fullmatch(text)
@@ -149,7 +153,7 @@ class Resources(Frozen):
     save_seconds: int | None = Field(
         default=None,
         ge=10,
-        description="seconds before the limit to save at",
+        description="seconds before the limit to save at; null: 120, at most half of it",
     )
     sbatch: dict[str, Expanded] = Field(default={}, description="other sbatch options: value or ''")
 
@@ -157,6 +161,16 @@ class Resources(Frozen):
     def least_nodes(self) -> int:
         """Nodes that one job has at least."""
         return int(str(self.nodes or 1).partition("-")[0])
+
+    @property
+    def save(self) -> int:
+        """Seconds before the time limit at which a stage is told to save."""
+        return self.save_seconds or min(120, self.seconds // 2)
+
+    @property
+    def seconds(self) -> int:
+        """The time limit."""
+        return 60 * minutes(self.time or DEFAULT_TIME)
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -293,18 +307,27 @@ class ClusterConfig(Frozen):
         return value
 
     @model_validator(mode="after")
-    def _one_way(self) -> ClusterConfig:
+    def _consistent(self) -> ClusterConfig:
         if self.container and self.command:
             raise ValueError("give container or command, not both")
-        twice = {
+        wrong = {
             f"{key} and sbatch.{option} say the same: leave one out (in {stage}, or in defaults)"
             for stage in STAGES
             for key, options in _INSTEAD.items()
             for option in {*options} & {*self.resources(stage).sbatch}
             if getattr(self.resources(stage), key)
         }
-        if twice:
-            raise ValueError("; ".join(sorted(twice)))
+        late: dict[str, list[str]] = {}
+        for stage in STAGES:
+            want = self.resources(stage)
+            if want.save >= want.seconds:
+                text = f"save_seconds {want.save} is all of the time limit, {want.seconds} s"
+                late.setdefault(text, []).append(stage)
+        for text, stages in late.items():
+            own = f"{', '.join(stages)}, or " if len(stages) < len(STAGES) else ""
+            wrong.add(f"{text}: raise time, or lower save_seconds (in {own}defaults)")
+        if wrong:
+            raise ValueError("; ".join(sorted(wrong)))
         return self
 
     def resources(self, stage: str) -> Resources:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.image.file import image_sha256
+from yelp_hpc.image.file import image_sha256, why_no_image
 from yelp_hpc.jobs import slurm
-from yelp_hpc.jobs.cluster import ClusterConfig, minutes
+from yelp_hpc.jobs.cluster import DEFAULT_TIME, ClusterConfig, minutes
 from yelp_hpc.jobs.job import Job, job_name
 from yelp_hpc.jobs.site.client import (
     PATIENCE,
@@ -51,13 +51,13 @@ def freeze_cluster(paths: RunPaths, cluster: ClusterConfig) -> Path:
     """Write the settings, and the image's hash, where the jobs of this submission read them.
 
     Raises:
-        RequestError: the container's image does not exist.
+        RequestError: the container's image is none.
     """
     image = None
     if cluster.container:
         sif = Path(cluster.container.image)
-        if not sif.is_file():
-            raise RequestError(f"container.image: {sif} does not exist (yelp_hpc image build)")
+        if problem := why_no_image(sif):
+            raise RequestError(f"container.image: {problem} (yelp_hpc image build)")
         image = image_sha256(sif)
     content = {"cluster": cluster.model_dump(mode="json"), "image_sha256": image}
     return freeze_settings(paths, content)
@@ -104,9 +104,9 @@ def parameters(
     """
     want = cluster.resources(job.stage)
     own = {name: value for name, (value, _) in user_defaults(want, os.environ).items()}
-    limit = want.time or own.get("time") or "60"
+    limit = want.time or own.get("time") or DEFAULT_TIME
     after = [f"{kind}:{dependencies[name]}" for kind, name in job.after if name in dependencies]
-    save = want.save_seconds or 120
+    save = want.save
     extra: dict[str, Any] = {
         "time": limit,
         # to the job step, which is the supervisor; it hands the signal on

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from yelp_hpc.errors import StageError, all_problems
-from yelp_hpc.image.file import image_sha256, no_apptainer
+from yelp_hpc.image.file import image_sha256, no_apptainer, why_no_image
 from yelp_hpc.jobs.cluster import Container
 from yelp_hpc.rundir.files import atomic_path, sha256_file
 from yelp_hpc.runtime import program
@@ -48,8 +48,8 @@ def check_image(container: Container, expected: str | None) -> None:
     if shutil.which(program("apptainer")) is None:
         problems.append(no_apptainer())
     image = Path(container.image)
-    if not image.is_file():
-        problems.append(f"the image {image} is missing: python -m yelp_hpc image build {image}")
+    if problem := why_no_image(image):
+        problems.append(f"{problem}: python -m yelp_hpc image build {image}")
     for bind in container.binds:
         if not os.path.exists(bind.split(":")[0]):  # noqa: PTH110 - never raises
             problems.append(f"container.binds: {bind} does not exist on this node")

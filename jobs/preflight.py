@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,12 @@ from pathlib import Path
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
+from yelp_hpc.image.file import no_apptainer, why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.models.adapter_source import find_adapter
 from yelp_hpc.publishing.token import find_token
+from yelp_hpc.runtime import program
 from yelp_hpc.training.trackers import missing as missing_trackers
 
 MODULES = {
@@ -46,6 +49,7 @@ def require_sound_request(
     problems = [
         *_inputs(stages, config),
         *_image(cluster),
+        *_programs(cluster, executor),
         *_packages(stages, config, cluster, executor),
         *_adapter(stages, config),
         *_token(stages, config),
@@ -81,12 +85,21 @@ def _adapter(stages: Sequence[str], config: Config) -> Iterator[str]:
 
 
 def _image(cluster: ClusterConfig) -> Iterator[str]:
-    if cluster.container and not Path(cluster.container.image).is_file():
+    if cluster.container and (problem := why_no_image(Path(cluster.container.image))):
         image = cluster.container.image
         yield (
-            f"container.image: {image} does not exist → "
-            f"python -m yelp_hpc image build {image} (--cuda for GPUs)"
+            f"container.image: {problem} → python -m yelp_hpc image build {image} (--cuda for GPUs)"
         )
+
+
+def _programs(cluster: ClusterConfig, executor: str) -> Iterator[str]:
+    """What stages would be started with here, and is not here; nodes may have it."""
+    if executor != "local":
+        return
+    if cluster.container and shutil.which(program("apptainer")) is None:
+        yield no_apptainer()
+    if cluster.command and shutil.which(cluster.command[0]) is None:
+        yield f"command: {cluster.command[0]} is no program here → name one, or leave command out"
 
 
 def _packages(
@@ -102,7 +115,9 @@ def _packages(
         wanted["tensorboard"] = None
     python = cluster.python or sys.executable
     missing = missing_modules(python, tuple(wanted))
-    if missing == ("tensorboard",):
+    if missing is None and executor == "local":
+        yield f"python: {python} is no Python that starts here → name one, or leave python out"
+    elif missing == ("tensorboard",):
         yield (
             "train.tensorboard is on, but the package tensorboard is not installed → "
             f"{python} -m pip install tensorboard, or --set train.tensorboard=false"
@@ -130,11 +145,8 @@ def without_packages(python: str, missing: Sequence[str]) -> str:
 
 
 @functools.cache
-def missing_modules(python: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `names` that `python` cannot find; all of them when it does not start. Imports none.
-
-    A Python elsewhere, which only the nodes may have, is taken at its word: () where it is missing.
-    """
+def missing_modules(python: str, names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Those of `names` that `python` cannot find; None when it does not start. Imports none."""
     if python == sys.executable:
         return tuple(name for name in names if importlib.util.find_spec(name) is None)
     code = (
@@ -144,9 +156,9 @@ def missing_modules(python: str, names: tuple[str, ...]) -> tuple[str, ...]:
     try:
         argv = [python, "-c", code, *names]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
-        return tuple(json.loads(done.stdout)) if done.returncode == 0 else ()
+        return tuple(json.loads(done.stdout)) if done.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired, ValueError):
-        return ()
+        return None
 
 
 def _token(stages: Sequence[str], config: Config) -> Iterator[str]:

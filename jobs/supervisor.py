@@ -205,7 +205,7 @@ def _run(
         env.pop("SLURM_JOB_END_TIME", None)
     else:  # inside an allocation, of several nodes perhaps, it still runs on this one alone
         env.setdefault("YELP_HPC_NNODES", "1")
-    save = cluster.resources(job.stage).save_seconds or 120
+    save = cluster.resources(job.stage).save
     node = env.get("YELP_HPC_NODE_RANK", "0")
     log = paths.stage_log(job.name, job.tasks[0])
     if node != "0":

@@ -24,6 +24,9 @@ FILLER = "the food was and service place we they had our table came with a it".s
 HEAD = "Instruction: judge the review.\nReview: "
 TAIL = "\nOutput: "
 
+SIF = bytes(32) + b"SIF_MAGIC\0" + bytes(200)
+"""How an image begins: enough for whoever only looks at it."""
+
 
 def reviews(count: int, seed: int = 0) -> list[tuple[str, int]]:
     """Texts whose words give their label away, and the labels, balanced; 4 to 40 words."""

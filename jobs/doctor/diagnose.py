@@ -181,7 +181,7 @@ def _host_side(request: Request, found: Inputs | None) -> Iterable[Finding]:
     yield from check_machine(look(_look(request, found, paths=())), request)
     if on_host_python(request.cluster):
         python = request.cluster.python or sys.executable
-        yield check_job_side(python, missing_modules(python, MODULES["train"]))
+        yield check_job_side(python, missing_modules(python, MODULES["train"]) or ())
     if request.run_named:
         yield from check_run(request)
     if request.cluster.container:

@@ -27,7 +27,7 @@ from pathlib import Path
 from yelp_hpc.cache import cached_folders
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.image.check import info
-from yelp_hpc.image.file import image_sha256
+from yelp_hpc.image.file import image_sha256, why_no_image
 from yelp_hpc.jobs.doctor.facts import AllReduce, Driver, Folder, Image, Look, Machine, Quota
 from yelp_hpc.jobs.doctor.hub import hub
 from yelp_hpc.own_files import SHARE
@@ -317,20 +317,15 @@ def quotas(text: str) -> tuple[Quota, ...]:
 
 def image(path: Path) -> Image:
     """The image file, its SHA-256 and, where there is an apptainer, its labels."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        return Image(path=str(path), problem=error.strerror or str(error))
-    if head[32:41] != b"SIF_MAGIC":
-        return Image(path=str(path), problem="it is no SIF image")
+    if problem := why_no_image(path):
+        return Image(path=str(path), problem=problem)
     try:
         labels = {k: str(v) for k, v in info(path).items() if k not in ("path", "bytes", "sha256")}
     except RequestError:
         labels = {}  # no apptainer here
     except (YelpHpcError, ValueError, KeyError) as error:
         text = str(error).strip().rpartition("\n")[2].strip()
-        return Image(path=str(path), problem=f"apptainer cannot read it: {text}")
+        return Image(path=str(path), problem=f"{path}: apptainer cannot read it: {text}")
     return Image(path=str(path), sha256=image_sha256(path), labels=labels)
 
 

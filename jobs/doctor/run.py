@@ -92,8 +92,7 @@ def check_image(
     build = f"python -m yelp_hpc image build {image.path}"
     build += " --cuda" if request.gpus else ""
     if image.problem:
-        text = f"{image.path}: {image.problem[:1].lower()}{image.problem[1:]}"
-        return [command("image", "failure", text, build)]
+        return [command("image", "failure", image.problem, build)]
     found = []
     recorded = request.recorded("image").get("sha256")
     if recorded and recorded != image.sha256:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
-from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes, time_text
+from yelp_hpc.jobs.cluster import ClusterConfig, Resources, time_text
 from yelp_hpc.jobs.doctor.accounts import check_account, check_qos, key, partitions_of
 from yelp_hpc.jobs.doctor.findings import Finding, advice, command, config_line, listed, ok
 from yelp_hpc.jobs.site.slurm_facts import Node, SlurmFacts
@@ -177,12 +177,7 @@ def _time(
 ) -> Iterator[Finding]:
     want = cluster.resources(stage)
     where = key(cluster, stage, "time")
-    asked = minutes(want.time or "60")
-    save = want.save_seconds or 120
-    if save >= asked * 60:
-        at = key(cluster, stage, "save_seconds")
-        text = f"{at} is {save} s, the whole time limit of {asked} min: it would save at once"
-        yield config_line("time limit", "failure", text, f"{at}: {max(10, asked * 60 // 4)}")
+    asked = want.seconds // 60
     limits = [p.max_minutes for p in partitions_of(slurm, want)]
     numbers = [limit for limit in limits if limit is not None]
     if numbers and len(numbers) == len(limits) and asked > max(numbers):

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.progress import plain
@@ -119,16 +119,18 @@ def _once(argv: Sequence[str], timeout: float, epoch: bool) -> str:
 
 
 def _absent(name: str) -> RequestError:
+    named = f" (`programs` of the cluster file calls {name} so)" if program(name) != name else ""
     return RequestError(
-        f"{program(name)} is not installed on this machine: log in to a node of the cluster, or "
-        "use --executor local"
+        f"{program(name)} is not installed on this machine{named}: log in to a node of the "
+        "cluster, or use --executor local"
     )
 
 
-def require(name: str) -> None:
-    """Raises RequestError if the client `name` is not installed here."""
-    if shutil.which(program(name)) is None:
-        raise _absent(name)
+def require_clients(programs: Iterable[str]) -> None:
+    """Raises RequestError if what submits is not installed here, or a client in `programs`."""
+    for name in ("sbatch", "srun", *programs):
+        if name != "apptainer" and shutil.which(program(name)) is None:
+            raise _absent(name)
 
 
 def unanswered(said: str) -> bool:

@@ -17,7 +17,7 @@ from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import run_chain
 from yelp_hpc.jobs.preflight import require_sound_request
-from yelp_hpc.jobs.site.client import PATIENCE, require
+from yelp_hpc.jobs.site.client import PATIENCE, require_clients
 from yelp_hpc.jobs.submission import Live, Submission, living, sweep_pickles
 from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import say as tell
@@ -96,8 +96,7 @@ def submit_study(
     if problems:
         raise RequestError(all_problems(f"the study {study.root} cannot be made:", problems))
     if executor == "slurm":
-        require("sbatch")
-        require("srun")
+        require_clients(cluster.programs)
     with ExitStack() as at_work:
         at_work.enter_context(locked(study.paths.lock("study"), wait=0))
         if not study_json(study.root).exists() or _changed(study):

@@ -21,6 +21,7 @@ import pytest
 
 from tests.fabricated import make_run
 from tests.test_docs import ALL, TOOLS
+from tests.tiny import SIF
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.snapshot import freeze_settings
 from yelp_hpc.own_files import IMPORT_ROOT, package_files
@@ -181,7 +182,7 @@ def test_each_command_works_or_says_what_to_do(
 def test_odd_entries_of_path_are_passed_over(login: Login) -> None:
     """A folder that may not be entered, a file, a link to nowhere, nothing, what is not there."""
     trained(login)
-    (login.home / "x.sif").write_bytes(b"")
+    (login.home / "x.sif").write_bytes(SIF)
     (login.home / "closed").mkdir(mode=0)
     (login.home / "file").write_text("")
     (login.home / "link").symlink_to("nowhere")
@@ -208,7 +209,7 @@ def test_odd_entries_of_path_are_passed_over(login: Login) -> None:
 def test_what_needs_the_job_side_goes_on_in_the_image(login: Login) -> None:
     """A fake apptainer shows its arguments: the run's image, the folders, the same command."""
     image = login.home / "yelp_hpc.sif"
-    image.write_bytes(b"")
+    image.write_bytes(SIF)
     (login.bin / "apptainer").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; env | grep TOKEN\n')
     (login.bin / "apptainer").chmod(0o755)
     (login.home / "cluster.yaml").write_text("container: {image: yelp_hpc.sif, cache: cache}\n")

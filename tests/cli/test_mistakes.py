@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import SIF
 from yelp_hpc.cli.main import cli, main
 
 SUBMIT = "submit all --config c.yaml --run run --executor local"
@@ -229,6 +230,8 @@ CLUSTERS = [
     ("defaults: {queue: gpu}", "did you mean defaults.partition?"),
     ("container: {sif: x.sif}", "did you mean container.image?"),
     ("container: {image: gone.sif}", "image build"),
+    ("container: {image: reviews.csv}", "reviews.csv is no SIF image → python -m yelp_hpc image"),
+    ("container: {image: model}", "model is no SIF image: it is no file"),
     ("container: {image: docker://a/b}", "apptainer pull FILE.sif docker://a/b"),
     ("container: x.sif", "container: is a section"),
     ("setup: module load apptainer", "input should be a list: [module load apptainer]"),
@@ -278,11 +281,33 @@ CLUSTERS = [
         "gpus and sbatch.gpus-per-task say the same",
     ),
     ("defaults: {time: 0}", "0 is no limit to Slurm"),
+    (
+        "defaults: {time: 10, save_seconds: 600}",
+        "save_seconds 600 is all of the time limit, 600 s: raise time, or lower save_seconds "
+        "(in defaults)",
+    ),
+    (
+        "defaults: {time: 10}\ntrain: {save_seconds: 700}\ninfer: {save_seconds: 700}",
+        "save_seconds 700 is all of the time limit, 600 s: raise time, or lower save_seconds "
+        "(in train, infer, or defaults)",
+    ),
+    ("defaults: {save_seconds: 300}\ncollect: {time: '5:00'}", "(in collect, or defaults)"),
+    ("train: {save_seconds: 3600}", "save_seconds 3600 is all of the time limit, 3600 s"),
     ("programs: {docker: x}", "docker is none of sbatch"),
     ("setup: {load: x}", "input should be a list: [A, B]"),
     ("slurm: {partition: gpu}", "resources stand under `defaults:`"),
 ]
 MODEL = "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
+# the same, where stages run here; as it is shown, and without --dry-run
+LOCAL = [
+    ("container: {image: reviews.csv}", "reviews.csv is no SIF image"),
+    ("container: {image: a.sif}\nprograms: {apptainer: gone}", "gone is not on PATH"),
+    ("command: [gone, x]", "command: gone is no program here"),
+    ("command: [./reviews.csv]", "command: ./reviews.csv is no program here"),
+    ("python: gone", "python: gone is no Python that starts here"),
+    ("python: ./c.yaml", "python: ./c.yaml is no Python that starts here"),
+    ("python: /bin/ls", "python: /bin/ls is no Python that starts here"),
+]
 CONFIGS = [
     (f"{MODEL}train:\n", "c.yaml:3: train: has no keys below it"),
     (f"{MODEL}data.cutoff: 5\n", "write `data:` and below it, indented, `cutoff: VALUE`"),
@@ -308,6 +333,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
     )
     (tmp_path / "dead").symlink_to("gone")
+    (tmp_path / "a.sif").write_bytes(SIF)
     (tmp_path / "semi.csv").write_text("label;text\n0;bad\n")
     (tmp_path / "lr.yaml").write_text("model.path: [gone]\n")
     (tmp_path / "old").mkdir()
@@ -382,6 +408,24 @@ def test_a_cluster_file_is_mended_by_its_message(
     (folder / "cl.yaml").write_text(text + "\n")
     code, said = typed(DRY, monkeypatch, capsys)
     assert code == 2 and expected in " ".join(said.split()), said
+
+
+@pytest.mark.parametrize(("text", "expected"), LOCAL, ids=[text for text, _ in LOCAL])
+def test_what_cannot_start_here_is_said_before_anything_is_written(
+    folder: Path,
+    text: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "cl.yaml").write_text(text + "\n")
+    (folder / "seeds.yaml").write_text("seed: [1, 2]\n")
+    before = sorted(folder.rglob("*"))
+    study = "study seeds.yaml --config c.yaml --out study --executor local"
+    for line in (SUBMIT, f"{SUBMIT} --dry-run", study):
+        code, said = typed(f"{line} --cluster cl.yaml", monkeypatch, capsys)
+        assert code == 2 and expected in " ".join(said.split()), said
+        assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("text", "expected"), CONFIGS, ids=range(len(CONFIGS)))

@@ -12,7 +12,7 @@ import pandas
 import pytest
 
 from tests.hub.finished import finish_run
-from tests.tiny import reviews
+from tests.tiny import SIF, reviews
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -35,7 +35,7 @@ def predict(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_dry_run_on_slurm_shows_the_array_in_the_image_and_writes_nothing(finished: Path) -> None:
-    (finished / "yelp_hpc.sif").write_bytes(b"")
+    (finished / "yelp_hpc.sif").write_bytes(SIF)
     (finished / "answers").mkdir()
     (finished / "cluster.yaml").write_text("container: {image: yelp_hpc.sif, cache: cache}\n")
     before = sorted(finished.rglob("*"))

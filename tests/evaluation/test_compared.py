@@ -169,6 +169,14 @@ def test_the_command_shows_settings_figures_pairs_and_cost_in_80_columns(
     assert re.search(r"C − B .* : ", flat) and "McNemar" in flat and "Holm" in flat
     assert "1.35" in flat  # hours of the fabricated jobs
     page = (tmp_path / "page.html").read_text()
+    again = [*(run.root for run in three), "--html"]
+    assert command(*again, tmp_path / "page.html").returncode == 0
+    (tmp_path / "other.html").write_text("<title>mine</title>")
+    for other in (tmp_path / "other.html", three[0].run_json):
+        before = other.read_bytes()
+        done = command(*again, other)
+        assert done.returncode == 2 and f"{other} is there already" in done.stderr
+        assert not done.stdout and other.read_bytes() == before
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert page.count('role="img"') == 2 and "C − B" in page
 

@@ -119,6 +119,17 @@ def test_what_cannot_be_written_is_refused_first(
             export_predictions(*made, tmp_path / name)
 
 
+def test_a_file_of_somebody_else_stays(made: tuple[RunPaths, Config], tmp_path: Path) -> None:
+    for name in ("out.csv", "out.jsonl", "out.parquet"):
+        mine = exported(made, tmp_path / name).read_bytes()
+        assert exported(made, tmp_path / name).read_bytes() == mine  # our own is made again
+        for content in (b"label,text\n0,bad\n", b'{"label": 0}\n', b"", b"PAR1"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(RequestError, match="is there already; name another file"):
+                export_predictions(*made, tmp_path / name)
+            assert (tmp_path / name).read_bytes() == content
+
+
 def test_the_command(made: tuple[RunPaths, Config], tmp_path: Path) -> None:
     run = str(made[0].root)
     done = export("--run", run, "--predictions", str(tmp_path / "out.csv"))

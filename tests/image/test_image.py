@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import SIF
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.image.build import build, build_argv
 from yelp_hpc.image.check import driver_problems, version_problems
@@ -113,6 +114,10 @@ def test_all_that_a_build_lacks_is_said_at_once(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RequestError) as error:
         build(tmp_path / "no" / "image", tmp_path / "no.lock", base="nothing")
+    (tmp_path / "notes.sif").write_text("notes")
+    with pytest.raises(RequestError, match=r"notes\.sif is there already; name another"):
+        build(tmp_path / "notes.sif", tmp_path / "no.lock")
+    (tmp_path / "notes.sif").unlink()
     said = str(error.value)
     parts = ["apptainer is not on PATH", "no.lock does not exist", "ends in .sif"]
     for part in [*parts, "no does not exist", "'nothing' is neither"]:
@@ -127,7 +132,7 @@ def test_a_container_program_of_another_name(
     (tmp_path / "singularity").write_text(f"#!/bin/sh\necho '{labels}'\n")
     (tmp_path / "singularity").chmod(0o755)
     image, cluster = tmp_path / "a.sif", tmp_path / "c.yaml"
-    image.write_bytes(b"x")
+    image.write_bytes(SIF)
     cluster.write_text("programs: {apptainer: singularity}\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from tests.tiny import SIF
 from yelp_hpc import __version__
 from yelp_hpc.config import Config, load_config
 from yelp_hpc.jobs.cluster import ClusterConfig, load_cluster
@@ -184,7 +185,7 @@ class Site:
 
     def _files(self) -> None:
         self.image = self.root / "yelp_hpc.sif"
-        self.image.write_bytes(b"\0" * 32 + b"SIF_MAGIC\0" + b"\0" * 200)
+        self.image.write_bytes(SIF)
         self.model = self.root / "models" / "tiny"
         self.model.mkdir(parents=True)
         (self.model / "config.json").write_text('{"model_type": "llama"}')

@@ -9,7 +9,7 @@ import pytest
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.errors import RequestError
-from yelp_hpc.jobs.cluster import load_cluster, minutes, time_text
+from yelp_hpc.jobs.cluster import ClusterConfig, load_cluster, minutes, time_text
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "clusters"
 
@@ -115,3 +115,15 @@ def test_minutes_reads_slurms_times(text: str, expected: int) -> None:
 
 def test_what_is_written_for_slurm_is_read_back() -> None:
     assert [minutes(time_text(count)) for count in range(1, 5000)] == list(range(1, 5000))
+
+
+@pytest.mark.parametrize(
+    ("time", "given", "save"),
+    [("1", None, 30), ("4", None, 120), (None, None, 120), ("1", 35, 35), ("2-0", 900, 900)],
+)
+def test_a_stage_is_told_to_save_before_its_limit(
+    time: str | None, given: int | None, save: int
+) -> None:
+    settings = {"time": "7", "save_seconds": given} | ({"time": time} if time else {})
+    cluster = ClusterConfig.model_validate({"defaults": settings})
+    assert cluster.resources("train").save == save

@@ -221,6 +221,7 @@ def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
     as_csv(source)
     taken = tmp_path / "taken.csv"
     taken.write_text("mine")
+    (tmp_path / "o.metrics.json").write_text("mine, too")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a", "answer": 1}\n{"text": " "}\n{"other": 3}\n{"text": 4}\n')
     none = tmp_path / "none.csv"
@@ -230,6 +231,7 @@ def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
         (source, tmp_path / "no" / "out.txt", {}, ["must end in .csv", "there is no folder"]),
         (source, source, {}, ["is the input itself"]),
         (source, taken, {}, ["is there already"]),
+        (source, tmp_path / "o.parquet", {}, ["o.metrics.json is there already"]),
         (tmp_path / "gone.csv", tmp_path / "o.csv", {}, ["does not exist"]),
         (source, tmp_path / "o.csv", {"text_column": "body"}, ["no column body", "--text-column"]),
         (

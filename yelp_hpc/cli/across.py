@@ -27,12 +27,15 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
     from yelp_hpc.errors import RequestError
     from yelp_hpc.rundir.files import write_bytes
     from yelp_hpc.rundir.manifest import load_run
+    from yelp_hpc.rundir.modes import refuse_foreign
 
     loaded = [load_run(run) for run in runs]
     if len({run.root for run, _ in loaded}) < len(loaded):
         raise RequestError("the same run directory is named twice")
     from yelp_hpc.evaluation.across import compared, compared_shown  # what is no run comes first
 
+    if html:
+        refuse_foreign(Path(html), compared_shown.is_comparison)
     found = compared.compare(loaded)
     if as_json:
         click.echo(json.dumps(found))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.image.file import why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES
 from yelp_hpc.runtime import program, use_programs
@@ -33,7 +34,7 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     container = None if _in_image() else named_container(arguments)
     if (
         container is None
-        or not Path(container.image).is_file()
+        or why_no_image(Path(container.image))
         or not shutil.which(program("apptainer"))
     ):
         raise RequestError(_ways_out(name, container, arguments)) from None
@@ -108,8 +109,9 @@ def _ways_out(name: str, container: Container | None, arguments: Sequence[str]) 
             "image build; with a --cluster file that names it, or a run that was submitted with "
             "one, this command goes in by itself)"
         )
-    elif not Path(container.image).is_file():
-        way = f"python -m yelp_hpc image build {container.image}, then the same command again"
+    elif problem := why_no_image(Path(container.image)):
+        build = f"python -m yelp_hpc image build {container.image}"
+        way = f"{problem}: {build}, then the same command again"
     else:
         way = (
             f"put {program('apptainer')} on PATH (often: module load apptainer), then the same "

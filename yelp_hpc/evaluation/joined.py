@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.files import records
 from yelp_hpc.data.output import table_writer
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.coverage import (
@@ -26,6 +27,7 @@ from yelp_hpc.evaluation.coverage import (
 from yelp_hpc.evaluation.metrics import softmax
 from yelp_hpc.inference.answers import answer_names
 from yelp_hpc.inference.provenance import wanted
+from yelp_hpc.rundir.modes import refuse_foreign
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.task import TaskConfig
@@ -37,11 +39,13 @@ def export_predictions(paths: RunPaths, config: Config, out: Path) -> int:
     """Write the joined table of a run's test set to `out`; returns its rows.
 
     Raises:
-        RequestError: `out` is no csv, jsonl or parquet file, or its folder is not there.
+        RequestError: `out` is no csv, jsonl or parquet file, its folder is not there, or it is a
+            file with other columns.
         StageError: as `joined`, or the file cannot be written.
     """
-    rows = 0
-    with table_writer(out, joined_schema(config)) as write:
+    rows, schema = 0, joined_schema(config)
+    refuse_foreign(out, lambda there: list(next(records(there), ("", {}))[1]) == schema.names)
+    with table_writer(out, schema) as write:
         for table in joined(paths, config):
             write(table)
             rows += table.num_rows

@@ -19,13 +19,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.image.file import EPOCH, image_sha256, no_apptainer, normalise, variables
+from yelp_hpc.image.file import (
+    EPOCH,
+    image_sha256,
+    no_apptainer,
+    normalise,
+    variables,
+    why_no_image,
+)
 from yelp_hpc.image.sbom import write_sbom
 from yelp_hpc.image.steps import call, folder_of, replaced, scratch, sole_builder
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, package_files, version
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import atomic_folder, sha256_file
 from yelp_hpc.rundir.manifest import code_state
+from yelp_hpc.rundir.modes import refuse_foreign
 from yelp_hpc.runtime import program
 
 # all files are root's: equal whoever builds, and a user without subordinate ids can unpack a base
@@ -147,6 +155,10 @@ def _check_request(image: Path, lock: Path, base: str) -> None:
         problems.append(f"base {base!r} is neither docker, debootstrap nor an image file")
     if base == "debootstrap" and shutil.which("debootstrap") is None:
         problems.append("debootstrap is not on PATH")
+    try:
+        refuse_foreign(image, lambda there: why_no_image(there) is None)
+    except RequestError as error:
+        problems.append(str(error))
     if problems:
         raise RequestError(all_problems("the image cannot be built:", problems))
 

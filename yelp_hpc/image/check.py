@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.image.file import image_sha256, no_apptainer
+from yelp_hpc.image.file import image_sha256, no_apptainer, why_no_image
 from yelp_hpc.rundir.manifest import lock_hashes
 from yelp_hpc.runtime import program
 
@@ -150,8 +150,8 @@ def _require(image: Path) -> None:
     problems = []
     if shutil.which(program("apptainer")) is None:
         problems.append(no_apptainer())
-    if not image.is_file():
-        problems.append(f"{image} does not exist: python -m yelp_hpc image build {image}")
+    if problem := why_no_image(image):
+        problems.append(f"{problem}: python -m yelp_hpc image build {image}")
     if problems:
         raise RequestError(all_problems("the image cannot be looked at:", problems))
 

@@ -35,6 +35,23 @@ def variables() -> str:
 _HEADER, _DESCRIPTOR = 128, 585  # bytes, of the SIF format's global header and of a descriptor
 
 
+def why_no_image(image: Path) -> str | None:
+    """Why nothing runs in `image`; None: it is a file that begins as a SIF does."""
+    try:
+        if image.exists() and not image.is_file():
+            return f"{image} is no SIF image: it is no file"
+        with image.open("rb") as file:
+            return None if _is_sif(file.read(_HEADER)) else f"{image} is no SIF image"
+    except FileNotFoundError:
+        return f"{image} does not exist"
+    except OSError as error:
+        return f"{image} cannot be read: {error.strerror}"
+
+
+def _is_sif(header: bytes | bytearray) -> bool:
+    return len(header) == _HEADER and header[32:41] == b"SIF_MAGIC"
+
+
 def image_sha256(image: Path) -> str:
     """SHA-256 of an image; a file of unchanged size and time is not read again.
 
@@ -67,7 +84,7 @@ def normalise(image: Path) -> None:
     """
     with image.open("r+b") as file:
         header = bytearray(file.read(_HEADER))
-        if len(header) < _HEADER or header[32:41] != b"SIF_MAGIC":
+        if not _is_sif(header):
             raise StageError(f"{image} is no SIF image")
         (total,) = struct.unpack_from("<q", header, 88)
         (offset,) = struct.unpack_from("<q", header, 96)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.progress import say
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
@@ -81,6 +82,23 @@ def unwritable(path: Path, folder: bool = False) -> str | None:
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{path} cannot be written: you may not write in {there}; name another"
     return None
+
+
+def refuse_foreign(path: Path, ours: Callable[[Path], bool]) -> None:
+    """Refuse to write over a file that the same command has not written.
+
+    Args:
+        ours: whether what is there is of that kind; a fault of reading it means that it is not.
+
+    Raises:
+        RequestError: it is another.
+    """
+    if not os.path.lexists(path):
+        return
+    with suppress(OSError, ValueError, YelpHpcError):
+        if ours(path):
+            return
+    raise RequestError(f"{path} is there already; name another file, or remove it")
 
 
 def let_umask_rule(folder: Path) -> None:

@@ -60,6 +60,11 @@ class Request:
         stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(self.input).stem)
         return f"{stem[:40].strip('-') or 'input'}-{digest}"
 
+    @property
+    def metrics(self) -> Path:
+        """Where the metrics of labelled rows are put beside the output."""
+        return Path(self.out).with_name(f"{Path(self.out).stem}.metrics.json")
+
     def config(self, config: Config, shards: int) -> Config:
         """The run's configuration, for these rows."""
         rows = DataConfig(

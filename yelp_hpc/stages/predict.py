@@ -194,9 +194,8 @@ def collect(paths: RunPaths, config: Config) -> None:
         print_outcome(metrics)
         content = json_bytes(metrics)
         write_bytes(paths.metrics, content)
-        beside = out.with_name(f"{out.stem}.metrics.json")
-        write_bytes(beside, content)
-        say(f"wrote {beside}")
+        write_bytes(request.metrics, content)
+        say(f"wrote {request.metrics}")
     write_json(
         paths.answered,
         {

@@ -10,10 +10,11 @@ from pathlib import Path
 from yelp_hpc.config import Config
 from yelp_hpc.data.files import BINARY_FORMATS, format_of
 from yelp_hpc.data.output import output_problems
-from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.inference.answers import answer_names
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import damaged_files, read_object, sha256_file
+from yelp_hpc.rundir.modes import refuse_foreign
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.request import Request, adapter_sha256, read_request
@@ -89,18 +90,7 @@ def make_request(
         if all(format_of(path) not in BINARY_FORMATS for path in files):
             raise
         note = "the input is looked at on the node: pyarrow is not installed here"
-    _refuse_foreign(request, run.predict / request.name)
+    asked = run.predict / request.name
+    for path in (Path(request.out), request.metrics):
+        refuse_foreign(path, lambda _: read_request(RunPaths(asked)).out == request.out)
     return request, note
-
-
-def _refuse_foreign(request: Request, folder: Path) -> None:
-    """Refuse to write over a file that no earlier start of the same request wrote."""
-    out = Path(request.out)
-    if not out.exists():
-        return
-    try:
-        mine = read_request(RunPaths(folder)).out == request.out
-    except StageError:
-        mine = False
-    if not mine:
-        raise RequestError(f"--out {out} is there already; name another file, or remove it")

@@ -6,6 +6,7 @@ Both show the same rows, made here from what `compared.compare` found.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from yelp_hpc.evaluation import charts
@@ -141,6 +142,11 @@ def print_table(
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+
+
+def is_comparison(page: Path) -> bool:
+    """Whether a file is a page that `comparison_page` made."""
+    return "<title>Runs compared</title>" in page.read_text(encoding="utf-8")
 
 
 def comparison_page(found: Mapping[str, Any]) -> str:
