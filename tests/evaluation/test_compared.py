@@ -169,7 +169,7 @@ def test_the_command_shows_settings_figures_pairs_and_cost_in_80_columns(
     assert re.search(r"C − B .* : ", flat) and "McNemar" in flat and "Holm" in flat
     assert "1.35" in flat  # hours of the fabricated jobs
     page = (tmp_path / "page.html").read_text()
-    again = [*(run.root for run in three), "--html"]
+    again: list[str | Path] = [*(run.root for run in three), "--html"]
     assert command(*again, tmp_path / "page.html").returncode == 0
     (tmp_path / "other.html").write_text("<title>mine</title>")
     for other in (tmp_path / "other.html", three[0].run_json):
