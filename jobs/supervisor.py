@@ -38,7 +38,7 @@ from yelp_hpc.ranks.launch import rendezvous
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
-from yelp_hpc.rundir.modes import PATIENCE, room_again
+from yelp_hpc.rundir.modes import PATIENCE, is_full, room_again
 from yelp_hpc.rundir.node_faults import read_faults
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.rundir.study import take_shared
@@ -149,12 +149,17 @@ def _attempt(
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
-    if verdict.action == "failed" and leader and attempt.stalled < cluster.requeue_cap:
-        said = verdict.reason.rpartition("=== job ")[2]  # by this start
-        if room_again(paths.root, said, lambda: stop.signal is not None):
+    said = verdict.reason.rpartition("=== job ")[2]  # by this start
+    full = verdict.action == "failed" and leader and is_full(paths.root, said)
+    if full and attempt.stalled < cluster.requeue_cap:
+        room = stop.signal is None and room_again(paths.root, lambda: stop.signal is not None)
+        # time was up, perhaps while it saved: whoever starts next waits for room
+        up = stop.signal in (signal.SIGUSR2, signal.SIGUSR1)
+        if room or up:
             alone = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
-            action = "again" if alone else "requeued"  # which all nodes begin anew
-            verdict = Verdict(action, f"the disk was full; {verdict.reason}", ask=not alone)
+            here = not on_slurm() or (alone and not up)  # a requeue begins all nodes anew
+            action, why = "again" if here else "requeued", f"the disk was full; {verdict.reason}"
+            verdict = Verdict(action, why, ask=not here)
     if new := [fault for fault in read_faults(paths)[known:] if verdict.action != "done"]:
         why = f"{verdict.reason}; node {new[-1]['node']} failed: {new[-1]['what']}"
         verdict = replace(verdict, reason=why)

@@ -223,6 +223,21 @@ def test_two_nodes_meet_and_are_requeued_as_one(slurm: Cluster, slurm_run: MakeR
     assert [attempt.verdict for attempt in tried] == ["requeued", "done"]
 
 
+def test_a_disk_that_is_full_when_time_is_up_costs_a_requeue(
+    slurm: Cluster, slurm_run: MakeRun
+) -> None:
+    train = {"partition": "cpu", "gpus": 0}
+    run = slurm_run(cluster={"train": train}, steps=60, full=1, at_save=True).prepared()
+    job = go(run, "train")["train"]
+    wait_for(lambda: len(run.trace()) == 1, 60, "the stage to begin")
+    time.sleep(0.3)
+    slurm.sh("scancel", "--signal=USR2", job)
+    wait_ended([job], 90)
+    first, second = attempts.read(RunPaths(run.root), "train")
+    assert [first.verdict, second.verdict] == ["requeued", "done"]
+    assert first.reason.startswith("the disk was full")
+
+
 def test_two_nodes_that_met_a_full_disk_begin_anew(slurm: Cluster, slurm_run: MakeRun) -> None:
     train = {"partition": "cpu", "gpus": 0, "nodes": 2}
     run = slurm_run(cluster={"train": train}, full=2).prepared()

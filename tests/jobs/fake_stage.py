@@ -5,8 +5,9 @@ the other, as that does. Works in steps of a tenth of a second, keeps each step 
 file, saves on SIGUSR2 and SIGTERM and then exits 75. How it shall behave stands in RUN/fake.json:
 {"steps": N, "fail": ["infer-base-3"], "stuck": true} (no step is ever finished), {"deaf": true} (no
 signal is heard), {"ill": true} (the hardware fails of the node on which train starts first, there
-and ever after), {"full": 2} (for the first two starts of each the disk is full). In a study the
-file stands beside study.json, and its `fail` names RUN/STAGE.
+and ever after), {"full": 2} (for the first two starts of each the disk is full; with
+{"at_save": true} only where they save). In a study the file stands beside study.json, and its
+`fail` names RUN/STAGE.
 """
 
 import errno
@@ -40,6 +41,11 @@ def put(path: Path, value: object) -> None:
     temporary.rename(path)
 
 
+def no_room() -> None:
+    print(f"cannot write {root}: {os.strerror(errno.ENOSPC)}.", flush=True)
+    sys.exit(1)
+
+
 def play(shard: int | None) -> None:
     name = "-".join(str(part) for part in (stage, model, shard) if part not in ("", None))
     with (root / "trace.jsonl").open("a") as trace:
@@ -57,9 +63,9 @@ def play(shard: int | None) -> None:
             file.write(json.dumps({"node": node, "time": time.time(), "what": "ECC error"}) + "\n")
         sys.exit(75)
     starts = (root / "trace.jsonl").read_text().count(f'"name": "{name}"')
-    if starts <= plan.get("full", 0):
-        print(f"cannot write {root}: {os.strerror(errno.ENOSPC)}.", flush=True)
-        sys.exit(1)
+    full = starts <= plan.get("full", 0)
+    if full and not plan.get("at_save"):
+        no_room()
     if {name, f"{root.name}/{name}"} & {*plan.get("fail", [])}:
         print("the data is rotten", flush=True)
         sys.exit(1)
@@ -72,6 +78,8 @@ def play(shard: int | None) -> None:
         time.sleep(0.1)
         if not plan.get("stuck"):
             step += 1
+        if stop and full:
+            no_room()
         if stop and not plan.get("deaf"):
             if kept and not plan.get("stuck"):
                 put(kept, step)

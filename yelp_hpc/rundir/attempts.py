@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import read_jsonl, read_object, sweep, write_json
-from yelp_hpc.rundir.modes import room_again
+from yelp_hpc.rundir.modes import is_full, room_again
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 SILENT = 120.0
@@ -97,7 +97,7 @@ def write(paths: RunPaths, attempt: Attempt) -> None:
     try:
         write_json(attempt.path(paths), values)
     except StageError as error:
-        if not room_again(paths.root, str(error), lambda: False):
+        if not (is_full(paths.root, str(error)) and room_again(paths.root, lambda: False)):
             raise
         write_json(attempt.path(paths), values)
 

@@ -1,7 +1,8 @@
 """What a path can name, who may read and write there, whether there is room. Writes no file.
 
-`in_the_way` and `unwritable` look at a path before anything is done with it, `room_again` after it
-failed; `let_umask_rule` gives files the mode that they would have had without a library's own mind.
+`in_the_way` and `unwritable` look at a path before anything is done with it, `is_full` and
+`room_again` after it failed; `let_umask_rule` gives files the mode that they would have had without
+a library's own mind.
 """
 
 from __future__ import annotations
@@ -48,17 +49,23 @@ PATIENCE = 120.0
 _ROOM = 2**24
 
 
-def room_again(folder: Path, said: str, give_up: Callable[[], bool]) -> bool:
-    """Whether a disk that was full, as `said` tells, or is full now has room again in time."""
+def is_full(folder: Path, said: str) -> bool:
+    """Whether the disk of `folder` was full, as `said` tells, or is full now."""
     with suppress(OSError):
-        if any(words in said for words in FULL) or shutil.disk_usage(folder).free < _ROOM:
-            with suppress(OSError):  # where this is said may be full, too
-                say(f"{folder}: the disk is full, or was; waiting up to {PATIENCE:.0f} s for room")
-            end = time.monotonic() + PATIENCE
-            while time.monotonic() < end and not give_up():
-                time.sleep(2)  # of a quota nothing else is known: the next start tells
-                if shutil.disk_usage(folder).free >= _ROOM:
-                    return True
+        return any(words in said for words in FULL) or shutil.disk_usage(folder).free < _ROOM
+    return False
+
+
+def room_again(folder: Path, give_up: Callable[[], bool]) -> bool:
+    """Wait until the disk of `folder` has room, and return whether it has."""
+    with suppress(OSError):  # where this is said may be full, too
+        say(f"{folder}: the disk is full, or was; waiting up to {PATIENCE:.0f} s for room")
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and not give_up():
+        time.sleep(2)  # of a quota nothing else is known: the next start tells
+        with suppress(OSError):
+            if shutil.disk_usage(folder).free >= _ROOM:
+                return True
     return False
 
 
