@@ -163,6 +163,9 @@ def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
     if "CANCELLED" in states or (fact.submission or {}).get("cancelled"):
         return "cancelled", "cancelled; submit it again to go on"
     said = f": {fact.said}" if fact.said else ""
+    asked = [a.reason.partition("\n")[0] for a in last.values() if a.verdict == "requeued"]
+    if asked and states == {"TIMEOUT"}:  # nobody answered until the limit came
+        return "stopped", f"{asked[-1]}; Slurm did not run it again: submit it again to go on"
     if states - {"COMPLETED", "PENDING", "RUNNING", "REQUEUED"} and not _saved(last):
         bad = sorted(states - {"COMPLETED"})[0]
         return "failed", f"Slurm says {bad}{said or f': {_WORDS.get(bad, _SEE_LOGS)}'}"

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import minutes
-from yelp_hpc.jobs.site.client import client, user_name
+from yelp_hpc.jobs.site.client import client, no_client, user_name
 from yelp_hpc.jobs.slurm import accounting
 from yelp_hpc.settings import Frozen
 
@@ -125,13 +125,16 @@ def ask_slurm() -> SlurmFacts:
     """Ask the Slurm of this machine; raises nothing, what fails is in the facts."""
     user = user_name()
     try:
-        version = client(["scontrol", "--version"], timeout=30).split()[-1]
+        told = client(["scontrol", "--version"], timeout=30)
+        version = next(iter(re.findall(r"^slurm\S* (\d+\.\S+)", told, re.MULTILINE)), "")
+        if not version:
+            raise no_client("scontrol", told)
         settings = parse_settings(client(["scontrol", "show", "config"]))
         partitions = parse_partitions(client(["scontrol", "-a", "-o", "show", "partition"]))
         nodes = parse_nodes(client(["scontrol", "-a", "-o", "show", "node"]))
     except RequestError as error:
         return SlurmFacts(problem=str(error), installed=False, user=user)
-    except (StageError, IndexError) as error:
+    except StageError as error:
         return SlurmFacts(problem=str(error), user=user)
     facts: dict[str, object] = {}
     cluster = settings.get("ClusterName", "")
@@ -141,8 +144,9 @@ def ask_slurm() -> SlurmFacts:
         fields = "format=Account,Partition,QOS,DefaultQOS,MaxWall,MaxTRES,GrpTRES,MaxSubmit"
         text = client([*show, "assoc", f"user={user}", *where, fields], timeout=30)
         facts["associations"] = parse_associations(text)
-        text = client([*show, "user", user, "format=DefaultAccount"], timeout=30)
-        facts["default_account"] = text.strip().partition("\n")[0].strip("|")
+        text = client([*show, "user", user, "format=User,DefaultAccount"], timeout=30)
+        own = [line.split("|")[1] for line in text.splitlines() if line.startswith(f"{user}|")]
+        facts["default_account"] = next(iter(own), "")
         fields = "format=Name,MaxWall,MaxTRES,MaxTRESPU,MaxSubmitPU"
         facts["qos"] = parse_qos(client([*show, "qos", fields], timeout=30))
     except (RequestError, StageError):
@@ -176,7 +180,7 @@ def parse_partitions(text: str) -> tuple[Partition, ...]:
             name=record["PartitionName"],
             default=record.get("Default") == "YES",
             up=record.get("State", "UP") == "UP",
-            hidden=record.get("Hidden") == "YES" or record.get("RootOnly") == "YES",
+            hidden="YES" in map(record.get, ("Hidden", "RootOnly", "ReqResv")),
             max_minutes=time_limit(record.get("MaxTime", "")),
             max_nodes=_number(record.get("MaxNodes", "")),
             total_nodes=_number(record.get("TotalNodes", "")) or 0,
@@ -234,7 +238,7 @@ def parse_associations(text: str) -> tuple[Association, ...]:
     found = []
     for line in text.splitlines():
         account, partition, qos, default, *limits = (line.split("|") + [""] * 8)[:8]
-        if account:
+        if account and line.count("|") >= 3:  # a site's banner has less
             names = tuple(name.lstrip("+") for name in qos.split(",") if name)
             own = {"account": account, "partition": partition, "default_qos": default}
             (told,) = parse_qos("|".join([f"account {account}", *limits])) or (None,)
@@ -247,7 +251,7 @@ def parse_qos(text: str) -> tuple[Qos, ...]:
     found = []
     for line in text.splitlines():
         name, wall, job, user, submitted = (line.split("|") + [""] * 5)[:5]
-        if name:
+        if name and line.count("|") >= 3:
             found.append(
                 Qos(
                     name=name,

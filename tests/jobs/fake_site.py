@@ -24,6 +24,7 @@ from yelp_hpc.config import Config, load_config
 from yelp_hpc.jobs.cluster import ClusterConfig, load_cluster
 from yelp_hpc.jobs.doctor.diagnose import diagnose
 from yelp_hpc.jobs.doctor.findings import Finding
+from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.rundir.manifest import lock_hashes, record_run
 from yelp_hpc.settings import parse_value
 
@@ -159,7 +160,7 @@ class Site:
         gpu = node("g1", "gpu,spare", "gpu:rtx3090:4(S:0-1)")
         self.say("nodes", node("n1", "cpu") + "\n" + gpu)
         self.say("assoc", "lab||long,normal|normal\nphysics||normal|normal")
-        self.say("account", "lab")
+        self.say("account", f"{user_name()}|lab")
         self.say("qos", "normal|2-00:00:00||||\nlong|7-00:00:00||gres/gpu=2||")
         self.say("job", "JobId=4711 JobName=yelp-doctor Requeue=1 Restarts=0")
         self.say("job-environment", "")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.jobs.fake_site import Site, complaints, node, partition
+from tests.jobs.fake_site import SCRIPTS, Site, complaints, node, partition
 from yelp_hpc.config import load_config
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import load_cluster
@@ -61,6 +61,19 @@ def test_the_files_load_and_the_doctor_is_content(site: Site) -> None:
     text = Path("c.yaml").read_text()
     assert "spare" in text  # what else there is
     assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_a_banner_before_every_answer_is_no_account(site: Site) -> None:
+    init(Path("c.yaml"), Path("first.yaml"), say=quiet)
+    quietly = Path("c.yaml").read_text()
+    banner = "printf '\\033[1mWelcome to lab\\033[0m\\nhelp | desk\\n42\\n'\n"
+    for name in ("scontrol", "sacctmgr", "sacct"):
+        site.script(name, banner + SCRIPTS[name])
+    init(Path("c.yaml"), Path("first.yaml"), force=True, say=quiet)
+    assert Path("c.yaml").read_text() == quietly
+    site.script("scontrol", banner)
+    with pytest.raises(StageError, match="printed something else than was asked for: Welcome"):
+        init(Path("c.yaml"), Path("first.yaml"), force=True, say=quiet)
 
 
 def test_without_an_image_stages_run_on_the_host(site: Site) -> None:

@@ -129,6 +129,9 @@ def test_what_is_said_of_each_state() -> None:
         unseen=True,
         attempts=(attempt("", ended=None),),
     )
+    waits = "Slurm did not run it again: submit it again to go on"
+    of(f"stopped: saved after SIGUSR2; {waits}", "train", accounting=(Row("7", "TIMEOUT"),),
+       attempts=(attempt("requeued", reason="saved after SIGUSR2"),))  # fmt: skip
     of("failed: it never began: no such file", "train", said="no such file")
     of("failed: Slurm says FAILED: no such file", "train", said="no such file",
        accounting=(Row("7", "FAILED"),))  # fmt: skip
