@@ -14,12 +14,14 @@ from yelp_hpc.errors import RequestError
 from yelp_hpc.jobs.submission import records
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir.modes import patiently
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.runtime import open_log
 
 TAIL_LINES = 25
 
 
+@patiently
 def find_logs(run_dir: str | Path, stage: str | None = None) -> list[Path]:
     """Logs of a run, the one to read first: the last failure's, then the newest.
 

@@ -21,6 +21,7 @@ from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.changes import settings_of
 from yelp_hpc.rundir.collected import collected
 from yelp_hpc.rundir.files import is_complete, read_marker, read_object
+from yelp_hpc.rundir.modes import patiently
 from yelp_hpc.rundir.paths import RunPaths, Task, shard_of
 from yelp_hpc.rundir.request import answered
 
@@ -108,6 +109,7 @@ def made_with(paths: RunPaths, config: Config, stage: str) -> bool:
     return made in (None, settings_of(config, stage))
 
 
+@patiently
 def fingerprint(paths: RunPaths, stage: str, model: str, task: Task) -> Fingerprint:
     """Name, size and time of every file that counts as progress of a task; () is all shards.
 

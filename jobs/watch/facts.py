@@ -20,6 +20,7 @@ from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_pr
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_jsonl
+from yelp_hpc.rundir.modes import patiently
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -49,6 +50,7 @@ class Facts:
     """Squeue does not show it, and it lives nevertheless."""
 
 
+@patiently
 def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
     """Everything that `summarise` needs, and why Slurm did not answer, if it did not."""
     paths = RunPaths(Path(run_dir).absolute())

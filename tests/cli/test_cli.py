@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from yelp_hpc.cli.main import interrupted
+from yelp_hpc.cli.main import interrupted, main
 from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
+from yelp_hpc.rundir import manifest
 from yelp_hpc.rundir.files import MARKER, write_json
 from yelp_hpc.rundir.manifest import load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
@@ -122,3 +124,19 @@ def test_a_torn_run_json_is_named(tmp_path: Path) -> None:
 def test_ctrl_c_names_the_run_or_the_study_that_goes_on(typed: str, run: str) -> None:
     said = interrupted(typed.split())
     assert (f"cancel --run {run}" in said) if run else said == "interrupted"
+
+
+def test_a_file_server_that_is_away_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "/nfs/run/run.json")
+
+    monkeypatch.setattr(manifest, "load_run", away)
+    monkeypatch.setattr(sys, "argv", ["yelp-hpc", "cancel", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("/nfs/run/run.json: Stale file handle. ")
+    assert len(said.splitlines()) == 1

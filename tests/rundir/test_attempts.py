@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.status import show_status
 from yelp_hpc.jobs.supervisor import _begin
-from yelp_hpc.rundir import attempts
+from yelp_hpc.rundir import attempts, modes
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect
@@ -85,3 +88,31 @@ def test_shards_are_text_in_the_file_and_numbers_in_memory(tmp_path: Path) -> No
     assert back.task == (0, 1, 12)
     path.write_text(path.read_text().replace("0-1,12", "0,x"))
     assert attempts.of_run(run) == []
+
+
+def test_a_file_server_that_was_away_is_asked_again_and_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, mine = RunPaths(tmp_path), Attempt("train", "7", 0)
+    attempts.write(run, mine)
+    attempts.write(run, Attempt("train", "7", 1))
+    glob, stale = Path.glob, [2]
+
+    def away(self: Path, pattern: str, **how: Any) -> Iterator[Path]:
+        stale[0] -= 1
+        if stale[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return glob(self, pattern, **how)
+
+    monkeypatch.setattr(Path, "glob", away)
+    assert len(attempts.read(run, "train")) == 2
+    newer = attempts.newer(run, mine)
+    assert newer and newer.restart == 1
+    monkeypatch.setattr(modes, "SERVER_SECONDS", 0.0)
+    stale[0] = 99
+    assert attempts.newer(run, mine) is None
+    with pytest.raises(OSError, match="Stale file handle") as refused:
+        attempts.read(run, "train")
+    assert "run the same command again" in modes.unreachable(refused.value)
+    with pytest.raises(FileNotFoundError):
+        modes.unreachable(FileNotFoundError(errno.ENOENT, "no such file", "x"))

@@ -38,6 +38,7 @@ from yelp_hpc.cli.record import export, reproduce, track, verify
 from yelp_hpc.cli.site import doctor, init
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.progress import as_called, plain
+from yelp_hpc.rundir.modes import unreachable
 from yelp_hpc.rundir.paths import MODELS, STAGES
 
 
@@ -372,7 +373,7 @@ def main() -> None:
     except YelpHpcError as error:
         click.echo(as_called(plain(str(error))), err=True)
         sys.exit(error.exit_code)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo(interrupted(sys.argv[1:]), err=True)
         sys.exit(130)
     except click.UsageError as error:
@@ -384,10 +385,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except KeyboardInterrupt:
-        click.echo(interrupted(sys.argv[1:]), err=True)
-        sys.exit(130)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            click.echo(unreachable(error), err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         from yelp_hpc.cli.job_side import go_on_in_image

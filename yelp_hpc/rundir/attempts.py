@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
 from yelp_hpc.rundir.files import read_jsonl, read_object, sweep, write_json
-from yelp_hpc.rundir.modes import is_full, room_again
+from yelp_hpc.rundir.modes import is_full, patiently, room_again
 from yelp_hpc.rundir.paths import RunPaths, Task
 
 SILENT = 120.0
@@ -108,6 +108,7 @@ def beat(paths: RunPaths, attempt: Attempt) -> None:
         os.utime(attempt.path(paths))
 
 
+@patiently
 def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
     """Attempts of a job name, oldest first; of one job id when given."""
     folder = paths.attempts / name
@@ -129,12 +130,16 @@ def read(paths: RunPaths, name: str, job: str = "") -> list[Attempt]:
 def newer(paths: RunPaths, attempt: Attempt) -> Attempt | None:
     """A start at the same work that came later, which only one may do.
 
-    Later by its number, or by the order of submissions: clocks of nodes differ by minutes.
+    Later by its number, or by the order of submissions: clocks of nodes differ by minutes. Nobody
+    while the records cannot be read: that is no reason to end what computes.
     """
-    place = order(paths)
+    try:
+        place, all_of_it = order(paths), read(paths, attempt.name)
+    except (OSError, StageError):
+        return None
     later = [
         other
-        for other in read(paths, attempt.name)
+        for other in all_of_it
         if (
             other.restart > attempt.restart
             if other.job == attempt.job

@@ -24,7 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.modes import let_umask_rule
+from yelp_hpc.rundir.modes import let_umask_rule, read_bytes
 
 MARKER = "complete.json"
 TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOTALL)
@@ -266,7 +266,7 @@ def read_json(path: Path) -> Any:
         StageError: the file is missing or torn.
     """
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except FileNotFoundError as error:
         raise StageError(f"{path} is missing") from error
     except (ValueError, OSError) as error:
@@ -332,7 +332,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a JSON-lines file; a torn line is left out, no file gives []."""
     records = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -1,19 +1,21 @@
 """What a path can name, who may read and write there, whether there is room. Writes no file.
 
 `in_the_way` and `unwritable` look at a path before anything is done with it, `is_full` and
-`room_again` after it failed; `let_umask_rule` gives files the mode that they would have had without
-a library's own mind.
+`room_again` after it failed; `patiently` reads from a file server that was away; `let_umask_rule`
+gives files the mode that they would have had without a library's own mind.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.progress import say
@@ -67,6 +69,48 @@ def room_again(folder: Path, give_up: Callable[[], bool]) -> bool:
             if shutil.disk_usage(folder).free >= _ROOM:
                 return True
     return False
+
+
+_AWAY = frozenset(
+    (
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOLINK, errno.ECOMM, errno.ECONNRESET),
+    )
+)
+"""What a network file system says of a server that is away, or came back as another."""
+SERVER_SECONDS = 20.0
+"""For so long it is asked again."""
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def patiently(read: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """`read`, asked again while the file server is away."""
+
+    @functools.wraps(read)
+    def asked(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        end, pause = time.monotonic() + SERVER_SECONDS, 0.1
+        while True:
+            try:
+                return read(*args, **kwargs)
+            except OSError as error:
+                if error.errno not in _AWAY or time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    return asked
+
+
+read_bytes = patiently(Path.read_bytes)
+
+
+def unreachable(error: OSError) -> str:
+    """What a user is told of a file system that does not answer. Raises any other `error`."""
+    if error.errno not in {*_AWAY, errno.EIO}:
+        raise error
+    where = f"{error.filename}: {error.strerror}"
+    return f"{where}. Its file system does not answer: run the same command again later"
 
 
 def unwritable(path: Path, folder: bool = False) -> str | None:
