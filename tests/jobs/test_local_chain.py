@@ -312,9 +312,16 @@ def test_a_stage_without_its_input_is_refused(fake_run: MakeRun) -> None:
         go(fake_run(), "train")
 
 
-def test_a_command_that_does_not_exist_is_one_clear_message(fake_run: MakeRun) -> None:
+def test_a_command_that_does_not_start_is_one_clear_message(
+    fake_run: MakeRun, tmp_path: Path
+) -> None:
     run = fake_run(cluster={"command": ["/no/such/python"]})
-    with pytest.raises(StageError, match="cannot start /no/such/python: No such file"):
+    with pytest.raises(RequestError, match="command: /no/such/python is no program here"):
+        go(run, "prepare")
+    (tmp_path / "stage").write_text("#!/no/such/python\n")
+    (tmp_path / "stage").chmod(0o755)
+    run = fake_run("another", cluster={"command": [str(tmp_path / "stage")]})
+    with pytest.raises(StageError, match=f"cannot start {tmp_path}/stage: No such file"):
         go(run, "prepare")
 
 
