@@ -203,11 +203,8 @@ def living(paths: RunPaths, patience: float = 0.0) -> list[Live]:
     try:
         rows = slurm.everything([line["job"] for line in mine], patience)
         rows += slurm.of_script(paths.logs / "slurm", patience)
-    except RequestError:  # no client here: the run's own files tell
-        beats = [ln for ln in on_slurm if attempts.beating(paths, ln["name"], ln["job"])]
-        return found + [
-            Live(ln["name"], ln["job"], ln.get("slurm_cluster", ""), ln) for ln in beats
-        ]
+    except RequestError:  # no squeue here: scontrol tells, or the run's own files
+        rows = []
     for line, cluster in elsewhere:
         if not attempts.over(paths, line["name"], line["job"], len(line.get("tasks", [""]))):
             found.append(Live(line["name"], line["job"], cluster, line))

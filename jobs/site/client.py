@@ -28,6 +28,10 @@ _LOCATES = frozenset(
         *("SLURM_SACK_KEY", "SLURM_SACK_JWKS"),
     )
 )
+_OUTER_DEVICES = frozenset(
+    ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+)
+"""What an allocation that one submits from was given, and no job of ours."""
 _USERS = (
     *("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SACCTMGR_"),
     *("SCONTROL_", "SCANCEL_", "SINFO_", "SUBMITIT_", "PMI"),
@@ -156,10 +160,11 @@ def own_environment(env: Mapping[str, str]) -> dict[str, str]:
 
     An sbatch of ours exports it to the job.
     """
+    hidden = {*TOKENS, *_RANKS, *(_OUTER_DEVICES if "SLURM_JOB_ID" in env else ())}
     kept = {
         name: value
         for name, value in env.items()
-        if name in _LOCATES or not (name.startswith(_USERS) or name in TOKENS or name in _RANKS)
+        if name in _LOCATES or not (name.startswith(_USERS) or name in hidden)
     }
     if "SBATCH_CLUSTERS" in env:
         kept.setdefault("SLURM_CLUSTERS", env["SBATCH_CLUSTERS"])

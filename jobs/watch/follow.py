@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from yelp_hpc.errors import SavedForRequeue, StageError
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
 from yelp_hpc.jobs.slurm import Row
@@ -21,6 +21,12 @@ from yelp_hpc.rundir.paths import RunPaths
 WAIT_SECONDS, ABSENT_SECONDS = 3.0, 9.0
 LATE_SECONDS = 60.0
 """For so long NFS may keep an old listing of a folder."""
+
+
+_BLIND = (
+    "the jobs were submitted, but neither squeue nor scontrol can be asked here, so that nobody "
+    "can follow them: see `python -m yelp_hpc status`"
+)
 
 
 def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[str], None]) -> None:
@@ -38,6 +44,10 @@ def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[st
     while True:
         try:
             rows, down = slurm.everything([item.job for item in submissions]), False
+        except RequestError:  # no squeue here: scontrol tells
+            if any(slurm.held(item.job) is None for item in submissions):
+                raise StageError(_BLIND) from None
+            rows = []
         except StageError as error:
             if not down:
                 say(f"{str(error).splitlines()[0]}; still waiting")

@@ -49,6 +49,7 @@ SITES: dict[str, dict[str, str]] = {
     "as they are": {},
     "a queue that shows nothing yet": {"squeue": HEAD},
     "a queue without a word": {"squeue": "exit 0"},
+    "no squeue": {"squeue": ""},
     "several clusters": {"squeue": f'echo "CLUSTER: lab"\n{HEAD}cat $S/jobs'},
     "no scontrol": {"scontrol": ""},
     "a scontrol that does not answer": {"scontrol": AWAY},
@@ -289,3 +290,22 @@ def test_what_only_vanishes_from_the_queue_is_waited_for(
     submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
     later.join()
     assert said[-1] == "train (job 101): ended"
+
+
+def test_without_squeue_the_wait_asks_the_controller_and_without_both_it_says_so(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "ABSENT_SECONDS", 0.1)
+    monkeypatch.setattr(follow, "YOUNG_SECONDS", 0.5)
+    play({"squeue": ""})
+    ended = attempts.Attempt("train", "101", 0, ended=time.time(), verdict="done")
+    later = threading.Timer(2, attempts.write, (RunPaths(run.root), ended))
+    said: list[str] = []
+    later.start()
+    submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
+    later.join()
+    assert said[-1] == "train (job 101): ended"
+    play({"squeue": "", "scontrol": ""})
+    with pytest.raises(StageError, match="were submitted, but neither squeue nor scontrol"):
+        submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)

@@ -334,6 +334,9 @@ def test_a_client_sees_nothing_of_the_users_shell_but_the_way_to_its_cluster() -
     kept = ["SLURM_CONF", "SLURM_CLUSTERS", "MY_SLURM_NOTE", "PATH"]
     env = dict.fromkeys([*hidden, *kept], "value")
     assert set(own_environment(env)) == set(kept)
+    devices = {"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin"}
+    assert own_environment(devices) == devices
+    assert own_environment({**devices, "SLURM_JOB_ID": "7"}) == {"PATH": "/bin"}
     assert own_environment({"SBATCH_CLUSTERS": "far"}) == {"SLURM_CLUSTERS": "far"}
 
 
