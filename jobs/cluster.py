@@ -34,14 +34,16 @@ def _one_line(value: str) -> str:
 
 def _expanded(value: str) -> str:
     # as a shell would; what it cannot know is no part of a name
+    if "\\$" in value:
+        raise ValueError("has a `$` that names no variable")
     known = {"USER": user_name(), **os.environ}
     for name in sorted(re.findall(r"\$\{?(\w+)\}?", value), key=len, reverse=True):
         if not known.get(name):
             raise ValueError(f"${name} is not set here")
         for written in (f"${{{name}}}", f"${name}"):
             value = value.replace(written, known[name])
-    if "$" in value:
-        raise ValueError("has a `$` that names no variable")
+    if "$" in value or "`" in value:
+        raise ValueError("holds more of a shell than `~` and variables, which nobody runs here")
     value = os.path.expanduser(value)  # noqa: PTH111 - a bind is more than a path
     if value.startswith("~"):
         raise ValueError(f"{value.partition('/')[0]} is no user here")
@@ -49,12 +51,20 @@ def _expanded(value: str) -> str:
 
 
 def _expanded_bind(value: str) -> str:
+    if not value.partition(":")[0].strip():
+        raise ValueError("names no folder; write SOURCE[:TARGET[:ro]]")
     return ":".join(_expanded(part) for part in value.split(":"))
 
 
 def _absolute(value: str) -> str:
     if "://" in value:
         raise ValueError(f"must be a file or a folder here; `apptainer pull FILE.sif {value}`")
+    if not value.strip():
+        raise ValueError("is empty; leave it out, or name a path")
+    if value[0] in "'\"":
+        raise ValueError("stands in quotes twice: one pair is a part of the name")
+    if found := re.search(r"%[jJAaNnstux]\b", value):
+        raise ValueError(f"holds {found[0]}, which Slurm fills in for the outputs of jobs alone")
     # the job starts in another folder
     return str(Path(_expanded(value)).absolute())
 
@@ -301,7 +311,9 @@ class ClusterConfig(Frozen):
     @field_validator("programs")
     @classmethod
     def _known(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
+        for name, program in value.items():
+            if not program.strip():
+                raise ValueError(f"{name} has no name; leave it out, or name a program")
             if name not in _PROGRAMS:
                 raise ValueError(f"{name} is none of {', '.join(_PROGRAMS)}")
         return value

@@ -6,6 +6,7 @@ import getpass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from yelp_hpc.cache import cache_folder
 from yelp_hpc.errors import RequestError
@@ -100,9 +101,43 @@ def test_every_path_is_what_a_shell_would_make_of_it(
     for bad, says in (
         ("/scratch/$NOPE", r"\$NOPE is not set here"),
         ("~nobody9/x", "no user here"),
+        ("/scratch/`id -un`", "more of a shell"),
+        ("/scratch/$(id -un)", "more of a shell"),
+        ("${PROJECT:-/x}", "more of a shell"),
     ):
         with pytest.raises(RequestError, match=says):
             load(bad)
+
+
+@pytest.mark.parametrize("key", ["container.image", "container.cache"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("/scratch/%u/x", "%u, which Slurm fills in"),
+        ("/scratch/%j", "%j, which Slurm fills in"),
+        ("'/scratch/x'", "quotes twice"),
+        ("", "is empty"),
+        (r"\$HOME/x", "names no variable"),
+    ],
+)
+def test_a_path_that_would_make_an_odd_folder_is_refused(
+    key: str, text: str, says: str, tmp_path: Path
+) -> None:
+    file, section = tmp_path / "c.yaml", {"image": "/a.sif", key.partition(".")[2]: text}
+    file.write_text(yaml.safe_dump({"container": section}))
+    with pytest.raises(RequestError, match=says):
+        load_cluster(file)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"programs": {"squeue": ""}}, {"container": {"image": "/a.sif", "binds": [":/data"]}}],
+)
+def test_what_has_no_name_is_refused(section: dict[str, object], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(section))
+    with pytest.raises(RequestError, match=r"has no name|names no folder"):
+        load_cluster(file)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.errors import StageError
+from yelp_hpc.rundir import locks
 from yelp_hpc.rundir.files import (
     append_jsonl,
     atomic_folder,
@@ -204,6 +205,34 @@ def test_a_lock_is_held_by_one_writer_where_the_file_system_has_no_locks(
         thread.join()
     assert count.read_text() == "60"
     assert not (tmp_path / "lock.held").exists()
+
+
+@pytest.mark.parametrize("away", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_who_waits_for_long_is_told_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], away: int
+) -> None:
+    """A writer of another login node died, on a file system without locks: nobody can tell."""
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(away, os.strerror(away))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(locks, "SILENT", 0.0)
+    held = tmp_path / "lock.held"
+    held.write_text(".lock.login9.7.tmp")
+    busy = pytest.raises(locks.Busy, match="process 7 on login9 is at it")
+    with busy, locked(tmp_path / "lock", wait=0.4):
+        pass
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == (
+        f"waiting for process 7 on login9, which holds {held}; if that process is gone, remove "
+        "the file"
+    )
+    os.utime(held, (1.0, 1.0))  # long ago
+    with locked(tmp_path / "lock", wait=0):
+        assert held.exists()
+    assert not held.exists()
 
 
 @pytest.mark.parametrize(

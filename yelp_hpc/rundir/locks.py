@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import TEMPORARY, abandoned, host_name, write_failure
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
 
 
-POLL = 0.1
+POLL, SILENT = 0.1, 10.0
+"""Seconds between two tries, and until a wait is spoken of."""
 
 
 class Busy(RequestError):
@@ -64,21 +67,32 @@ def locked(path: Path, wait: float | None = None) -> Iterator[None]:
 
 
 def _lock(path: Path, descriptor: int, end: float | None) -> None:
+    turns = _turns(path, end, "")
     while True:
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except BlockingIOError:
-            _pause(path, end)
+        next(turns)
 
 
-def _pause(path: Path, end: float | None) -> None:
-    if end is not None and time.monotonic() >= end:
-        with suppress(OSError):
-            if writer := TEMPORARY.fullmatch(path.read_text(errors="replace")):
-                raise Busy(f"process {writer['pid']} on {writer['host']} is at it")
-        raise Busy("another process is at it")
-    time.sleep(POLL)
+def _turns(path: Path, end: float | None, remedy: str) -> Iterator[None]:
+    """Wait for one turn after the other; who waits for long is told for whom, and the remedy."""
+    told = time.monotonic() + SILENT
+    while True:
+        if end is not None and time.monotonic() >= end:
+            raise Busy(f"{_holder(path)} is at it")
+        if time.monotonic() > told:
+            say(f"waiting for {_holder(path)}, which holds {path}{remedy}")
+            told = math.inf
+        time.sleep(POLL)
+        yield
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):
+        if writer := TEMPORARY.fullmatch(path.read_text(errors="replace")):
+            return f"process {writer['pid']} on {writer['host']}"
+    return "another process"
 
 
 def _owner() -> bytes:
@@ -86,6 +100,7 @@ def _owner() -> bytes:
 
 
 def _hold(path: Path, end: float | None) -> Path:
+    turns = _turns(path, end, "; if that process is gone, remove the file")
     while True:
         try:
             with path.open("xb") as file:
@@ -97,6 +112,6 @@ def _hold(path: Path, end: float | None) -> Path:
                 if abandoned(path, writer):
                     path.unlink()
                     continue
-            _pause(path, end)
+            next(turns)
         except OSError as error:
             raise StageError(write_failure(path, error)) from error
