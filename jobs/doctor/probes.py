@@ -22,9 +22,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from yelp_hpc.cache import cached_folders
+from yelp_hpc.data.formats.csv_rows import DELIMITERS, csv_rows
+from yelp_hpc.data.formats.first_bytes import disguise
+from yelp_hpc.data.formats.json_rows import json_lines
 from yelp_hpc.errors import RequestError, YelpHpcError
 from yelp_hpc.image.check import info
 from yelp_hpc.image.file import image_sha256, why_no_image
@@ -36,6 +40,7 @@ from yelp_hpc.rundir.manifest import package_versions
 from yelp_hpc.runtime import program
 
 WRITES, RACE_SECONDS = 9, 0.1
+_LOOKED_AT = 20  # rows of a data file
 HOST_PACKAGES = ("click", "pydantic", "pyyaml", "rich", "submitit", "yelp-hpc")
 _IMPORTS = (
     "import sys, click, pydantic, submitit, yaml; assert sys.version_info >= (3, 11), sys.version"
@@ -330,20 +335,30 @@ def image(path: Path) -> Image:
 
 
 def data_columns(path: Path, header: bool) -> list[str] | None:
-    """Columns of a csv, tsv or jsonl file by its first line, None for another kind."""
-    import csv
+    """Columns of a csv, tsv or jsonl file by its first rows, None for another kind.
 
-    if path.suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            fields = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), [])
-            return fields if header else [str(i) for i in range(len(fields))]
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as file:
-            with suppress(ValueError):
-                record = parse_json(file.readline())
-                return list(record) if isinstance(record, dict) else []
-            return []
-    return None
+    Raises:
+        RequestError: it cannot be read, or has no rows.
+    """
+    kind = path.suffix.lower()
+    if kind not in (*DELIMITERS, ".jsonl"):
+        return None
+    if what := disguise(path, (kind, "")):
+        raise RequestError(f"it is {what}")
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+        csv = kind in DELIMITERS
+        rows = csv_rows(text, DELIMITERS[kind], header) if csv else json_lines(text)
+        try:
+            first = [record for _, record in islice(rows, _LOOKED_AT)]
+            if csv and not first:  # a header alone
+                text.seek(0)
+                lines = csv_rows(text, DELIMITERS[kind], header=False)
+                first = [dict.fromkeys(names.values()) for _, names in lines]
+        except ValueError as error:
+            raise RequestError(f"it cannot be read: {error}") from None
+    if not first:
+        raise RequestError("it has no rows")
+    return list(dict.fromkeys(str(key) for record in first for key in record if key is not None))
 
 
 def first_file(place: Path) -> Path | None:

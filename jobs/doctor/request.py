@@ -137,7 +137,10 @@ def _data_file(key: str, value: str, header: bool) -> DataFile:
         if found is None:
             return DataFile(key=key, path=value, state="holds no data file")
         path, state = found, seen(found)
-    columns = data_columns(path, header) if state == "file" else None
+    try:
+        columns = data_columns(path, header) if state == "file" else None
+    except RequestError as error:
+        return DataFile(key=key, path=value, state=str(error))
     return DataFile(
         key=key,
         path=value,

@@ -152,12 +152,6 @@ def check_inputs(found: Inputs, request: Request) -> Iterator[Finding]:
                 yield command("data", "failure", text, f"chmod u+r {file.path}")
             else:
                 yield config_line("data", "failure", text, f"{file.key}: {file.near or 'FILE'}")
-        elif len(file.columns or ()) == 1 and (
-            apart := re.search(r"^[^,]*([;|\t])[^,]*$", "".join(file.columns or ()))
-        ):
-            good = False
-            text = f"{file.key} {file.path} has its columns apart by {apart[1]!r}, not by commas"
-            yield config_line("data", "failure", text, f"{file.key}: FILE, saved with commas")
         elif file.columns is not None:
             for column, key in wanted.items():
                 if column not in file.columns:

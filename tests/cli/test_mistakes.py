@@ -334,7 +334,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / "dead").symlink_to("gone")
     (tmp_path / "a.sif").write_bytes(SIF)
-    (tmp_path / "semi.csv").write_text("label;text\n0;bad\n")
     (tmp_path / "lr.yaml").write_text("model.path: [gone]\n")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text("{}")

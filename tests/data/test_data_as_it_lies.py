@@ -8,12 +8,14 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.sources import read_source
@@ -24,6 +26,7 @@ TEXTS = ["awful place", 'so-so, "fine"', "it was\nokay", "naïve café", "love �
 ROWS = [(text, i) for i, text in enumerate(TEXTS)]
 INTENTS = TaskConfig(labels=("card_arrival", "top_up_failed", "lost_card"), noun="message")
 KINDS = {"id": "int64", "text": "string"}
+QUOTE = '"'
 STARS = TaskConfig(**{**YELP.model_dump(), "values": ["1", "2", "3", "4", "5"]})
 Write = Callable[[Path], Path]
 
@@ -91,6 +94,20 @@ def arrow(folder: Path) -> Path:
     return folder / "r.arrow"
 
 
+def as_binary(name: str, found: Any, **options: Any) -> Write:
+    def write(folder: Path) -> Path:
+        if name.endswith(".parquet"):
+            pq.write_table(found, folder / name)
+        elif name.endswith(".feather"):
+            feather.write_feather(found, folder / name, **options)
+        else:
+            with pa.ipc.new_stream(str(folder / name), found.schema) as out:
+                out.write_table(found)
+        return folder / name
+
+    return write
+
+
 def saved(splits: bool = False) -> Write:
     def write(folder: Path) -> Path:
         from datasets import Dataset, DatasetDict
@@ -111,6 +128,15 @@ def parts(pattern: str) -> Write:
         return folder / pattern
 
     return write
+
+
+def locked(folder: Path) -> Path:
+    path = zipped("r.zip", {"r.csv": as_csv(table([0, 1]))})(folder)
+    content = bytearray(path.read_bytes())
+    for at in (content.index(b"PK\3\4") + 6, content.index(b"PK\1\2") + 8):
+        content[at] |= 1  # the flag of an encrypted member
+    path.write_bytes(content)
+    return path
 
 
 KAGGLE = lines([{"review_id": "x", "stars": float(i + 1), "text": t} for t, i in ROWS])
@@ -157,6 +183,59 @@ GOOD: dict[str, tuple[Write, dict[str, Any], TaskConfig]] = {
         file("r.jsonl", lines([{"text": "awful place", "label": 0},
                                *({"id": i, **row} for i, row in enumerate(table(list(range(5)))[1:])
                                  )])), {}, YELP),
+    "semicolons": (file("r.csv", as_csv(table(list(range(5))), ";")), {}, YELP),
+    "bars": (file("r.csv", as_csv(table(list(range(5))), "|")), {}, YELP),
+    "tabs in a csv": (file("r.csv", as_csv(table(list(range(5))), "\t")), {}, YELP),
+    "commas in a tsv": (file("r.tsv", as_csv(table(list(range(5))))), {}, YELP),
+    "Excel's first line": (
+        file("r.csv", "sep=;\r\n" + as_csv(table(list(range(5))), ";")), {}, YELP),
+    "a space behind each comma": (
+        file("r.csv", 'label, text\n' + "".join(
+            f'{i}, "{text.replace(QUOTE, QUOTE * 2)}"\n' for text, i in ROWS)), {}, YELP),
+    "empty lines first": (file("r.csv", "\n\n" + as_csv(table(list(range(5))))), {}, YELP),
+    "names with spaces and two marks": (
+        file("r.csv", "\ufeff\ufeff" + as_csv(table(list(range(5)), " text ", "label\t"))),
+        {}, YELP),
+    "a comma at each line's end": (
+        file("r.csv", as_csv([{"label": i, "text": text, "": ""} for text, i in ROWS])
+             .replace("text,\r", "text\r")), {}, YELP),
+    "two columns without a name": (
+        file("r.csv", as_csv([{"label": i, "text": text, "": 1} for text, i in ROWS])
+             .replace("text,\r", "text,,\r").replace(",1\r", ",1,2\r")), {}, YELP),
+    "line ends of old Macs": (
+        file("r.csv", as_csv(table(list(range(5)))).replace("\r\n", "\r")), {}, YELP),
+    "a zip named so alone, a folder in it": (
+        zipped("r.zip", {"d/": "", "d/r.csv": as_csv(table(list(range(5)))), "d/.DS_Store": "x",
+                         "__MACOSX/d/._r.csv": "x", "d/README": "x"}), {}, YELP),
+    "hidden files in a folder": (
+        lambda folder: (file("d/._r.csv", b"\0\5")(folder),
+                        file("d/r.csv", as_csv(table(list(range(5)))))(folder).parent)[1],
+        {}, YELP),
+    "labels with spaces and in other letters": (
+        file("r.csv", as_csv(table([" Card_Arrival", "top_up_failed\u00a0", "LOST_card\t"]))),
+        {}, INTENTS),
+    "an accent of its own": (
+        file("r.csv", as_csv(table(["cafe\u0301", "bar"]))), {},
+        TaskConfig(labels=("caf\u00e9", "bar"))),
+    "truth values": (
+        file("r.jsonl", lines(table([False, True]))), {}, TaskConfig(labels=("False", "True"))),
+    "truth values by any spelling": (
+        file("r.csv", as_csv(table(["FALSE", "true"]))), {}, TaskConfig(labels=("False", "True"))),
+    "huge whole numbers": (
+        file("r.jsonl", lines(table([10**18, 10**18 + 1]))), {},
+        TaskConfig(labels=("a", "b"), values=(str(10**18), str(10**18 + 1)))),
+    "parquet with dictionaries": (
+        as_binary("r.parquet", pa.table({
+            "text": pa.array(TEXTS).dictionary_encode(),
+            "label": pa.array([str(i) for i in range(5)]).dictionary_encode()})), {}, YELP),
+    "parquet with decimals": (
+        as_binary("r.parquet", pa.table({
+            "text": TEXTS, "label": [Decimal(f"{i}.00") for i in range(5)]})), {}, YELP),
+    "an Arrow stream": (
+        as_binary("r.arrow", pa.table({"text": TEXTS, "label": list(range(5))})), {}, YELP),
+    "feather": (
+        as_binary("r.feather", pa.table({"text": TEXTS, "label": list(range(5))}),
+                  compression="zstd"), {}, YELP),
 }  # fmt: skip
 BAD: dict[str, tuple[Write, dict[str, Any], TaskConfig, str]] = {
     "stars 1 to 5": (
@@ -183,6 +262,60 @@ BAD: dict[str, tuple[Write, dict[str, Any], TaskConfig, str]] = {
     "two wrong names": (
         file("r.csv", as_csv(table(["card_arrival", "los_card", "refund"]))), {}, INTENTS,
         "'los_card', not one of card_arrival"),
+    "UTF-16": (
+        file("r.csv", as_csv(table(list(range(5)))).encode("utf-16")), {}, YELP,
+        "UTF-16, not UTF-8 text: `iconv"),
+    "UTF-16 without a mark": (
+        file("r.csv", "label,text\n1,fine\n".encode("utf-16-le")), {}, YELP, "iconv -f UTF-16LE"),
+    "Latin-1": (
+        file("r.csv", as_csv(table([0, 1, 2, 3], "text")).encode("latin-1")), {}, YELP,
+        "iconv -f WINDOWS-1252"),
+    "a workbook called csv": (
+        lambda folder: zipped("r.zip", {"xl/workbook.xml": ""})(folder).rename(folder / "r.csv"),
+        {}, YELP, "Excel workbook: save its table as csv"),
+    "a workbook": (
+        zipped("r.xlsx", {"xl/workbook.xml": ""}), {}, YELP, "Excel workbook: save its table"),
+    "gzip called csv": (file("r.csv", gzip.compress(b"label,text\n")), {}, YELP, "in .gz"),
+    "parquet called csv": (
+        lambda folder: parquet([0, 1])(folder).rename(folder / "r.csv"), {}, YELP, "in .parquet"),
+    "a pointer of Git LFS": (
+        file("r.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        {}, YELP, "git lfs pull"),
+    "a web page": (file("r.csv", "<!DOCTYPE html>\n<p>Sign in, please"), {}, YELP, "a web page"),
+    "Feather 1": (file("r.feather", b"FEA1" + bytes(99)), {}, YELP, "Feather of version 1"),
+    "two csv in one": (
+        file("r.csv", as_csv(table([0, 1])) * 2), {}, YELP, "repeats the header"),
+    "two arrays in one": (
+        file("r.json", json.dumps(table([0, 1])) * 2), {}, YELP, "behind the end of the array"),
+    "two columns of one name in parquet": (
+        as_binary("r.parquet", pa.Table.from_arrays([pa.array(TEXTS)] * 2, ["text", "text"])),
+        {}, YELP, "names text twice"),
+    "records over several lines": (
+        file("r.json", "\n".join(json.dumps(row, indent=1) for row in table([0, 1]))), {}, YELP,
+        "a record stands on one line"),
+    "records with commas behind them": (
+        file("r.jsonl", lines(table([0, 1])).replace("}\n", "},\n")), {}, YELP,
+        "with nothing behind it"),
+    "quotes that are letters in a tsv": (
+        file("r.tsv", 'label\ttext\n0\t"bad\n1\tso so\n4\tgood"\n3\tfine\n'), {}, YELP,
+        "hold whole rows"),
+    "quotes that are letters in a csv": (
+        file("r.csv", "text,label\n" + '"bad,0\nso so,1\ngood",4\nfine,3\n' * 4), {}, YELP,
+        "hold whole rows"),
+    "quotes by a backslash": (
+        file("r.csv", 'label,text\n0,"a \\"bad\\" place"\n'), {}, YELP,
+        "line 2: .*quoted text is written twice"),
+    "an open quote": (
+        file("r.csv", 'label,text\n0,fine\n1,"open\n'), {}, YELP, "opens in line 3 and never"),
+    "a list of labels": (file("r.jsonl", lines(table([["0"], ["1"]]))), {}, YELP, "no label"),
+    "bytes for labels": (parquet([b"0", b"1"]), {}, YELP, "no label"),
+    "numbers beyond all": (
+        file("r.jsonl", '{"text": "a", "label": 1e999}\n'), {}, YELP, "label is empty"),
+    "train and test in a folder": (
+        lambda folder: (file("d/train.csv", as_csv(table([0, 1])))(folder),
+                        file("d/test.csv", as_csv(table([0, 1])))(folder).parent)[1], {}, YELP,
+        "several sets .test.csv, train.csv.: set data.train and data.test"),
+    "a zip with a password": (locked, {}, YELP, "encrypted"),
 }  # fmt: skip
 
 
@@ -209,6 +342,14 @@ def test_it_is_refused_with_what_to_set(name: str, tmp_path: Path) -> None:
     write, data, task, expected = BAD[name]
     with pytest.raises(RequestError, match=expected):
         read_source(config_of(write(tmp_path), data, task))
+
+
+def test_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:
+    """Though one of them reads like the end of a row and the beginning of another."""
+    texts = ["bad,\nvery, bad", "good\n5,000 times", "so\n4,5 of 5\n0,0", "a\n\nb, c"] * 9
+    rows = [{"label": i % 5, "text": text} for i, text in enumerate(texts)]
+    found, _ = read_source(config_of(file("r.csv", as_csv(rows))(tmp_path), {}, YELP))
+    assert [text for text, _ in found] == texts
 
 
 def test_a_data_set_by_its_name_is_read_as_its_files_are(

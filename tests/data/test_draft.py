@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from yelp_hpc.config import load_config
+from yelp_hpc.config import Config, load_config
 from yelp_hpc.data.draft import init_data
 from yelp_hpc.data.sources import read_source
 from yelp_hpc.errors import RequestError
@@ -69,3 +69,66 @@ def test_data_without_labels_is_said(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text\n" + "a fine text\n" * 9)
     with pytest.raises(RequestError, match="no column beside text"):
         init_data(str(tmp_path / "d.csv"), tmp_path / "c.yaml")
+
+
+def drafted(folder: Path, content: str) -> Config:
+    (folder / "d.csv").write_text(content)
+    init_data(str(folder / "d.csv"), folder / "c.yaml", force=True)
+    return load_config(folder / "c.yaml").config
+
+
+def test_spellings_of_one_label_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spelled = ["pos", "POS", "neg ", "neg", "nan", ""]
+    rows = [f"{spelled[i % 6]},a fine text {i}\n" for i in range(60)]
+    config = drafted(tmp_path, "label,text\n" + "".join(rows[:48]).replace("\n,", "\npos,"))
+    assert config.task.labels == ("nan", "neg", "pos")
+    assert [label for _, label in read_source(config)[0]] == [2, 2, 1, 1, 0, 2] * 8
+    drafted(tmp_path, "label,text\n" + "".join(rows))
+    said = capsys.readouterr().err
+    assert "label pos: 24 rows, 8 of them as POS" in said
+    assert "label nan: 8 rows, a missing value?" in said
+    assert "label: 10 rows have none, which prepare refuses" in said
+
+
+def test_stars_as_floats_are_stars(tmp_path: Path) -> None:
+    config = drafted(
+        tmp_path, "stars,text\n" + "".join(f"{i % 5 + 1}.0,a text {i}\n" for i in range(50))
+    )
+    assert config.task.values == ("1", "2", "3", "4", "5") and config.task.ordinal
+    assert [label for _, label in read_source(config)[0]] == [i % 5 for i in range(50)]
+
+
+def test_a_first_row_of_values_is_no_header(tmp_path: Path) -> None:
+    config = drafted(tmp_path, "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20)))
+    assert not config.data.header and len(read_source(config)[0]) == 20
+
+
+@pytest.mark.parametrize("label", ["{review}", "{label}", "#: 'x', \"y\"", "null", "~", "1e3", "é"])
+def test_any_label_stands_in_a_config(tmp_path: Path, label: str) -> None:
+    quoted = label.replace('"', '""')
+    config = drafted(
+        tmp_path,
+        "label,text\n" + "".join(f'"{quoted}",text {i}\nother,text\n' for i in range(9)),
+    )
+    assert set(config.task.labels) == {label, "other"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("label,text\n" + '"a\nb",fine\n"c\nd",good\n' * 9, "no column beside text"),
+        ("label,text\n" + "a\0,fine\nb,good\n" * 9, "label .hidden characters."),
+    ],
+)
+def test_what_can_be_no_label(tmp_path: Path, content: str, expected: str) -> None:
+    with pytest.raises(RequestError, match=expected):
+        drafted(tmp_path, content)
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_files_of_other_columns_are_named(tmp_path: Path) -> None:
+    for name, header in (("a", "label,text"), ("b", "stars,review")):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / f"{name}.csv").write_text(header + "\n0,bad\n1,good\n" * 5)
+    with pytest.raises(RequestError, match=r"b.csv has no column of those before it \(label, text"):
+        init_data(str(tmp_path / "d"), tmp_path / "c.yaml")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from yelp_hpc.data.files import data_files, format_of, records
-from yelp_hpc.data.labels import value_text
+from yelp_hpc.data.labels import NO_LABEL, value_text, whole_number
 from yelp_hpc.errors import RequestError
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import write_bytes
@@ -22,6 +22,8 @@ _TEXT_NAMES = re.compile(r"text|review|sentence|content|body|message|comment|que
 _LABEL_NAMES = re.compile(
     r"label|class|categor|topic|intent|sentiment|target|stars?|rating|score|group", re.I
 )
+_NAMED = f"{_TEXT_NAMES.pattern}|{_LABEL_NAMES.pattern}|id|index"
+_MISSING = ("nan", "null", "none", "n/a", "na", "nil", "<na>", "-", "?")
 _ORDER_NAMES = re.compile(r"stars?|rating|score|grade|level", re.I)
 
 
@@ -32,13 +34,22 @@ class Column:
     values: Counter[str] = field(default_factory=Counter)
     """Each value and its rows; given up, and empty, above `MOST_LABELS` of them."""
     open: bool = True
+    unfit: str = ""
+    """What it holds that makes no labels of its values."""
     lengths: list[int] = field(default_factory=list)
     """Characters of the texts, of at most 100,000 rows."""
     texts: int = 0
+    filled: int = 0
+    """Rows that have a value, a text or a number."""
 
     def take(self, value: object) -> None:
         """Count one row's value."""
         text = value_text(value)
+        self.filled += bool(text)
+        if type(value) in NO_LABEL:
+            self._close(NO_LABEL[type(value)])
+        elif not text.isprintable() and len(text) < 100:
+            self._close("" if len(text.splitlines()) > 1 else "hidden characters")
         if isinstance(value, str):
             self.texts += 1
             if len(self.lengths) < 100_000:
@@ -46,8 +57,20 @@ class Column:
         if self.open and text:
             self.values[text] += 1
             if len(self.values) > MOST_LABELS:
-                self.values.clear()
-                self.open = False
+                self._close()
+
+    def _close(self, why: str = "") -> None:
+        self.values.clear()
+        self.open, self.unfit = False, self.unfit or why
+
+    @property
+    def labels(self) -> dict[str, Counter[str]]:
+        """The labels that prepare tells apart: the usual spelling → all of them and their rows."""
+        alike: dict[str, Counter[str]] = {}
+        for value, rows in self.values.items():
+            text = whole_number(value)
+            alike.setdefault(text.casefold(), Counter())[text] += rows
+        return {max(found, key=found.__getitem__): found for found in alike.values()}
 
     @property
     def mean(self) -> float:
@@ -72,12 +95,27 @@ def survey(place: str) -> Survey:
         RequestError: it cannot be read, or has no rows.
     """
     paths = data_files(place)
-    header = format_of(paths[0]) not in (".csv", ".tsv") or _has_header(paths[0])
+    table = format_of(paths[0]) in (".csv", ".tsv")
+    found = _survey(place, paths, not table or _has_header(paths[0]))
+    called = any(re.match(f"(?:{_NAMED})\\w*$", name, re.I) for name in found.columns)
+    recurs = any(name in column.values for name, column in found.columns.items())
+    if table and found.header and recurs and not called:
+        return _survey(place, paths, False)  # what looked like names are values
+    return found
+
+
+def _survey(place: str, paths: list[Path], header: bool) -> Survey:
     columns: dict[str, Column] = {}
     rows = 0
+    table = format_of(paths[0]) in (".csv", ".tsv")
     for path in paths:
         for _, record in records(path, header):
             rows += 1
+            if table and columns and not record.keys() & columns.keys():
+                raise RequestError(
+                    f"{path} has no column of those before it ({', '.join(columns)}): "
+                    f"{', '.join(map(str, record))}"
+                )
             for name, value in record.items():
                 if name is not None:
                     columns.setdefault(str(name), Column()).take(value)
@@ -106,7 +144,7 @@ def label_column(found: Survey, text: str) -> str:
     usable = {
         name: column
         for name, column in found.columns.items()
-        if name != text and len(column.values) >= 2 and found.rows >= 2 * len(column.values)
+        if name != text and len(column.labels) >= 2 and found.rows >= 2 * len(column.labels)
     }
     if not usable:
         raise RequestError(
@@ -115,19 +153,20 @@ def label_column(found: Survey, text: str) -> str:
         )
     return min(
         usable,
-        key=lambda n: (not _LABEL_NAMES.search(n), not usable[n].texts, len(usable[n].values)),
+        key=lambda n: (not _LABEL_NAMES.search(n), not usable[n].texts, len(usable[n].labels)),
     )
 
 
 def _names(found: Survey) -> str:
-    return ", ".join(found.columns)
+    return ", ".join(f"{n} ({c.unfit})" if c.unfit else n for n, c in found.columns.items())
 
 
 def draft(found: Survey, config: str) -> str:
     """The config's text."""
     text = text_column(found)
     label = label_column(found, text)
-    counts, lengths = found.columns[label].values, sorted(found.columns[text].lengths)
+    spellings, lengths = found.columns[label].labels, sorted(found.columns[text].lengths)
+    counts = {value: sum(rows.values()) for value, rows in spellings.items()}
     whole = all(re.fullmatch(r"\d+", value) for value in counts)
     values = sorted(counts, key=(lambda v: (int(v), v)) if whole else None)
     ordinal = whole and bool(_ORDER_NAMES.search(label))
@@ -137,7 +176,8 @@ def draft(found: Survey, config: str) -> str:
     high = lengths[min(len(lengths) - 1, len(lengths) * 95 // 100)]
     cutoff = next((n for n in (128, 256, 512, 1024) if high / 3.5 + 80 < n), 2048)
     noun = text.lower() if re.fullmatch(r"[A-Za-z]+", text) else "text"
-    choices = f": {', '.join(labels)}" if len(labels) <= 12 and not stars else ""
+    named = len(labels) <= 12 and not stars and not set("{}") & {*"".join(labels)}
+    choices = f": {', '.join(labels)}" if named else ""
     what = "its rating from 0 (worst) to 4 (best)" if stars else f"its {_word(label)}{choices}"
     template = (
         f"Instruction: Please read the following {noun} and output {what}.\n"
@@ -170,7 +210,7 @@ def draft(found: Survey, config: str) -> str:
         f"{counts[most] / sum(counts.values()):.1%}",
         "  labels:",
         *(
-            f"    - {_text(one)}  # {counts[v]:,} rows"
+            f"    - {_text(one)}  # {counts[v]:,} rows{_odd(v, spellings[v])}"
             for one, v in zip(labels, values, strict=True)
         ),
     ]
@@ -191,6 +231,13 @@ def draft(found: Survey, config: str) -> str:
         "  max_tokens: 2048",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _odd(label: str, spelled: Counter[str]) -> str:
+    """What is strange about a label."""
+    others = [f"{rows:,} of them as {text}" for text, rows in spelled.items() if text != label]
+    missing = ["a missing value? then leave its rows out"] * (label.casefold() in _MISSING)
+    return "".join(f", {note}" for note in others + missing)
 
 
 def _word(column: str) -> str:
@@ -224,4 +271,10 @@ def init_data(place: str, config: Path, force: bool = False) -> None:
     text = text_column(found)
     label = label_column(found, text)
     say(f"{config}: {found.rows:,} rows, texts in {text}, labels in {label}")
+    for name in (text, label):
+        if empty := found.rows - found.columns[name].filled:
+            say(f"{name}: {empty:,} rows have none, which prepare refuses: take them out")
+    for name, spelled in found.columns[label].labels.items():
+        if odd := _odd(name, spelled):
+            say(f"label {name}: {spelled.total():,} rows{odd}")
     say(f"next: python -m yelp_hpc submit all --config {config} --executor local --run runs/mine")

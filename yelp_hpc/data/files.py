@@ -1,32 +1,35 @@
 """Records of data files as they lie: one reader a format, a record at a time.
 
-csv, tsv, jsonl (or ndjson), json (an array, or a record a line), parquet and arrow, the first three
-also behind gz, zst or zip, endings in any letter case; a folder of them, a glob, or a folder that
-`datasets.save_to_disk` wrote. Reads files, writes nothing.
+csv (apart by commas or by what its header shows), tsv, jsonl (or ndjson), json (an array, or a
+record a line), parquet and arrow, the first three also behind gz, zst or zip, endings in any letter
+case; a folder of them, a glob, or a folder that `datasets.save_to_disk` wrote. Reads files, writes
+nothing.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import io
 import json
 import re
-import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from yelp_hpc.data.formats.arrow_rows import BINARY_FORMATS, arrow_rows
+from yelp_hpc.data.formats.csv_rows import DELIMITERS, csv_rows
+from yelp_hpc.data.formats.first_bytes import disguise
+from yelp_hpc.data.formats.json_rows import json_lines, json_rows
+from yelp_hpc.data.formats.record import Record
 from yelp_hpc.errors import RequestError, nearest_path
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-BINARY_FORMATS = (".parquet", ".arrow", ".feather")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zip": "zip"}
-_PIECE = 1 << 20
-Record = tuple[str, dict[Any, Any]]
-"""Where it stands, and its columns."""
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def data_files(place: str) -> list[Path]:
@@ -64,9 +67,19 @@ def _folder(path: Path) -> list[Path]:
     if (path / "state.json").is_file():
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return [path / file["filename"] for file in state["_data_files"]]
-    found = [p for p in sorted(path.iterdir()) if p.is_file() and _formats(p)[0]]
+    shown = [p for p in sorted(path.iterdir()) if p.name[0] not in "._"]
+    found = [p for p in shown if p.is_file() and _formats(p)[0]]
     if not found:
         raise RequestError(f"folder {path} holds no data file ({', '.join(_every())})")
+    sets: dict[str, Path] = {}
+    for file in found:
+        if (kind := re.split(r"[-_.]", file.name.lower())[0]) in _SPLITS:
+            sets.setdefault(kind, file)
+    if len(sets) > 1:
+        raise RequestError(
+            f"folder {path} holds several sets ({', '.join(p.name for p in sets.values())}): set "
+            "data.train and data.test to the file, or the glob, of each"
+        )
     return found
 
 
@@ -79,14 +92,28 @@ def _formats(path: Path) -> tuple[str, str]:
     endings = [ending.lower() for ending in path.suffixes]
     compression = endings.pop() if endings and endings[-1] in COMPRESSIONS else ""
     ending = endings[-1] if endings and endings[-1] in _every() else ""
+    if compression == ".zip" and not ending:  # the file in it has one
+        with suppress(OSError, zipfile.BadZipFile):
+            ending = next((p.suffix.lower() for p in map(Path, _members(path))), "")
+            ending = ending if ending in TEXT_FORMATS else ""
     return ("" if compression and ending in BINARY_FORMATS else ending), compression
+
+
+def _members(path: Path) -> list[str]:
+    """The text files in a zip archive, or all of its files where there is none."""
+    with zipfile.ZipFile(path) as archive:
+        names = [m for m in archive.namelist() if not m.endswith("/") and "__MACOSX" not in m]
+    return [m for m in names if Path(m).suffix.lower() in TEXT_FORMATS] or names
 
 
 def format_of(path: Path) -> str:
     """The format of a data file, a lower-case ending. Raises RequestError if it has none."""
-    found, _ = _formats(path)
+    found, compression = _formats(path)
     if not found:
         packed = ", ".join(COMPRESSIONS)
+        with suppress(OSError):
+            if what := disguise(path, ("", compression)):
+                raise RequestError(f"data file {path} is {what}")
         raise RequestError(
             f"data file {path} must end in {', '.join(_every())} (text also in {packed})"
         )
@@ -101,23 +128,26 @@ def records(path: Path, header: bool = True) -> Iterator[Record]:
     """
     kind = format_of(path)
     try:
+        if what := disguise(path, _formats(path)):
+            raise ValueError(f"it is {what}")
         if kind in BINARY_FORMATS:
-            yield from _arrow(path)
+            yield from arrow_rows(path)
             return
         with ExitStack() as stack:
             file = _open(path, stack)
-            if kind in (".csv", ".tsv"):
-                yield from _csv(file, "\t" if kind == ".tsv" else ",", header)
+            if kind in DELIMITERS:
+                yield from csv_rows(file, DELIMITERS[kind], header)
             elif kind == ".json":
-                yield from _json(file)
+                yield from json_rows(file)
             else:
-                yield from _json_lines(file)
+                yield from json_lines(file)
     except UnicodeDecodeError as error:
+        coding = "UTF-16LE" if b"\0" in error.object else "WINDOWS-1252"
         raise RequestError(
             f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} "
-            f"{_line_of(path)}); convert it, for example with iconv"
+            f"{_line_of(path)}); convert it: iconv -f {coding} -t UTF-8 {path.name} > NEW"
         ) from None
-    except (csv.Error, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
 
 
@@ -147,7 +177,7 @@ def _binary(path: Path, stack: ExitStack) -> Any:
     compression = COMPRESSIONS.get(_formats(path)[1])
     if compression == "zip":
         archive = stack.enter_context(zipfile.ZipFile(path))
-        members = [m for m in archive.namelist() if not m.endswith("/") and "__MACOSX" not in m]
+        members = _members(path)
         if len(members) != 1:
             raise ValueError(f"it holds {len(members)} files ({', '.join(members[:5])}), not one")
         return stack.enter_context(archive.open(members[0]))
@@ -172,142 +202,3 @@ def _line_of(path: Path) -> str:
             except UnicodeDecodeError:
                 return f"in line {number}"
     return "at its end"
-
-
-def _csv(file: TextIO, delimiter: str, header: bool) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
-    names: list[str] | None = None
-    for fields in reader:
-        if names is None:
-            names = fields if header else [str(i) for i in range(len(fields))]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"the header names {', '.join(twice)} twice")
-            if header:
-                continue
-        if not fields:
-            continue
-        record: dict[Any, Any] = dict(zip(names, fields, strict=False))
-        if len(fields) > len(names):
-            record[None] = fields[len(names) :]
-        yield f"line {reader.line_num}", record
-
-
-def _json_lines(file: TextIO) -> Iterator[Record]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from None
-        except RecursionError:
-            raise ValueError(f"line {number} is nested too deeply") from None
-        if not isinstance(record, dict):
-            array = number == 1 and isinstance(record, list)
-            hint = " (a JSON array belongs into a file named .json)" if array else ""
-            raise ValueError(f"line {number} is not a JSON object{hint}")
-        yield f"line {number}", record
-
-
-def _json(file: TextIO) -> Iterator[Record]:
-    """An array of objects, or an object a line, as Kaggle's files are."""
-    text = file.read(_PIECE)
-    start = text.lstrip()
-    if not start.startswith("["):
-        yield from _json_lines(_Rest(text, file))  # type: ignore[arg-type]
-        return
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    text, at, count, ended = start, 1, 0, False
-    while True:
-        at = between.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith("]", at):
-            return
-        try:
-            record, end = decoder.raw_decode(text, at) if at < len(text) else (None, len(text))
-        except RecursionError:
-            raise ValueError(f"entry {count + 1} is nested too deeply") from None
-        except ValueError as error:
-            if ended:
-                raise ValueError(f"entry {count + 1} is not JSON: {error}") from None
-            end = len(text)
-        if end == len(text):  # the entry, or the array, goes on in the next piece
-            if ended:
-                raise ValueError("the array does not end")
-            piece = file.read(max(_PIECE, len(text) - at))
-            text, at, ended = text[at:] + piece, 0, not piece
-            continue
-        count += 1
-        if not isinstance(record, dict):
-            raise ValueError(f"entry {count} is not a JSON object")
-        yield f"entry {count}", record
-        at = end
-
-
-class _Rest:
-    """The lines of a file of which a piece was read already."""
-
-    def __init__(self, text: str, file: TextIO) -> None:
-        self.text, self.file = text, file
-
-    def __iter__(self) -> Iterator[str]:
-        lines = self.text.split("\n")
-        yield from (line + "\n" for line in lines[:-1])
-        yield lines[-1] + self.file.readline()
-        yield from self.file
-
-
-def arrow_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
-    """The record batches of a parquet or Arrow file, at most so many rows each."""
-    import pyarrow.parquet as pq
-
-    if format_of(path) == ".parquet":
-        yield from pq.ParquetFile(path).iter_batches(rows)
-    else:
-        yield from _ipc_batches(path, rows)
-
-
-def _arrow(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-
-    number = 0
-    try:
-        for batch in arrow_batches(path):
-            for record in batch.to_pylist():
-                yield f"row {number}", record
-                number += 1
-    except pa.ArrowException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
-
-
-def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
-    """The record batches of an Arrow file or stream, in small slices."""
-    import pyarrow as pa
-
-    source = pa.memory_map(str(path))
-    try:
-        reader: Any = pa.ipc.open_file(source)
-        found = (reader.get_batch(i) for i in range(reader.num_record_batches))
-    except pa.ArrowInvalid:
-        found = iter(pa.ipc.open_stream(pa.memory_map(str(path))))
-    for batch in found:
-        for start in range(0, batch.num_rows, rows):
-            yield batch.slice(start, rows)
-
-
-def class_names(path: Path, column: str) -> list[str] | None:
-    """The names of a ClassLabel column that `datasets` recorded in the file, or None."""
-    kind = format_of(path)
-    if kind not in BINARY_FORMATS:
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        schema = pq.read_schema(path) if kind == ".parquet" else next(_ipc_batches(path)).schema
-    except (pa.ArrowException, OSError, StopIteration):
-        return None  # said when its rows are read
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = ((about.get("info") or {}).get("features") or {}).get(column) or {}
-    names = feature.get("names") if isinstance(feature, dict) else None
-    return [str(name) for name in names] if names else None

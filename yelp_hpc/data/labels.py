@@ -7,7 +7,9 @@ numbers may be written as floats (4.0).
 
 from __future__ import annotations
 
+import math
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -19,14 +21,24 @@ _STARS = re.compile(r"(\d+)(?:\.0+)?\s*(?:stars?|[★⭐])", re.IGNORECASE)
 Rule = Callable[[str], int | None]
 
 
+NO_LABEL: dict[type, str] = {list: "lists", dict: "objects", bytes: "bytes"}
+"""What a cell may hold that is no label, and what many are called."""
+
+
 def value_text(value: Any) -> str:
     """A value of a label column as text; "" for a missing one."""
+    if type(value) in NO_LABEL:
+        return ""
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else "" if value != value else str(value)
-    return "" if value is None else str(value).strip()
+        if not math.isfinite(value):
+            return ""
+        return str(int(value)) if value.is_integer() else str(value)
+    text = "" if value is None else str(value).strip()
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def _whole(text: str) -> str:
+def whole_number(text: str) -> str:
+    """`4.0` as `4`, any other text as it is."""
     found = _FLOAT.fullmatch(text)
     return found[1] if found else text
 
@@ -59,11 +71,12 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
     """The ways to read a label column, the most literal first."""
 
     def among(texts: Sequence[str], fold: bool = False) -> Rule:
-        places = {text.casefold() if fold else text: i for i, text in enumerate(texts)}
+        own = map(value_text, texts)
+        places = {text.casefold() if fold else text: i for i, text in enumerate(own)}
 
         def rule(value: str) -> int | None:
             exact = value.casefold() if fold else value
-            return places.get(exact, places.get(_whole(exact)))
+            return places.get(exact, places.get(whole_number(exact)))
 
         return rule
 
@@ -77,7 +90,7 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
             order = [places.get(name.casefold()) for name in names]
             if None not in order and len(names) == count:
                 by_place = dict(zip(numbers, order, strict=True))
-                return [lambda value, by_place=by_place: by_place.get(_whole(value))]  # type: ignore[misc]
+                return [lambda value, by_place=by_place: by_place.get(whole_number(value))]  # type: ignore[misc]
         if len(names) != count:
             shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
             raise RequestError(
@@ -101,7 +114,7 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
 def advice(values: Collection[str], task: TaskConfig) -> str:
     """What the values of a label column look like, and what to set; "" when they tell nothing."""
     count = len(task.labels)
-    whole = {int(_whole(v)) for v in values if re.fullmatch(r"\d+", _whole(v))}
+    whole = {int(whole_number(v)) for v in values if re.fullmatch(r"\d+", whole_number(v))}
     if len(whole) == len({*values}) and whole and task.values is None:
         if max(whole) == count and min(whole) >= 1:
             listed = ", ".join(str(i + 1) for i in range(count))

@@ -22,16 +22,11 @@ from numpy.typing import NDArray
 from yelp_hpc.cache import cache_folder, made
 from yelp_hpc.config import Config, DataConfig
 from yelp_hpc.data import demo
-from yelp_hpc.data.files import (
-    Record,
-    class_names,
-    data_files,
-    records,
-    text_fault,
-    unescaped,
-)
+from yelp_hpc.data.files import data_files, records, text_fault, unescaped
+from yelp_hpc.data.formats.arrow_rows import class_names
+from yelp_hpc.data.formats.record import Record
 from yelp_hpc.data.hub import hub_error
-from yelp_hpc.data.labels import advice, classes_of, value_text
+from yelp_hpc.data.labels import NO_LABEL, advice, classes_of, value_text
 from yelp_hpc.data.sampling import text_key
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.task import YELP, TaskConfig
@@ -39,7 +34,6 @@ from yelp_hpc.task import YELP, TaskConfig
 Row = tuple[str, int]
 _BATCH = 4096
 _SHOWN = 10
-_NO_LABEL = (bool, list, dict)
 MOST_VALUES = 5000
 """Different labels after which the label column must be another column."""
 
@@ -295,7 +289,7 @@ def _judged(
     if fault := text_fault(record, text_column):
         return fault, "", ""
     text, label = str(record[text_column]), record.get(label_column)
-    if isinstance(label, _NO_LABEL):
+    if type(label) in NO_LABEL:
         return f"{label_column} is {label!r}, no label", "", ""
     value = value_text(label)
     if not value:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.data.files import Record, class_names, data_files, records, text_fault, unescaped
+from yelp_hpc.data.files import data_files, records, text_fault, unescaped
+from yelp_hpc.data.formats.arrow_rows import class_names
+from yelp_hpc.data.formats.record import Record
 from yelp_hpc.data.labels import classes_of, value_text
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.rundir.request import Request
@@ -71,7 +73,7 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
             faulty += 1
             problems += [f"{place}: {fault}"] * (len(problems) < _SHOWN)
         label = record.get(column)
-        value = "" if isinstance(label, bool | list | dict) else value_text(label)
+        value = value_text(label)
         if not value:
             empty += 1
             without = without or place

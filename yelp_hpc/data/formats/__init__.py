@@ -1,0 +1,1 @@
+"""One reader a format of data files: records, one at a time."""

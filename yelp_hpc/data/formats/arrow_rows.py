@@ -1,0 +1,74 @@
+"""Rows of parquet and Arrow files and streams, some at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from yelp_hpc.data.formats.record import Record, check_names
+
+BINARY_FORMATS = (".parquet", ".arrow", ".feather")
+
+
+def arrow_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
+    """The record batches of a parquet or Arrow file, at most so many rows each."""
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() == ".parquet":
+        yield from pq.ParquetFile(path).iter_batches(rows)
+    else:
+        yield from _ipc_batches(path, rows)
+
+
+def arrow_rows(path: Path) -> Iterator[Record]:
+    """`(place, record)` of each row.
+
+    Raises:
+        ValueError: it cannot be read, or two columns have one name.
+    """
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in arrow_batches(path):
+            check_names(batch.schema.names)
+            for record in batch.to_pylist():
+                yield f"row {number}", record
+                number += 1
+    except pa.ArrowException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
+    """The record batches of an Arrow file or stream, in small slices."""
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        reader: Any = pa.ipc.open_file(source)
+        found = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pa.ArrowInvalid:
+        found = iter(pa.ipc.open_stream(pa.memory_map(str(path))))
+    for batch in found:
+        for start in range(0, batch.num_rows, rows):
+            yield batch.slice(start, rows)
+
+
+def class_names(path: Path, column: str) -> list[str] | None:
+    """The names of a ClassLabel column that `datasets` recorded in the file, or None."""
+    kind = path.suffix.lower()
+    if kind not in BINARY_FORMATS:
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path) if kind == ".parquet" else next(_ipc_batches(path)).schema
+    except (pa.ArrowException, OSError, StopIteration):
+        return None  # said when its rows are read
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = ((about.get("info") or {}).get("features") or {}).get(column) or {}
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return [str(name) for name in names] if names else None
