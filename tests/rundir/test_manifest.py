@@ -118,6 +118,36 @@ def test_precision_auto_is_chosen_once_and_every_reader_has_it(auto: RunPaths) -
     assert read_json(auto.run_json)["config"]["resolved"]["train"]["precision"] == "auto"
 
 
+def test_an_inference_before_the_training_chooses_for_itself_alone(
+    auto: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = begin(auto, "infer", "fp32")  # on a login node, say
+    assert "chosen on a fp32 machine and kept until the training chooses" in capsys.readouterr().err
+    assert config.infer.precision == "fp32"
+    again = begin(auto, "infer", "bf16")  # its next shard, on another node
+    assert (again.train.precision, again.infer.precision) == ("auto", "fp32")
+    assert load_run(auto.root)[1].train.precision == "auto"
+    before = wanted(auto, asked_for().config, "base")
+    assert begin(auto, "train", "bf16").train.precision == "bf16"
+    assert "an inference before it took fp32: what it predicted" in capsys.readouterr().err
+    assert begin(auto, "infer", "fp32").infer.precision == "bf16"
+    assert begin(auto, "train", "fp16").train.precision == "bf16"
+    assert read_json(auto.run_json)["precision"] == {"chosen": "bf16", "on": "a bf16 machine"}
+    after = wanted(auto, asked_for().config, "base")  # no shard of before is taken beside it
+    assert (before.precision, after.precision) == ("fp32", "bf16")
+    assert before.identity != after.identity
+    assert "precision fp32, this run has bf16" in after.unlike(
+        {key.removeprefix("yelp_hpc."): value for key, value in before.metadata().items()}
+    )
+
+
+def test_a_precision_that_is_named_later_is_the_inferences_too(auto: RunPaths) -> None:
+    begin(auto, "infer", "fp32")
+    record_run(auto.root, asked_for("train.precision=fp16"), "c.yaml", ["train.precision=fp16"])
+    config = load_run(auto.root)[1]
+    assert (config.train.precision, config.infer.precision) == ("fp16", "fp16")
+
+
 def test_two_machines_that_begin_at_once_agree(auto: RunPaths) -> None:
     found: list[str] = []
 

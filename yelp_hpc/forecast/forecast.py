@@ -23,7 +23,7 @@ from yelp_hpc.forecast.model_shape import ModelShape
 from yelp_hpc.forecast.work import Lengths, load_of, training_work
 from yelp_hpc.gpus import Card, auto_precision
 from yelp_hpc.inference.shards import plan_shards
-from yelp_hpc.rundir.manifest import in_precision
+from yelp_hpc.rundir.manifest import in_precision, of_both
 
 # Kokolis et al. 2024 (arXiv:2410.21680): 6.5 failures in 1,000 node-days on a large GPU cluster.
 MTBF_HOURS = 24 * 1000 / 6.5
@@ -192,8 +192,8 @@ def _with_precision(
 ) -> tuple[Config, list[str]]:
     """The configuration with `auto` as that machine has it, and in words what was assumed."""
     chosen = probe.precision if probe else auto_precision(card.capability if card else None)
-    planned, notes = in_precision(config, chosen), []
-    if planned != in_precision(config, None):
+    planned, notes = in_precision(config, of_both(chosen)), []
+    if planned != in_precision(config, {}):
         where = "on the probed machine" if probe else f"on a {card.name}" if card else "on a CPU"
         notes.append(f"precision auto is {chosen} {where}")
         if where == "on a CPU":

@@ -91,7 +91,7 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
                 infer_start=scored["start"],
                 infer_token=scored["token"],
                 infer_memory=scored["memory"],
-                precision=chosen,
+                precision=chosen.get("train"),
             ),
             lengths,
         )

@@ -72,7 +72,7 @@ def load(
     is packed.
     """
     if config.infer.precision == "auto":  # a run that has not begun
-        config = in_precision(config, precision_here()[0])
+        config = in_precision(config, {"infer": precision_here()[0]})
     device = torch.device("cuda" if usable_gpus() else "cpu")
     torch.backends.cuda.matmul.allow_fp16_accumulation = config.infer.fp16_accumulation
     folder = model_folder(config.model)

@@ -72,44 +72,63 @@ def recorded_config(path: Path) -> Config:
     return in_precision(config, _chosen(record))
 
 
-def in_precision(config: Config, chosen: Precision | None) -> Config:
-    """The configuration with `precision: auto` as it was chosen; None: not yet.
+def in_precision(config: Config, chosen: Mapping[str, Precision]) -> Config:
+    """The configuration with `precision: auto` as it was chosen.
 
     The inference's `auto` is the training's precision, a named one too.
+
+    Args:
+        chosen: as `chosen_precision` has it.
     """
     return Config.model_validate(_in_precision(config.model_dump(mode="json"), chosen))
 
 
-def _in_precision(values: dict[str, Any], chosen: Precision | None) -> dict[str, Any]:
+def _in_precision(values: dict[str, Any], chosen: Mapping[str, Precision]) -> dict[str, Any]:
     found = {**values}
-    precision = chosen or "auto"
+    precision = "auto"
     for name in ("train", "infer"):
         section = values.get(name)
         if isinstance(section, dict) and "precision" in section:
             if section["precision"] == "auto":
-                found[name] = {**section, "precision": precision}
+                own = chosen.get(name, "auto") if precision == "auto" else precision
+                found[name] = {**section, "precision": own}
             precision = found[name]["precision"]
     return found
 
 
-def chosen_precision(run: RunPaths) -> Precision | None:
-    """What `auto` was chosen to be in this run; None before the first start."""
+def chosen_precision(run: RunPaths) -> dict[str, Precision]:
+    """What `auto` was chosen to be in this run, for `train` and `infer`; {} before the first start.
+
+    What an inference chose that began before the training is chosen for `infer` alone.
+    """
     try:
         return _chosen(read_object(run.run_json))
     except StageError:
-        return None
+        return {}
 
 
-def _chosen(record: Mapping[str, Any]) -> Precision | None:
+def _chosen(record: Mapping[str, Any]) -> dict[str, Precision]:
     section = record.get("precision")
-    found = section.get("chosen") if isinstance(section, dict) else None
-    return found if found in DTYPES else None
+    section = section if isinstance(section, dict) else {}
+    chosen = section.get("chosen")
+    if chosen not in DTYPES:
+        return {}
+    return {"infer": chosen} if section.get("by") == "infer" else of_both(chosen)
+
+
+def of_both(chosen: Precision | None) -> dict[str, Precision]:
+    """What `auto` is in training and inference alike; None: not known."""
+    return {"train": chosen, "infer": chosen} if chosen else {}
 
 
 def settle_precision(
     run: RunPaths, config: Config, stage: str, choose: Callable[[], tuple[Precision, str]]
 ) -> Config:
     """The configuration with `auto` as this run has it: chosen at its first start, and kept.
+
+    The training chooses for the whole run. An inference that begins before it, perhaps on a machine
+    of another kind, chooses for itself: what it predicted in another precision than the training's
+    is no longer this run's (see `Provenance`) and is made again.
 
     Args:
         stage: `train` or `infer`, which begins.
@@ -119,14 +138,23 @@ def settle_precision(
     if getattr(config, stage).precision != "auto":
         return config
     chosen, machine = choose()
+    alone = {"by": "infer"} if stage == "infer" else {}
+    before = chosen
     if run.run_json.is_file():
         with locked(run.lock("run.json")):
             record = read_object(run.run_json)
-            if there := _chosen(record):
+            there = _chosen(record)
+            if stage in there:
                 return in_precision(config, there)
-            write_json(run.run_json, {**record, "precision": {"chosen": chosen, "on": machine}})
-    say(f"{stage}: precision auto is {chosen}, chosen on {machine} and kept by this run")
-    return in_precision(config, chosen)
+            before = there.get("infer", chosen)
+            section = {"chosen": chosen, "on": machine, **alone}
+            write_json(run.run_json, {**record, "precision": section})
+    trains = "tuned" in config.infer.models and config.train.adapter is None
+    kept = "kept until the training chooses" if alone and trains else "kept by this run"
+    say(f"{stage}: precision auto is {chosen}, chosen on {machine} and {kept}")
+    if before != chosen:
+        say(f"an inference before it took {before}: what it predicted is to be made again")
+    return in_precision(config, of_both(chosen))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class _Model(_Part):
 class _Precision(_Part):
     chosen: Precision | None = None
     on: str | None = None
+    by: str | None = None
 
 
 class _Data(_Part):

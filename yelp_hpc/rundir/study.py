@@ -108,7 +108,7 @@ def read_by(config: Config, *stages: str) -> dict[str, Any]:
 
     But for the seed: a study sets `data.seed`, and predicting draws nothing.
     """
-    keys = dotted(in_precision(config, None).model_dump(mode="json"))
+    keys = dotted(in_precision(config, {}).model_dump(mode="json"))
     return {key: value for key, value in keys if {*readers(key)} & {*stages} and key != "seed"}
 
 
@@ -176,7 +176,7 @@ def _base(run: RunPaths, maker: RunPaths) -> bool:
 
 def _adopt_precision(run: RunPaths, maker: RunPaths) -> None:
     """The maker's choice of `auto` is this run's, too, unless this one began before it."""
-    if chosen_precision(run) is None and chosen_precision(maker) is not None:
+    if not chosen_precision(run) and chosen_precision(maker):
         update_run(run, precision=read_object(maker.run_json)["precision"])
 
 
