@@ -78,13 +78,21 @@ _NOISE = re.compile(
 )
 
 
+_TELLS = re.compile(
+    r"error|no such|not found|denied|cannot|can't|failed|fatal|unable to|killed|exceeded|CANCELLED",
+    re.IGNORECASE,
+)
+
+
 def last_output(paths: RunPaths, name: str, job: str) -> str:
     """The last thing of weight that a job said before its supervisor began, on one line."""
     for path in reversed(list(outputs(paths, name, job))):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         heavy = [line.strip() for line in lines if not _NOISE.search(line.strip())]
-        if heavy or lines:
-            return (heavy or lines)[-1][:300]
+        # a site's epilog may go on after the error
+        errors = [line for line in heavy if _TELLS.search(line)]
+        if shown := errors or heavy or lines:
+            return shown[-1][:300]
     return ""
 
 

@@ -185,7 +185,14 @@ def accounting(job_ids: Sequence[str]) -> list[Row]:
         return []
     # tasks of an array have a line each once they ran; Slurm 22.05 knows no --array
     argv = ["sacct", "--noheader", "--parsable2", "--allocations", f"--format={_ACCOUNTED}"]
-    return parse_accounting(client([*argv, f"--jobs={','.join(job_ids)}"], timeout=20))
+    argv += [f"--jobs={','.join(job_ids)}"]
+    try:
+        text = client(argv, timeout=20)
+    except StageError as error:
+        if "too wide" not in str(error).lower():  # sites may refuse to search all the years
+            raise
+        text = client([*argv, "--starttime=now-7days"], timeout=20)
+    return parse_accounting(text)
 
 
 def parse_accounting(text: str) -> list[Row]:

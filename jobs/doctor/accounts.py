@@ -33,9 +33,14 @@ def check_account(
     slurm: SlurmFacts, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
     """Whether the account may be charged by this user on the partitions of the stage."""
+    want = cluster.resources(stage)
+    for partition in partitions_of(slurm, want):
+        if slurm.closed_to_groups(partition):
+            at, groups = key(cluster, stage, "partition"), listed(partition.allow_groups)
+            text = f"{at}: partition {partition.name} takes the groups {groups}; you are in none"
+            yield advice("account", "warning", text, "name another partition")
     if slurm.associations is None:
         return
-    want = cluster.resources(stage)
     where = key(cluster, stage, "account")
     mine = list(dict.fromkeys(a.account for a in slurm.associations))
     bad: Level = "failure" if slurm.enforces("associations") else "warning"
@@ -124,7 +129,8 @@ def _limits(
         yield config_line("qos", "failure", text, f"{where}: {time_text(qos.max_minutes)}")
     nodes = want.least_nodes
     limits = []
-    for total, typed in ((qos.gpus_a_job, qos.typed_a_job), (qos.gpus_a_user, qos.typed_a_user)):
+    told = [(qos.gpus_a_job, qos.typed_a_job), (qos.gpus_a_user, qos.typed_a_user)]
+    for total, typed in (*told, (qos.gpus_together, qos.typed_together)):
         if want.gpu_type in typed:
             limits.append(typed[want.gpu_type])
         of_another = want.gpu_type not in (None, *typed) and [total] == list(typed.values())
@@ -134,6 +140,10 @@ def _limits(
         where = key(cluster, stage, "gpus")
         text = f"{where} is {want.gpus} on {nodes} nodes, but {whose} allows {min(limits)}"
         yield config_line("qos", "failure", text, f"{where}: {max(1, min(limits) // nodes)}")
+    if (least := qos.least_gpus) and (want.gpus or 0) * nodes < least:
+        where = key(cluster, stage, "gpus")
+        text = f"{where} is {want.gpus or 0} on {nodes} nodes, but {whose} demands {least} at least"
+        yield config_line("qos", "failure", text, f"{where}: {-(-least // nodes)}")
     if config and stage == "infer" and qos.submitted_a_user is not None:
         # the two arrays, and the other four jobs of the chain
         tasks = min(config.infer.shards, cluster.max_array_size)

@@ -7,6 +7,7 @@ locates the cluster. `refusals.user_defaults` says which of them a submission ta
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import re
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.progress import plain
@@ -177,3 +179,12 @@ def user_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
+
+
+def user_groups() -> tuple[str, ...]:
+    """The user's groups by name, as far as this machine knows them."""
+    names = []
+    for number in sorted({*os.getgroups(), os.getgid()}):
+        with suppress(KeyError):
+            names.append(grp.getgrgid(number).gr_name)
+    return tuple(names)

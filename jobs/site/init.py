@@ -55,7 +55,8 @@ def choose(slurm: SlurmFacts) -> Choice:
 
     def allowed(partition: Partition) -> bool:
         takes = not partition.allow_accounts or account in partition.allow_accounts
-        return takes and account not in partition.deny_accounts
+        closed = slurm.closed_to_groups(partition) or account in partition.deny_accounts
+        return takes and not closed
 
     fit = [p for p in slurm.partitions if p.up and not p.hidden and allowed(p) and size(p)]
     fit.sort(key=lambda p: (p.preempted, not p.default, -size(p)))

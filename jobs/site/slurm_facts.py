@@ -13,7 +13,7 @@ from pydantic import Field
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.cluster import minutes
-from yelp_hpc.jobs.site.client import client, no_client, user_name
+from yelp_hpc.jobs.site.client import client, no_client, user_groups, user_name
 from yelp_hpc.jobs.slurm import accounting
 from yelp_hpc.settings import Frozen
 
@@ -23,7 +23,7 @@ _UNUSABLE = ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING", "MAINT", "FUTURE", "INVA
 
 
 class Partition(Frozen):
-    """A partition; a None limit is none, () of accounts or qos means all."""
+    """A partition; a None limit is none, () of groups, accounts or qos means all."""
 
     name: str
     default: bool = False
@@ -32,6 +32,7 @@ class Partition(Frozen):
     max_minutes: int | None = None
     max_nodes: int | None = None
     total_nodes: int = 0
+    allow_groups: tuple[str, ...] = ()
     allow_accounts: tuple[str, ...] = ()
     deny_accounts: tuple[str, ...] = ()
     allow_qos: tuple[str, ...] = ()
@@ -68,6 +69,11 @@ class Qos(Frozen):
     typed_a_user: dict[str, int] = Field(default={})
     """GPU type → limit."""
     submitted_a_user: int | None = None
+    gpus_together: int | None = None
+    """GPUs of all jobs under it, and the same by type."""
+    typed_together: dict[str, int] = Field(default={})
+    least_gpus: int | None = None
+    """A job with fewer waits for ever."""
 
 
 class Association(Frozen):
@@ -87,6 +93,8 @@ class SlurmFacts(Frozen):
     installed: bool = True
     version: str = ""
     user: str = ""
+    groups: tuple[str, ...] = ()
+    """The user's, as far as this machine knows them."""
     settings: dict[str, str] = Field(default={})
     partitions: tuple[Partition, ...] = ()
     nodes: tuple[Node, ...] = ()
@@ -101,6 +109,11 @@ class SlurmFacts(Frozen):
     def partition(self, name: str) -> Partition | None:
         """The partition of that name, if there is one."""
         return next((p for p in self.partitions if p.name == name), None)
+
+    def closed_to_groups(self, partition: Partition) -> bool:
+        """Whether the partition takes members of groups alone of which the user is in none."""
+        allowed = partition.allow_groups
+        return bool(allowed and self.groups) and not {*allowed} & {*self.groups}
 
     def nodes_of(self, partition: str) -> list[Node]:
         """Nodes that the partition holds."""
@@ -147,7 +160,7 @@ def ask_slurm() -> SlurmFacts:
         text = client([*show, "user", user, "format=User,DefaultAccount"], timeout=30)
         own = [line.split("|")[1] for line in text.splitlines() if line.startswith(f"{user}|")]
         facts["default_account"] = next(iter(own), "")
-        fields = "format=Name,MaxWall,MaxTRES,MaxTRESPU,MaxSubmitPU"
+        fields = "format=Name,MaxWall,MaxTRES,MaxTRESPU,MaxSubmitPU,GrpTRES,MinTRES"
         facts["qos"] = parse_qos(client([*show, "qos", fields], timeout=30))
     except (RequestError, StageError):
         facts["associations"] = facts.get("associations")
@@ -159,6 +172,7 @@ def ask_slurm() -> SlurmFacts:
         {
             "version": version,
             "user": user,
+            "groups": user_groups(),
             "settings": settings,
             "partitions": partitions,
             "nodes": nodes,
@@ -184,6 +198,7 @@ def parse_partitions(text: str) -> tuple[Partition, ...]:
             max_minutes=time_limit(record.get("MaxTime", "")),
             max_nodes=_number(record.get("MaxNodes", "")),
             total_nodes=_number(record.get("TotalNodes", "")) or 0,
+            allow_groups=_names(record.get("AllowGroups", "ALL")),
             allow_accounts=_names(record.get("AllowAccounts", "ALL")),
             deny_accounts=_names(record.get("DenyAccounts", "")),
             allow_qos=_names(record.get("AllowQos", "ALL")),
@@ -247,10 +262,10 @@ def parse_associations(text: str) -> tuple[Association, ...]:
 
 
 def parse_qos(text: str) -> tuple[Qos, ...]:
-    """`sacctmgr -nP show qos format=Name,MaxWall,MaxTRES,MaxTRESPU,MaxSubmitPU`."""
+    """`sacctmgr -nP show qos format=Name,MaxWall,MaxTRES,MaxTRESPU,MaxSubmitPU,GrpTRES,MinTRES`."""
     found = []
     for line in text.splitlines():
-        name, wall, job, user, submitted = (line.split("|") + [""] * 5)[:5]
+        name, wall, job, user, submitted, together, least = (line.split("|") + [""] * 7)[:7]
         if name and line.count("|") >= 3:
             found.append(
                 Qos(
@@ -261,6 +276,9 @@ def parse_qos(text: str) -> tuple[Qos, ...]:
                     typed_a_job=_typed_gpus(job),
                     typed_a_user=_typed_gpus(user),
                     submitted_a_user=_number(submitted),
+                    gpus_together=_gpus(together),
+                    typed_together=_typed_gpus(together),
+                    least_gpus=_gpus(least),
                 )
             )
     return tuple(found)

@@ -309,3 +309,40 @@ def test_without_squeue_the_wait_asks_the_controller_and_without_both_it_says_so
     play({"squeue": "", "scontrol": ""})
     with pytest.raises(StageError, match="were submitted, but neither squeue nor scontrol"):
         submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
+
+
+ENDS = {
+    "no python": (
+        "/var/spool/slurmd/job00101/slurm_script: line 31: /opt/py/bin/python: No such file or "
+        "directory",
+        "srun: error: g1: task 0: Exited with exit code 127",
+    ),
+    "a site's epilog after the error": (
+        "slurmstepd: error: execve(): /opt/py/bin/python: No such file or directory",
+        "srun: error: g1: task 0: Exited with exit code 2\n\n=== Job 101 of me on lab ===\n"
+        "CPU utilised: 0 %\nBilled: 3 SU\n==========",
+    ),
+    "a module that is not there": (
+        'Lmod has detected the following error: The following module(s) are unknown: "python/9"',
+        "Please check the spelling, or try:\n   $ module spider python/9\n",
+    ),
+    "out of memory as it began": (
+        "slurmstepd: error: *** JOB 101 ON g1 CANCELLED AT 2026-01-01T00:00:00 ***",
+        "Disk I/O: 1 MB",
+    ),
+    "nothing that looks like an error": ("give up", "\n"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_why_a_job_died_is_said_whatever_the_site_writes_below(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, end: str
+) -> None:
+    telling, below = ENDS[end]
+    jobs = play({"sacct": "echo '101|FAILED|g1|0:01|10:00|" + user_name() + "|yelp-train:a-run'"})
+    go(run)
+    jobs.write_text("")
+    out = run.root / "logs" / "slurm" / "101_0_log.out"
+    out.write_text(f"Welcome to g1\nquota: 80 %\n{telling}\n{below}")
+    (train,) = [x for x in collect_status(run.root, run.config)[0] if x.name == "train"]
+    assert (train.state, train.detail) == ("failed", f"Slurm says FAILED: {telling}")

@@ -231,6 +231,18 @@ def test_the_accounting_is_asked_as_every_version_can_answer(
         slurm.accounting(["7"])
 
 
+def test_a_database_that_searches_some_days_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(argv: list[str], **options: object) -> str:
+        if not any(word.startswith("--starttime=") for word in argv):
+            raise NoAnswer("sacct failed: slurmdbd: Too wide of a date range in query")
+        return "7|FAILED|c1|0:09|1:00|me|a\n"
+
+    monkeypatch.setattr(slurm, "client", told)
+    assert slurm.accounting(["7"])[0].state == "FAILED"
+
+
 def test_the_end_of_a_job_is_what_slurm_counts_and_not_a_clock(
     answering: Callable[[str | Exception], Asked],
 ) -> None:
