@@ -107,7 +107,7 @@ def submit(
         RequestError: the run's name cannot be used, the directory cannot be written, a stage is
             running already, an earlier stage, the model, the data, the image or a package is
             missing, the run directory was made with another configuration, Slurm refuses the
-            request. Nothing was written then.
+            request: nothing was written then. Locally: a stage refused its input.
         StageError: the controller does not answer; locally or with `wait`: a stage failed.
         SavedForRequeue: locally or with `wait`: stopped by a signal after saving.
     """

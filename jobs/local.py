@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from yelp_hpc.errors import SavedForRequeue, StageError
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.logs import without_tail
@@ -24,7 +24,7 @@ from yelp_hpc.jobs.submission import (
     process_start,
     record,
 )
-from yelp_hpc.jobs.verdict import AGAIN
+from yelp_hpc.jobs.verdict import AGAIN, REFUSED
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths, Task
@@ -48,12 +48,14 @@ def run_chain(
         code: the snapshot that they run.
 
     Raises:
+        RequestError: the first stage that failed refused its input.
         StageError: a stage failed.
         SavedForRequeue: stopped by a signal after saving.
     """
     submissions: list[Submission] = []
     before_us = cancellations(paths)
     failed: dict[str, str] = {}
+    refused = False
     skipped: set[str] = set()
     for job in planned:
         blocked = [name for kind, name in job.after if kind == "afterok" and name in failed]
@@ -70,12 +72,14 @@ def run_chain(
             submissions.append(submission)
             if attempt is None or attempt.verdict == "failed":
                 reason = without_tail(attempt.reason) if attempt else "its supervisor died"
+                refused |= not failed and attempt is not None and attempt.reason.startswith(REFUSED)
                 failed[job.name] = reason
             elif attempt.verdict == "stopped":
                 raise SavedForRequeue(f"{job.name}: {attempt.reason}. Run the same command again.")
     if failed:
         first, reason = next(iter(failed.items()))
-        raise StageError(f"{first} failed: {reason}\n{AGAIN}")
+        how = RequestError if refused else StageError
+        raise how(f"{first} failed: {reason}\n{AGAIN}")
     return submissions
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from yelp_hpc.errors import SavedForRequeue
+from yelp_hpc.errors import RequestError, SavedForRequeue
 
 AGAIN = "When the cause is gone, run the same command again: what is finished is kept."
 _STOPS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+REFUSED = f"exit code {RequestError.exit_code}\n"
+"""How the reason begins of a stage that refused its input: data that are none, say."""
 
 
 @dataclass(frozen=True)

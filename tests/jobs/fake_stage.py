@@ -3,11 +3,11 @@
 Called as the real command is (STAGE --run DIR [--model M --shard 0-2]); does its shards one after
 the other, as that does. Works in steps of a tenth of a second, keeps each step in a checkpoint
 file, saves on SIGUSR2 and SIGTERM and then exits 75. How it shall behave stands in RUN/fake.json:
-{"steps": N, "fail": ["infer-base-3"], "stuck": true} (no step is ever finished), {"deaf": true} (no
-signal is heard), {"ill": true} (the hardware fails of the node on which train starts first, there
-and ever after), {"full": 2} (for the first two starts of each the disk is full; with
-{"at_save": true} only where they save). In a study the file stands beside study.json, and its
-`fail` names RUN/STAGE.
+{"steps": N, "fail": ["infer-base-3"], "code": 2} (what fails exits so), {"stuck": true} (no step is
+ever finished), {"deaf": true} (no signal is heard), {"ill": true} (the hardware fails of the node
+on which train starts first, there and ever after), {"full": 2} (for the first two starts of each
+the disk is full; with {"at_save": true} only where they save). In a study the file stands beside
+study.json, and its `fail` names RUN/STAGE.
 """
 
 import errno
@@ -68,7 +68,7 @@ def play(shard: int | None) -> None:
         no_room()
     if {name, f"{root.name}/{name}"} & {*plan.get("fail", [])}:
         print("the data is rotten", flush=True)
-        sys.exit(1)
+        sys.exit(plan.get("code", 1))
     kept = root / "train" / "checkpoints" / "step.json" if stage == "train" else None
     if stage == "infer":
         kept = root / "infer" / model / f"shard-{shard:04d}.partial"

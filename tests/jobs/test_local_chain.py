@@ -78,6 +78,15 @@ def test_when_the_first_stage_fails_nothing_else_starts(fake_run: MakeRun) -> No
     assert "last lines of" not in str(failed.value)
 
 
+def test_a_stage_that_refuses_its_input_ends_the_chain_as_it_ended(fake_run: MakeRun) -> None:
+    run = fake_run(shards=1, fail=["prepare"], code=2)
+    with pytest.raises(RequestError, match="prepare failed: exit code 2; its log, shown above"):
+        go(run)
+    run = fake_run("another", shards=1, fail=["train", "infer-base-0"], code=1)
+    with pytest.raises(StageError, match="train failed: exit code 1"):
+        go(run)
+
+
 def test_a_disk_that_is_full_for_a_moment_needs_no_hand(fake_run: MakeRun) -> None:
     run = fake_run("a run", shards=1, full=1).prepared()
     assert go(run, "train") == 1
