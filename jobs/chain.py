@@ -364,8 +364,8 @@ def _refuse_missing(
                 )
 
 
-def cancel(run_dir: str | Path) -> list[str]:
-    """Cancel every live job of a run and of its predictions, nothing else; returns their ids.
+def cancel(*run_dirs: str | Path) -> list[str]:
+    """Cancel every live job of runs and of their predictions, nothing else; returns their ids.
 
     A submission that is under way is waited for, so that all of it is cancelled.
 
@@ -373,10 +373,11 @@ def cancel(run_dir: str | Path) -> list[str]:
         StageError: the Slurm controller does not answer, or something runs where this machine
             cannot end it.
     """
-    paths = RunPaths(Path(run_dir).absolute())
-    requests = sorted(path.parent for path in paths.predict.glob("*/run.json"))
+    runs = [RunPaths(Path(run).absolute()) for run in run_dirs]
+    requests = [path.parent for run in runs for path in sorted(run.predict.glob("*/run.json"))]
     beyond: list[str] = []
-    found = [job for root in (paths.root, *requests) for job in _cancel(RunPaths(root), beyond)]
+    roots = [*(run.root for run in runs), *requests]
+    found = [job for root in roots for job in _cancel(RunPaths(root), beyond)]
     if beyond:
         raise StageError("\n".join(beyond))
     return found

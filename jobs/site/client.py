@@ -97,6 +97,8 @@ def _once(argv: Sequence[str], timeout: float, epoch: bool) -> str:
     env = own_environment(os.environ)
     env["SLURM_TIME_FORMAT"] = "%s" if epoch else "standard"
     env["SLURM_BITSTR_LEN"] = "0"  # else sparse arrays are cut short
+    if name != "sbatch":  # which hands it on to the job
+        env["LC_ALL"] = env["LANGUAGE"] = "C"  # its messages are read
     try:
         done = subprocess.run(
             [program(name), *arguments],

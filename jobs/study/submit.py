@@ -7,7 +7,7 @@ wait for their own task of it. What one run makes for others, they wait for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, all_problems, first_line
@@ -247,8 +247,5 @@ def _trainings(
 
 def cancel_study(study: Study) -> list[str]:
     """Cancel every live job of the study and of its runs; returns their ids."""
-    found = []
-    for paths in (study.paths, *(study.run(run) for run in study.runs)):
-        with suppress(FileNotFoundError):
-            found += chain.cancel(paths.root)
-    return found
+    places = (study.paths, *(study.run(run) for run in study.runs))
+    return chain.cancel(*(paths.root for paths in places if paths.root.is_dir()))

@@ -289,6 +289,7 @@ def test_a_client_gets_plain_times_and_whole_arrays_and_its_own_words_are_shown(
     script = 'echo "$SLURM_TIME_FORMAT $SLURM_BITSTR_LEN"; cat'
     assert client(["sh", "-c", script, "x"], epoch=False).startswith("standard 0")
     assert client(["sh", "-c", script, "x"], epoch=True).startswith("%s 0")
+    assert client(["sh", "-c", 'echo "$LC_ALL $LANGUAGE"']).strip() == "C C"
     with pytest.raises(StageError, match=r"^sh failed: out of luck$"):
         client(["sh", "-c", "echo out of luck >&2; exit 3"])
     with pytest.raises(StageError, match=r"^sh failed: only here$"):
