@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,3 +117,30 @@ def test_a_file_server_that_was_away_is_asked_again_and_ends_nobody(
     assert "run the same command again" in modes.unreachable(refused.value)
     with pytest.raises(FileNotFoundError):
         modes.unreachable(FileNotFoundError(errno.ENOENT, "no such file", "x"))
+
+
+def test_who_looks_at_the_same_time_or_cannot_write_sees_a_start_that_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, mine = RunPaths(tmp_path), Attempt("train", "7", 0)
+    attempts.write(run, mine)
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.extend(attempts.beating(run, "train", "7") for _ in range(100))
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 400 and all(seen)
+    assert [path.name for path in mine.path(run).parent.iterdir()] == ["7-0.json"]
+
+    def full(self: Path, *args: Any, **how: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "touch", full)
+    assert attempts.beating(run, "train", "7")
+    os.utime(mine.path(run), (1.0, 1.0))
+    assert not attempts.beating(run, "train", "7")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.files import read_jsonl, read_object, sweep, write_json
+from yelp_hpc.rundir.files import read_jsonl, read_object, sweep, temporary_name, write_json
 from yelp_hpc.rundir.modes import is_full, patiently, room_again
 from yelp_hpc.rundir.paths import RunPaths, Task
 
@@ -159,16 +160,24 @@ def order(paths: RunPaths) -> Callable[[str], float]:
 
 
 def age(path: Path) -> float:
-    """Seconds since a file changed, by the clock of the file server; infinite where it is not."""
-    now = path.with_name(".now")
+    """Seconds since a file changed, by the clock of the file server; infinite where it is not.
+
+    Where nothing can be written (a full disk, another's run) by this machine's clock.
+    """
+    # a name of one's own: who looks at the same time would remove it
+    mark = temporary_name(path.with_name(f"now-{threading.get_ident()}"))
     try:
-        now.touch()
-        return now.stat().st_mtime - path.stat().st_mtime
+        mark.touch()
+        now = mark.stat().st_mtime
     except OSError:
-        return math.inf
+        now = time.time()
     finally:
         with suppress(OSError):
-            now.unlink()
+            mark.unlink()
+    try:
+        return now - path.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def within(one: str, job: str) -> bool:
