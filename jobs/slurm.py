@@ -163,7 +163,9 @@ def is_of(row: Row, record: Mapping[str, Any]) -> bool:
     difference.
     """
     name, script = record.get("job_name"), record.get("script")
-    if row.user and record.get("user") and row.user != record["user"]:
+    users = {row.user, str(record.get("user") or "")} - {""}
+    # a number where the directory of users did not answer
+    if len(users) > 1 and not users <= {user_name(), str(os.getuid())}:
         return False
     if row.what and name and row.what not in (name, f"{name}|{script}"):  # sacct: no script
         return False

@@ -26,6 +26,8 @@ def reason_in_words(reason: str) -> str:
     plain = reason.strip("()").partition(",")[0]
     if said := _REASONS.get(plain) or _REASONS.get(plain.replace("_", " ")):  # of newer versions
         return said
+    if re.fullmatch(".*requeued.*held.*", plain):  # whatever failed
+        return _REASONS["launch failed requeued held"]
     if over := _OVER.fullmatch(plain):
         whose = "your association" if over["whose"] == "Assoc" else "the qos"
         never = "; it will never start" if never_starts(plain) else ""

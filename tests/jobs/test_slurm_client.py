@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,6 +166,8 @@ def test_the_name_of_the_cluster(
         ("AssocMaxWallDurationPerJobLimit",
          "over a limit of your association (AssocMaxWallDurationPerJobLimit); it will never start",
          True),
+        ("user_env_retrieval_failed_requeued_held",
+         "failed to start and is held: scontrol release", True),
         ("QOSMinGRES", "under the least of the qos (QOSMinGRES); it will never start", True),
         ("QOSGrpCpuLimit", "over a limit of the qos (QOSGrpCpuLimit)", False),
         ("AssocGrpCPUMinutesLimit",
@@ -198,6 +201,10 @@ def test_a_job_id_alone_is_nobody() -> None:
     # what one of the two does not tell is no difference
     for silent in ({"user": ""}, {"what": ""}, {"submitted": None}):
         assert slurm.is_of(Row(**{**vars(mine), **silent}), record)
+    number = str(os.getuid())  # the directory of users did not answer, then or now
+    for then, now in ((user_name(), number), (number, user_name())):
+        assert slurm.is_of(Row(**{**vars(mine), "user": now}), {**record, "user": then})
+    assert not slurm.is_of(Row(**{**vars(mine), "user": number}), record)
     for key in ("user", "job_name", "submitted"):
         assert slurm.is_of(mine, {k: v for k, v in record.items() if k != key})
     assert slurm.is_of(mine, {**record, "submitted": "then"})
