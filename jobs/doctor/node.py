@@ -73,7 +73,8 @@ def visit(
     Raises:
         RequestError: there is no sbatch here.
     """
-    from yelp_hpc.jobs.executor import sbatch
+    from yelp_hpc.jobs.executor import refusal, sbatch
+    from yelp_hpc.jobs.job import Job
 
     parent = disk(request.run)
     try:
@@ -94,7 +95,7 @@ def visit(
             script.write_text(job_script(request.cluster, folder))
             job, _ = sbatch(script)
         except StageError as error:
-            return NodeVisit(problem=f"sbatch refuses the job: {error}")
+            return NodeVisit(problem=str(refusal(Job("train"), str(error))))
         say(f"job {job} looks at a node")
         return _wait(files, job, wait_seconds, say)
     finally:

@@ -22,6 +22,7 @@ from tests.tiny import SIF, make_model
 from yelp_hpc.cache import model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
+from yelp_hpc.jobs import executor
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, command, lines, ok
@@ -391,6 +392,23 @@ def test_a_fault_is_named_and_its_remedy_mends_it(site: Site, case: Case) -> Non
             site.apply(finding)
     left = found(site.doctor(case.on_node), case)
     assert not [f for f in left if f.check not in DISK or re.search(case.says, f.text)]
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ("Invalid qos specification", r"Slurm refuses train:.*Change train\.qos"),
+        ("Unable to contact slurm controller", "does not answer, so train was not submitted"),
+    ],
+)
+def test_a_job_on_a_node_that_is_refused_names_the_key(
+    site: Site, said: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "PATIENCE", 0.0)
+    error = f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1"
+    site.script("sbatch", f'[ "$1" = --test-only ] && exit 0\n{error}')
+    (bad,) = [f for f in site.doctor(on_node=True) if f.check == "node job"]
+    assert bad.level == "failure" and re.search(says, bad.text, re.DOTALL)
 
 
 def test_a_sound_site_has_no_complaint(site: Site) -> None:
