@@ -172,6 +172,8 @@ BROKEN = [
     Broken("no layers", changed(num_hidden_layers=0), "num_hidden_layers is 0, and a positive"),
     Broken("no size", changed(hidden_size=-8, head_dim=True, text_config={"vocab_size": "9"}),
            "hidden_size is -8, .*; head_dim is True, .*; text_config.vocab_size is '9', and"),
+    Broken("no positions", changed(max_position_embeddings=0),
+           "max_position_embeddings is 0, and a positive whole number is wanted"),
     Broken("odd heads", changed(num_key_value_heads=3), "is 3, which does not divide num_att.*, 4"),
 ]  # fmt: skip
 

@@ -55,6 +55,8 @@ SIZES = {
     "inner": ("ffn_hidden_size", "intermediate_size", "n_inner", "ffn_dim"),
 }
 """Size of a decoder → what config.json calls it, of one architecture or another."""
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+"""What config.json calls the longest text that a model was made for."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 
@@ -184,7 +186,7 @@ def is_size(value: object) -> bool:
 
 def _sizes(config: dict[str, Any], where: str = "") -> Iterator[str]:
     """What is no size; a list has one a layer, none for a layer that does without."""
-    for name in (name for names in SIZES.values() for name in names):
+    for name in (name for names in (*SIZES.values(), POSITIONS) for name in names):
         value = config.get(name)
         if name == "head_dim" and value == 0 and config.get("kv_lora_rank"):
             continue  # the width of what is rotated, where others have the rest

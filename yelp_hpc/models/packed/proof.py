@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from yelp_hpc.errors import RequestError, first_line
+from yelp_hpc.models.checkpoint import POSITIONS
 from yelp_hpc.models.load import lora_targets, towers
 from yelp_hpc.models.packed.batch import Way, base_model, forward_selected, pack, prepare_model
 from yelp_hpc.models.packed.twin import ROWS, VOCABULARY, limits, twin
@@ -196,15 +197,12 @@ def limits_passed(text: Any, longest: int) -> list[str]:
     return [key for key, limit in limits(text.to_dict()).items() if limit < longest]
 
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-
-
 def positions_of(text: Any) -> int | None:
     """How many positions the model has learnt; None if it can count on.
 
     Asked of a twin with few positions: a row that is longer fails in a table, not in a rotation.
     """
-    key = next((key for key in _POSITIONS if isinstance(getattr(text, key, None), int)), None)
+    key = next((key for key in POSITIONS if isinstance(getattr(text, key, None), int)), None)
     if key is None:
         return None
     model = twin(text, max(ROWS), {key: 2 * max(ROWS)})
