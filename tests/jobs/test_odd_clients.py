@@ -276,39 +276,41 @@ def test_what_ended_meanwhile_is_no_error_of_cancel(
                 cancel(run.root)
 
 
-def test_what_only_vanishes_from_the_queue_is_waited_for(
-    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(follow, "WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(follow, "ABSENT_SECONDS", 0.1)
-    shown_once = "[ -e $S/shown ] || cat $S/jobs; touch $S/shown"
-    play({"squeue": f"{HEAD}{shown_once}"})
+def waited(run: FakeRun) -> str:
+    """The last word of a wait for a job that ends two seconds later."""
     ended = attempts.Attempt("train", "101", 0, ended=time.time(), verdict="done")
     later = threading.Timer(2, attempts.write, (RunPaths(run.root), ended))
     said: list[str] = []
     later.start()
     submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
     later.join()
-    assert said[-1] == "train (job 101): ended"
+    return said[-1]
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "ABSENT_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_only_vanishes_from_the_queue_is_waited_for(
+    play: Callable[[dict[str, str]], Path], run: FakeRun
+) -> None:
+    play({"squeue": f"{HEAD}[ -e $S/shown ] || cat $S/jobs; touch $S/shown"})
+    assert waited(run) == "train (job 101): ended"
+
+
+@pytest.mark.usefixtures("hasty")
 def test_without_squeue_the_wait_asks_the_controller_and_without_both_it_says_so(
     play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(follow, "ABSENT_SECONDS", 0.1)
     monkeypatch.setattr(follow, "YOUNG_SECONDS", 0.5)
     play({"squeue": ""})
-    ended = attempts.Attempt("train", "101", 0, ended=time.time(), verdict="done")
-    later = threading.Timer(2, attempts.write, (RunPaths(run.root), ended))
-    said: list[str] = []
-    later.start()
-    submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
-    later.join()
-    assert said[-1] == "train (job 101): ended"
+    assert waited(run) == "train (job 101): ended"
     play({"squeue": "", "scontrol": ""})
     with pytest.raises(StageError, match="were submitted, but neither squeue nor scontrol"):
-        submit("train", run.root, run.config, run.cluster, wait=True, say=said.append)
+        submit("train", run.root, run.config, run.cluster, wait=True, say=lambda text: None)
 
 
 ENDS = {
