@@ -290,7 +290,9 @@ def sbatch(script: Path) -> tuple[str, str]:
 
 def _queued(script: Path) -> list[str]:
     with suppress(StageError, RequestError):
-        return sorted({row.parent for row in slurm.of_script(script)}, key=int)
+        rows = slurm.of_script(script)
+        # what Slurm refused it shows for a while, as a job that failed
+        return sorted({row.parent for row in rows if row.state != "FAILED"}, key=int)
     return []
 
 
