@@ -11,18 +11,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from yelp_hpc.errors import StageError
+from yelp_hpc.errors import RequestError, StageError
 
 SEEN = "YELP_HPC_HUB"
 """Names the Hub's own cache to a stage in the image, in which HF_HOME is another folder."""
 
 
 def cache_folder() -> Path:
-    """Ours: `YELP_HPC_CACHE`, else `yelp_hpc` in `XDG_CACHE_HOME` or `~/.cache`."""
+    """Ours: `YELP_HPC_CACHE`, else `yelp_hpc` in `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        RequestError: it is in the home of a user that there is not.
+    """
     named = os.environ.get("YELP_HPC_CACHE")
-    if named:  # a module file or an `export` in quotes leaves the ~ to us
-        return Path(os.path.expanduser(named))  # noqa: PTH111 - never raises
-    return _user_caches(os.environ) / "yelp_hpc"
+    # a module file or an `export` in quotes leaves the ~ to us
+    found = Path(os.path.expanduser(named)) if named else _user_caches(os.environ) / "yelp_hpc"  # noqa: PTH111
+    if found.parts[0].startswith("~"):
+        raise RequestError(
+            f"the cache {found}: {found.parts[0]} is no user here; name another: "
+            "export YELP_HPC_CACHE=DIR"
+        )
+    return found
 
 
 def made(folder: Path) -> Path:
@@ -44,7 +53,7 @@ def made(folder: Path) -> Path:
 def _user_caches(env: Mapping[str, str]) -> Path:
     named = env.get("XDG_CACHE_HOME", "")
     # a relative one is to be ignored (XDG Base Directory Specification)
-    return Path(named) if named.startswith("/") else Path.home() / ".cache"
+    return Path(named) if named.startswith("/") else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
 
 
 def seen_hub(env: Mapping[str, str]) -> Path:

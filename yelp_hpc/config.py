@@ -6,12 +6,13 @@ Reads a YAML file and `--set a.b=c` overrides. The types below are the documenta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from yelp_hpc.errors import RequestError
 from yelp_hpc.own_files import shipped
@@ -29,6 +30,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 Name = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v)]
+
+
+def _of_a_user(value: str) -> str:
+    if os.path.expanduser(value).startswith("~"):  # noqa: PTH111 - never raises
+        raise ValueError(f"{value.partition('/')[0]} is no user here")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_of_a_user)]
 OnOff = Annotated[
     Literal["auto", "on", "off"],  # YAML reads a bare on and off as truth values
     BeforeValidator(lambda v: ("off", "on")[v] if isinstance(v, bool) else v),
@@ -38,7 +48,7 @@ OnOff = Annotated[
 class ModelConfig(Frozen):
     """The base model."""
 
-    path: str = Field(
+    path: Place = Field(
         description="local folder, Hub id, or demo:smollm2-135m (the packaged demo model)"
     )
     revision: str | None = Field(None, description="Hub revision (commit) of the model")
@@ -58,12 +68,12 @@ class DataConfig(Frozen):
     test_split: str | None = Field(
         "test", description="hub: the split of the test rows; null: test_rows are drawn from train"
     )
-    train: str | None = Field(
+    train: Place | None = Field(
         None,
         description="file: the training rows: csv, tsv, jsonl, json, parquet or arrow (text also "
         "in gz, zst, zip), a folder of them, a glob or a folder of `save_to_disk`",
     )
-    test: str | None = Field(
+    test: Place | None = Field(
         None, description="file: the test reviews; without it test_rows are drawn from train"
     )
     text_column: Name = Field("text", description="column of the text")
@@ -144,12 +154,12 @@ class LoraConfig(Frozen):
 class TrainConfig(Frozen):
     """Supervised fine-tuning on the answer tokens."""
 
-    adapter: str | None = Field(
+    adapter: Place | None = Field(
         None,
         description="an adapter that exists, evaluated in place of a training: a run, a folder of "
         "PEFT's or a Hub id; rank, modules and variant are its own, `lora` and the rest are unread",
     )
-    start: str | None = Field(
+    start: Place | None = Field(
         None,
         alias="from",
         description="an adapter to go on from, as `adapter` names one: its weights in place of "
@@ -282,7 +292,7 @@ class PublishConfig(Frozen):
     include_diff: bool = Field(
         False, description="upload the uncommitted changes too, not their SHA-256 alone"
     )
-    token_file: str | None = Field(None, description="file (mode 0600) that holds the Hub token")
+    token_file: Place | None = Field(None, description="file (mode 0600) that holds the Hub token")
 
     @field_validator("repo_id")
     @classmethod

@@ -191,6 +191,9 @@ TYPED = [
     ("image --cuda", "`python -m yelp_hpc image COMMAND --cuda …`"),
     (f"{SUBMIT} --set model.path=c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file"),
     (f"{SUBMIT} --set data.train=c.yaml/x", "c.yaml/x cannot be there: c.yaml is a file"),
+    (f"{SUBMIT} --set data.train=~nobody9/x.csv", "data.train: ~nobody9 is no user here"),
+    (f"{SUBMIT} --set model.path=~nobody9/x", "model.path: ~nobody9 is no user here"),
+    (f"{SUBMIT} --set train.from=~nobody9/x", "~nobody9 is no user here"),
     (f"{SUBMIT} --set data.train=dead", "it is a link to gone, which is not there"),
     (f"{SUBMIT} --set train.adapter={LONG}", "is too long a name; choose a shorter one"),
     ("study c.yaml --config c.yaml --out c.yaml", "--out takes a folder, and c.yaml is a file"),
@@ -202,6 +205,7 @@ NO_PLACES = [
     ("dead/x", "dead does not exist: it is a link to gone, which is not there"),
     (LONG, "is too long a name; choose a shorter one"),
     ("", "it is empty (a variable that is not set?); write a name"),
+    ("~nobody9/x", "~nobody9 is no user here"),
 ]
 WRITING = [
     *("submit all --config c.yaml --run", "submit all --config c.yaml --dry-run --run"),
@@ -453,6 +457,28 @@ def test_a_config_that_is_no_file_says_what_it_is(
         for line in (f"config show --config {name}", f"study {name} --config c.yaml --out s"):
             code, said = typed(line, monkeypatch, capsys)
             assert code == 2 and expected in " ".join(said.split()), said
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "expected"),
+    [
+        (
+            "{} config show --config c.yaml > /dev/full",
+            1,
+            "cannot be written where it is sent: No sp",
+        ),
+        ("mkdir in; cd in; rmdir ../in; {} plan --config c.yaml", 2, "c.yaml does not exist"),
+        ("mkdir in; cd in; rmdir ../in; {} status --run ../x", 1, "you are in is no longer there"),
+        ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {} plan --config gone", 2, "does not exist"),
+        ("{} status --run gone <&-", 2, "gone is not a run directory"),
+    ],
+)
+def test_an_odd_shell_is_no_traceback(folder: Path, shell: str, code: int, expected: str) -> None:
+    before = sorted(folder.rglob("*"))
+    argv = ["bash", "-c", shell.format(f"{sys.executable} -m yelp_hpc")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == code and expected in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr and sorted(folder.rglob("*")) == before
 
 
 def test_what_other_editors_add_is_no_mistake(

@@ -98,6 +98,10 @@ def test_every_path_is_what_a_shell_would_make_of_it(
     assert f'"/scratch/{getpass.getuser()}' in load("/scratch/$USER")
     monkeypatch.setenv("YELP_HPC_CACHE", "~/cache")
     assert str(cache_folder()) == "/h/cache"
+    monkeypatch.setenv("YELP_HPC_CACHE", "~nobody9/cache")
+    with pytest.raises(RequestError, match="no user here"):
+        cache_folder()
+    monkeypatch.delenv("YELP_HPC_CACHE")
     for bad, says in (
         ("/scratch/$NOPE", r"\$NOPE is not set here"),
         ("~nobody9/x", "no user here"),

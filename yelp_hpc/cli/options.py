@@ -35,7 +35,10 @@ class Place(click.Path):
         if not str(value).strip():
             self.fail("it is empty (a variable that is not set?); write a name", param, ctx)
         found = super().convert(value, param, ctx)
-        path = Path(os.fsdecode(found))
+        try:
+            path = Path(os.fsdecode(found)).expanduser()
+        except RuntimeError:
+            self.fail(f"{value}: {Path(str(value)).parts[0]} is no user here", param, ctx)
         problem = unwritable(path, not self.file_okay) if self.writes else in_the_way(path)
         if problem:
             self.fail(problem, param, ctx)

@@ -106,7 +106,14 @@ read_bytes = patiently(Path.read_bytes)
 
 
 def unreachable(error: OSError) -> str:
-    """What a user is told of a file system that does not answer. Raises any other `error`."""
+    """What a user is told of a file system that does not answer. Raises any other `error`.
+
+    Without a name it is the folder one is in, or what standard output leads to.
+    """
+    if error.filename is None and error.errno == errno.ENOENT:
+        return "the folder that you are in is no longer there: go to another (cd) and try again"
+    if error.filename is None and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return f"what is printed cannot be written where it is sent: {error.strerror}"
     if error.errno not in {*_AWAY, errno.EIO}:
         raise error
     where = f"{error.filename}: {error.strerror}"
