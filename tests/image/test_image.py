@@ -114,7 +114,7 @@ def test_all_that_a_build_lacks_is_said_at_once(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RequestError) as error:
         build(tmp_path / "no" / "image", tmp_path / "no.lock", base="nothing")
-    (tmp_path / "notes.sif").write_text("notes")
+    (tmp_path / "notes.sif").write_text("notes\n" * 50)
     with pytest.raises(RequestError, match=r"notes\.sif is there already; name another"):
         build(tmp_path / "notes.sif", tmp_path / "no.lock")
     (tmp_path / "notes.sif").unlink()

@@ -36,12 +36,17 @@ _HEADER, _DESCRIPTOR = 128, 585  # bytes, of the SIF format's global header and 
 
 
 def why_no_image(image: Path) -> str | None:
-    """Why nothing runs in `image`; None: it is a file that begins as a SIF does."""
+    """Why nothing runs in `image`; None: it is a file that begins as a SIF does.
+
+    A .sif that is shorter than the header is no document taken for an image: apptainer tells.
+    """
     try:
         if image.exists() and not image.is_file():
             return f"{image} is no SIF image: it is no file"
         with image.open("rb") as file:
-            return None if _is_sif(file.read(_HEADER)) else f"{image} is no SIF image"
+            header = file.read(_HEADER)
+        stub = image.suffix == ".sif" and len(header) < _HEADER
+        return None if stub or _is_sif(header) else f"{image} is no SIF image"
     except FileNotFoundError:
         return f"{image} does not exist"
     except OSError as error:
