@@ -33,19 +33,21 @@ def variables() -> str:
 
 
 _HEADER, _DESCRIPTOR = 128, 585  # bytes, of the SIF format's global header and of a descriptor
+_MAGIC = slice(32, 41)
 
 
 def why_no_image(image: Path) -> str | None:
     """Why nothing runs in `image`; None: it is a file that begins as a SIF does.
 
-    A .sif that is shorter than the header is no document taken for an image: apptainer tells.
+    A .sif that ends before the place of the magic is no document in an image's place: apptainer
+    tells.
     """
     try:
         if image.exists() and not image.is_file():
             return f"{image} is no SIF image: it is no file"
         with image.open("rb") as file:
             header = file.read(_HEADER)
-        stub = image.suffix == ".sif" and len(header) < _HEADER
+        stub = image.suffix == ".sif" and len(header) < _MAGIC.stop
         return None if stub or _is_sif(header) else f"{image} is no SIF image"
     except FileNotFoundError:
         return f"{image} does not exist"
@@ -54,7 +56,7 @@ def why_no_image(image: Path) -> str | None:
 
 
 def _is_sif(header: bytes | bytearray) -> bool:
-    return len(header) == _HEADER and header[32:41] == b"SIF_MAGIC"
+    return len(header) == _HEADER and header[_MAGIC] == b"SIF_MAGIC"
 
 
 def image_sha256(image: Path) -> str:
