@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from yelp_hpc.config import load_config
+from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,3 +103,41 @@ def test_a_missing_file_and_its_neighbour(tmp_path: Path) -> None:
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     with pytest.raises(RequestError, match="--set"):
         load_config(written(tmp_path, GOOD + "name: x\n"), [override])
+
+
+@pytest.mark.parametrize("key", ["labels", "values", "names"])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["01", "010", "1e3", "1_000", "0x10", "1.50", ".5", "+1", ".nan"],
+        ["yes", "no", "on", "off", "True", "null", "~", "2024-01-01", "1:30", "=", "<<"],
+    ],
+)
+def test_labels_are_the_text_that_stands_there(tmp_path: Path, key: str, texts: list[str]) -> None:
+    task = {"labels": [f"label {i}" for i in range(len(texts))], key: texts}
+    lists = {name: f"[{', '.join(entries)}]" for name, entries in task.items()}
+    in_file = "task:\n" + "".join(f"  {name}: {text}\n" for name, text in lists.items())
+    overrides = [f"task.{name}={text}" for name, text in lists.items()]
+    whole = "task={" + ", ".join(f"{name}: {text}" for name, text in lists.items()) + "}"
+    for text, asked in ((in_file, []), ("", overrides), ("", [whole])):
+        loaded = load_config(written(tmp_path, GOOD + text), asked)
+        assert getattr(loaded.config.task, key) == tuple(texts)
+        assert Config.model_validate(loaded.given) == loaded.config  # as `verify` reads it
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("[a, [b]]", r"entry 1 is \['b'\], no text: put it in quotes"),
+        ("[a, b: c]", "entry 1 is {'b': 'c'}, no text"),
+        ('["", a]', "'' is empty"),
+        ('[" a", "b "]', "' a' begins or ends with a space, 'b ' begins or ends with a space"),
+        (r'["a\nb", c]', "has several lines"),
+        (r'["a\eb", "c\0"]', "'a.x1bb' holds a control character, 'c.x00' holds"),
+        (r'["caf\u00e9", "cafe\u0301"]', "labels holds 'café' twice"),
+        ("[a, a]\n  names: [x]", "labels holds 'a' twice; names holds 1 entries for 2 labels"),
+    ],
+)
+def test_what_is_no_label_is_named(tmp_path: Path, labels: str, expected: str) -> None:
+    with pytest.raises(RequestError, match=expected):
+        load_config(written(tmp_path, GOOD + f"task:\n  labels: {labels}\n"))

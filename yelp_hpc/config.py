@@ -310,6 +310,7 @@ class Config(Frozen):
         **dict.fromkeys(OF_A_SITE, "it belongs into a cluster file, which --cluster names"),
         **NO_KEY,
     }
+    as_written: ClassVar[frozenset[str]] = frozenset({"labels", "values", "names"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
         "yelp", description="a short name: letters, digits, . _ -"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -33,6 +33,8 @@ class Frozen(BaseModel):
     """What people write → the key that they mean: dotted, or of the section that it stands in."""
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """What people write that is no key here → what there is instead."""
+    as_written: ClassVar[frozenset[str]] = frozenset()
+    """Keys, without their section, of lists whose entries are the text that stands there."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -85,14 +87,14 @@ def read_settings(
     Raises:
         RequestError: with all problems in one message.
     """
-    given, origin, problems = read_yaml(path)
+    given, origin, problems = read_yaml(path, model.as_written)
     if given is None:
         raise RequestError(f"{path} is empty")
     if not isinstance(given, dict):
         kind = "a list" if isinstance(given, list) else "text"
         raise RequestError(f"{path} must hold `key: value` lines at its top level, not {kind}")
     for override in overrides:
-        problems += _apply_override(given, origin, override)
+        problems += _apply_override(given, origin, override, model.as_written)
     try:
         settings = model.model_validate(given)
     except ValidationError as error:
@@ -127,13 +129,38 @@ def _lines(path: Path, section: str) -> dict[str, str]:
     return {k.removeprefix(inside): at for k, at in origin.items() if k.startswith(inside)}
 
 
-def parse_value(text: str) -> Any:
-    """A value as YAML reads it: numbers, true, null, [a, b] or plain text."""
-    return yaml.load(text, _Loader)
+def parse_value(text: str, key: str = "", as_written: Collection[str] = ()) -> Any:
+    """The value of `key` as YAML reads it: numbers, true, null, [a, b] or plain text.
+
+    `as_written`: see `Frozen`.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if isinstance(node, yaml.MappingNode):
+            list(_walk(node, "", Path(), {}, as_written))
+        elif key in as_written:
+            _take_as_written(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
-def read_yaml(path: Path) -> tuple[Any, dict[str, str], list[str]]:
+def _take_as_written(node: yaml.Node | None) -> None:
+    """Make text of a list's plain entries, whatever YAML would read in them."""
+    for entry in node.value if isinstance(node, yaml.SequenceNode) else ():
+        if isinstance(entry, yaml.ScalarNode):
+            entry.tag = "tag:yaml.org,2002:str"
+
+
+def read_yaml(
+    path: Path, as_written: Collection[str] = ()
+) -> tuple[Any, dict[str, str], list[str]]:
     """A YAML file's content of any shape, the place of each key, and each key written twice.
+
+    `as_written`: see `Frozen`.
 
     Raises:
         RequestError: it is not there, cannot be read, is no UTF-8 or no YAML.
@@ -148,7 +175,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, str], list[str]]:
         origin: dict[str, str] = {}
         problems: list[str] = []
         if isinstance(node, yaml.MappingNode):
-            problems += _walk(node, "", path, origin)
+            problems += _walk(node, "", path, origin, as_written)
         return loader.construct_document(node), origin, problems
     except yaml.YAMLError as error:
         raise RequestError(_not_yaml(path, error)) from None
@@ -215,7 +242,13 @@ def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
     return f"{where} is not YAML: {what}"
 
 
-def _walk(node: yaml.MappingNode, prefix: str, path: Path, origin: dict[str, str]) -> Iterator[str]:
+def _walk(
+    node: yaml.MappingNode,
+    prefix: str,
+    path: Path,
+    origin: dict[str, str],
+    as_written: Collection[str] = (),
+) -> Iterator[str]:
     """Record each key's line in `origin`; yield a problem for each key written twice."""
     for key, value in node.value:
         dotted = f"{prefix}{key.value}"
@@ -226,16 +259,20 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, origin: dict[str, str
             yield f"{where}: {dotted} is written twice (first at {origin[dotted]})"
         origin[dotted] = where
         if isinstance(value, yaml.MappingNode):
-            yield from _walk(value, f"{dotted}.", path, origin)
+            yield from _walk(value, f"{dotted}.", path, origin, as_written)
+        elif isinstance(key, yaml.ScalarNode) and key.value in as_written:
+            _take_as_written(value)
 
 
-def _apply_override(given: dict[str, Any], origin: dict[str, str], override: str) -> list[str]:
+def _apply_override(
+    given: dict[str, Any], origin: dict[str, str], override: str, as_written: Collection[str]
+) -> list[str]:
     key, sep, text = override.partition("=")
     key = key.strip()
     if not sep or not key or not all(key.split(".")):
         return [f"--set {override!r}: write it as section.key=value"]
     try:
-        value = parse_value(text)
+        value = parse_value(text, key.rpartition(".")[2], as_written)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", error)
         return [

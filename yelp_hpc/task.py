@@ -6,6 +6,8 @@ Frozen data that every room may read; the labels are data, not code.
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,13 +17,31 @@ from yelp_hpc.settings import Frozen
 _STARS = re.compile(r"(\d+)\s*(?:stars?|[★⭐])", re.IGNORECASE)
 
 
+def label_text(text: str) -> str:
+    """A text in the one form in which labels are compared: composed letters (NFC)."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def label_fault(text: str) -> str:
+    """Why a text can be no label, "" when it can: it is one line, as a model writes it."""
+    if not text:
+        return "is empty"
+    if text != text.strip():
+        return "begins or ends with a space"
+    if len(text.splitlines()) > 1:
+        return "has several lines"
+    kinds = {unicodedata.category(letter) for letter in text if letter != "\t"}
+    return "holds a control character" if kinds & {"Cc", "Cs"} else ""
+
+
 def _as_text(value: Any) -> Any:
-    """Numbers of a YAML list as the text that stands there: labels are text."""
+    """Numbers of a list as text: labels are text. A YAML file's are what stands there already."""
     if not isinstance(value, list | tuple):
         return value
-    if any(isinstance(item, bool) for item in value):
-        raise ValueError("quote yes, no, on, off, true and false: YAML reads them as truth values")
-    return tuple(str(item) if isinstance(item, int | float) else item for item in value)
+    for place, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise ValueError(f"entry {place} is {item!r}, no text: put it in quotes")
+    return tuple(str(item) for item in value)
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_as_text)]
@@ -45,20 +65,21 @@ class TaskConfig(Frozen):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> TaskConfig:
+        problems = []
         for key in ("labels", "values", "names"):
             texts = getattr(self, key)
             if texts is None:
                 continue
             if len(texts) != len(self.labels):
-                raise ValueError(f"{key} holds {len(texts)} entries for {len(self.labels)} labels")
-            if twice := sorted({text for text in texts if texts.count(text) > 1}):
-                raise ValueError(f"{key} holds {', '.join(map(repr, twice))} twice")
-            odd = [text for text in texts if text != text.strip() or len(text.splitlines()) != 1]
+                problems.append(f"{key} holds {len(texts)} entries for {len(self.labels)} labels")
+            rows = Counter(map(label_text, texts))
+            if twice := sorted(text for text, count in rows.items() if count > 1):
+                problems.append(f"{key} holds {', '.join(map(repr, twice[:10]))} twice")
+            odd = [f"{text!r} {fault}" for text in texts if (fault := label_fault(text))]
             if odd:
-                raise ValueError(
-                    f"{key} holds {', '.join(map(repr, odd))}: one line of text each, "
-                    "without spaces around it"
-                )
+                problems.append(f"{key} are one line of text each: {', '.join(odd[:10])}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property

@@ -224,6 +224,22 @@ GOOD: dict[str, tuple[Write, dict[str, Any], TaskConfig]] = {
     "huge whole numbers": (
         file("r.jsonl", lines(table([10**18, 10**18 + 1]))), {},
         TaskConfig(labels=("a", "b"), values=(str(10**18), str(10**18 + 1)))),
+    "labels that differ in letter case": (
+        file("r.csv", as_csv(table(["US", "us"]))), {}, TaskConfig(labels=("US", "us"))),
+    "names that differ in letter case": (
+        file("r.csv", as_csv(table(["X", "x"]))), {},
+        TaskConfig(labels=("a", "b"), names=("X", "x"))),
+    "a ClassLabel whose names differ in letter case": (
+        parquet([0, 1], ["US", "us"]), {}, TaskConfig(labels=("US", "us"))),
+    "values that are floats, of a column of floats": (
+        parquet([1.0, 2.0]), {}, TaskConfig(labels=("a", "b"), values=("1.0", "2.0"))),
+    "labels with an exponent, of a column of numbers": (
+        parquet([1000, 2000]), {}, TaskConfig(labels=("1e3", "2e3"))),
+    "labels with zeros before and without": (
+        file("r.csv", as_csv(table(["01", "1"]))), {}, TaskConfig(labels=("01", "1"))),
+    "a label of composed letters, one of its parts in the data": (
+        file("r.csv", as_csv(table(["caf\u00e9", "bar"]))), {},
+        TaskConfig(labels=("cafe\u0301", "bar"))),
     "parquet with dictionaries": (
         as_binary("r.parquet", pa.table({
             "text": pa.array(TEXTS).dictionary_encode(),
@@ -257,6 +273,9 @@ BAD: dict[str, tuple[Write, dict[str, Any], TaskConfig, str]] = {
     "texts for labels": (
         file("r.csv", "label,text\n" + "".join(f"word {i},x\n" for i in range(6000))), {}, YELP,
         "over 5,000 different"),
+    "a spelling between two labels": (
+        file("r.csv", as_csv(table(["US", "us", "Us"]))), {}, TaskConfig(labels=("US", "us")),
+        "label is 'Us', not one of US, us"),
     "other classes of a ClassLabel": (
         parquet([0, 1], ["ham", "spam"]), {}, INTENTS, "2 classes .ham, spam."),
     "two wrong names": (
@@ -342,6 +361,24 @@ def test_it_is_refused_with_what_to_set(name: str, tmp_path: Path) -> None:
     write, data, task, expected = BAD[name]
     with pytest.raises(RequestError, match=expected):
         read_source(config_of(write(tmp_path), data, task))
+
+
+@pytest.mark.parametrize(
+    ("labels", "held"),
+    [
+        (("1.0", "2.0", "3.0"), [1.0, 2.0]),
+        (("1.0", "2.0", "3.0"), [1, 2]),
+        (("01", "02", "03"), [1, 2]),
+        (("0.50", "1.50", "2.50"), [0.5, 1.5]),
+        (("-1", "+1", "2"), [-1.0, 1.0]),
+    ],
+)
+def test_numbers_are_those_labels_however_written(
+    labels: tuple[str, ...], held: list[float], tmp_path: Path
+) -> None:
+    """Not the places of classes, though without the last class these would fit, too."""
+    found, _ = read_source(config_of(parquet(held)(tmp_path), {}, TaskConfig(labels=labels)))
+    assert [label for _, label in found] == [0, 1]
 
 
 def test_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:

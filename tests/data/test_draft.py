@@ -103,7 +103,16 @@ def test_a_first_row_of_values_is_no_header(tmp_path: Path) -> None:
     assert not config.data.header and len(read_source(config)[0]) == 20
 
 
-@pytest.mark.parametrize("label", ["{review}", "{label}", "#: 'x', \"y\"", "null", "~", "1e3", "é"])
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("{review}", "{label}", "#: 'x', \"y\"", "null", "~", "1e3", "é", "...", "---", "<<", "="),
+        *("😀", "👩\u200d💻", "می\u200cخواهم", "好\u3000的", "a\u00a0b", "a\tb", "\ufeffa"),
+        *("- a", "? a", "!a", "&a", "*a", "%a", "@a", "`a", "| a |", "<b>&", "a\u200b"),
+        *("True", "off", ".nan", "0x1f", "1_000", "2024-01-01", "1:30:00", "</s>", "__class__"),
+        *("01", "\U000e0067", "$\\frac{1}{2}$", "../x"),
+    ],
+)  # fmt: skip
 def test_any_label_stands_in_a_config(tmp_path: Path, label: str) -> None:
     quoted = label.replace('"', '""')
     config = drafted(
@@ -118,12 +127,55 @@ def test_any_label_stands_in_a_config(tmp_path: Path, label: str) -> None:
     [
         ("label,text\n" + '"a\nb",fine\n"c\nd",good\n' * 9, "no column beside text"),
         ("label,text\n" + "a\0,fine\nb,good\n" * 9, "label .hidden characters."),
+        ("label,text\n" + "US,fine\nus,good\n" * 9, "label .1 value, letter case and such aside."),
+        ("label,text\n" + "a,fine\n" * 9, "label .1 value., text"),
+        (
+            "label,text\n" + "".join(f"label {i // 2},fine {i}\n" for i in range(2002)),
+            "label .over 1,000 values., text",
+        ),
     ],
 )
 def test_what_can_be_no_label(tmp_path: Path, content: str, expected: str) -> None:
     with pytest.raises(RequestError, match=expected):
         drafted(tmp_path, content)
     assert not (tmp_path / "c.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "label,text\n" + f"{'a long label ' * 9}a,fine\n{'a long label ' * 9}b,good\n" * 9,
+            "text",
+        ),
+        ("score,text\n" + "".join(f"{n},fine {n}\n" for n in (-1, 0, 1, 10, -10)) * 5, "text"),
+    ],
+)
+def test_labels_longer_than_texts_and_numbers_below_0(
+    tmp_path: Path, content: str, expected: str
+) -> None:
+    config = drafted(tmp_path, content)
+    assert config.data.text_column == expected
+    if config.data.label_column == "score":
+        assert config.task.ordinal and config.task.labels == ("-10", "-1", "0", "1", "10")
+
+
+def test_a_prompt_fits_into_the_drafted_cutoff(tmp_path: Path) -> None:
+    long = [f"a label of a good many words, which is number {i}" for i in range(12)]
+    config = drafted(
+        tmp_path, "label,text\n" + "".join(f'"{long[i % 12]}",fine {i}\n' for i in range(60))
+    )
+    assert len(config.prompt.template) < 200 and config.data.cutoff == 128
+    chinese = "服务很好，菜也很好吃，下次还会再来。" * 6
+    config = drafted(tmp_path, "label,text\n" + f"好,{chinese}\n差,{chinese}\n" * 9)
+    assert config.data.cutoff == 256
+
+
+@pytest.mark.parametrize("column", ["{label}", "{review}", "a\tlabel"])
+def test_a_column_of_any_name_gives_a_prompt(tmp_path: Path, column: str) -> None:
+    config = drafted(tmp_path, f"{column},text\n" + "a,fine\nb,good\n" * 9)
+    assert config.data.label_column == column
+    assert "output its label: a, b." in config.prompt.template
 
 
 def test_files_of_other_columns_are_named(tmp_path: Path) -> None:

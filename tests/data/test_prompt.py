@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from yelp_hpc.config import PromptConfig
@@ -86,6 +88,20 @@ def test_what_all_labels_begin_with_is_part_of_the_prompt_and_of_the_answer() ->
     assert Prompt(TEMPLATE, ("a", "b"), characters, 1024).lead == []
 
 
+def of_bytes(texts: list[str]) -> list[list[int]]:
+    return [[1000, *text.encode()] for text in texts]
+
+
+@pytest.mark.parametrize("labels", [("好", "差"), ("שלום", "עולם"), ("😀", "😁"), ("нет", "да")])
+def test_a_byte_that_labels_of_one_script_share_is_part_of_the_answer(
+    labels: tuple[str, ...],
+) -> None:
+    prompt = Prompt(TEMPLATE, labels, of_bytes, 1024)
+    assert prompt.lead
+    for label, answer in zip(labels, prompt.answers, strict=True):
+        assert bytes([*prompt.lead, *answer]).decode() == label
+
+
 def test_labels_that_are_the_same_tokens_are_refused() -> None:
     def folded(texts: list[str]) -> list[list[int]]:
         return characters([text.lower() for text in texts])
@@ -108,6 +124,19 @@ def test_an_answer_that_melts_into_the_text_is_refused() -> None:
     assert str(error.value) == (
         "the tokenizer merges the answer with the text of a review; choose another prompt.template"
     )
+
+
+@pytest.mark.parametrize("labels", [("1", "no"), ("no", "1"), ("no", "yes")])
+def test_any_answer_that_melts_into_the_text_is_refused(labels: tuple[str, ...]) -> None:
+    """Not the first alone: a space that a text ends in becomes one token with a letter."""
+
+    def melting(texts: list[str]) -> list[list[int]]:
+        return characters([re.sub(" ([a-z])", lambda m: chr(1000 + ord(m[1])), t) for t in texts])
+
+    Prompt("{review}{label}", labels, melting, 64).fit(["a", "b."])
+    with pytest.raises(RequestError, match="merges the answer with the text"):
+        Prompt("{review}{label}", labels, melting, 64).fit(["a", "b "])
+    Prompt("{review} is{label}", labels, melting, 64).fit(["a", "b "])
 
 
 def test_a_huge_text_is_cut_before_it_is_tokenised() -> None:

@@ -116,6 +116,8 @@ INTENTS = TaskConfig(
 )
 LEVELS = TaskConfig(labels=("1", "2", "3"), names=("low", "middle", "high"), ordinal=True)
 SPAM = TaskConfig(labels=("0", "1"), names=("ham", "spam"))
+MARKS = TaskConfig(labels=("{}", "[a]", "**b**", "<i>", "#c", "`d`", "__e__", "-1", ":)"))
+SCRIPTS = TaskConfig(labels=("खेल", "好", "caf\u00e9", "👍", "👍🏽", "می\u200cخواهم"))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,18 @@ SPAM = TaskConfig(labels=("0", "1"), names=("ham", "spam"))
         (SPAM, "one", None),
         (SPAM, "spam", 1),
         (SPAM, "1 star", 1),
+        *((MARKS, label, i) for i, label in enumerate(MARKS.labels)),
+        *((MARKS, f" {label}\nmore", i) for i, label in enumerate(MARKS.labels)),
+        (MARKS, ": **b**", 2),
+        (MARKS, "Answer: <i>", 3),
+        (MARKS, "'-1'", 7),
+        (MARKS, "b", None),
+        *((SCRIPTS, label, i) for i, label in enumerate(SCRIPTS.labels)),
+        (SCRIPTS, "खेलों", None),
+        (SCRIPTS, "cafe\u0301", 2),
+        (SCRIPTS, "CAFÉ.", 2),
+        (SCRIPTS, "👍🏿", None),
+        (SCRIPTS, "👍 because", 3),
     ],
 )
 def test_other_tasks_are_parsed_by_their_own_labels(

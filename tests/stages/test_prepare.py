@@ -101,6 +101,26 @@ def pq_lengths(run: RunPaths, config: Config) -> list[int]:
     return lengths
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("[a, b <pad>]", r"special tokens in task.labels \(b <pad>\).*task.values"),
+        ("[<pad> a, <pad> b]", r"special tokens in task.labels \(<pad> a, <pad> b\)"),
+        ("[<eos>, b]", "'<eos>' holds the token that ends a sequence"),
+        ("[<eos> a, <eos> b]", "'<eos> a' holds the token that ends a sequence"),
+    ],
+)
+def test_labels_that_hold_special_tokens_are_refused(
+    tmp_path: Path, model: Path, labels: str, expected: str
+) -> None:
+    run, config = new_run(tmp_path, model, f"task.labels={labels}", "task.values=[0, 1]")
+    rows = "".join(f"{i % 2},fine {i}\n" for i in range(40))
+    (tmp_path / "reviews.csv").write_text("label,text\n" + rows)
+    with pytest.raises(RequestError, match=expected):
+        prepare.run(run, config)
+    assert not run.prepare.exists()
+
+
 def test_a_faulty_source_leaves_nothing_behind(tmp_path: Path, model: Path) -> None:
     run, config = new_run(tmp_path, model)
     (tmp_path / "reviews.csv").write_text("label,text\n9,x\n")

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from yelp_hpc.data.files import data_files, format_of, records
-from yelp_hpc.data.labels import NO_LABEL, value_text, whole_number
+from yelp_hpc.data.labels import NO_LABEL, number, value_text, whole_number
 from yelp_hpc.errors import RequestError
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import write_bytes
+from yelp_hpc.task import label_fault
 
 MOST_LABELS = 1000
 _TEXT_NAMES = re.compile(r"text|review|sentence|content|body|message|comment|question", re.I)
@@ -24,6 +25,9 @@ _LABEL_NAMES = re.compile(
 )
 _NAMED = f"{_TEXT_NAMES.pattern}|{_LABEL_NAMES.pattern}|id|index"
 _MISSING = ("nan", "null", "none", "n/a", "na", "nil", "<na>", "-", "?")
+_JOINERS = "\u200c\u200d"
+"""What shapes letters and emoji: seen in what it joins."""
+_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _ORDER_NAMES = re.compile(r"stars?|rating|score|grade|level", re.I)
 
 
@@ -38,6 +42,8 @@ class Column:
     """What it holds that makes no labels of its values."""
     lengths: list[int] = field(default_factory=list)
     """Characters of the texts, of at most 100,000 rows."""
+    tokens: float = 0
+    """About how many tokens these are: few letters of an alphabet that is not Latin make one."""
     texts: int = 0
     filled: int = 0
     """Rows that have a value, a text or a number."""
@@ -48,16 +54,17 @@ class Column:
         self.filled += bool(text)
         if type(value) in NO_LABEL:
             self._close(NO_LABEL[type(value)])
-        elif not text.isprintable() and len(text) < 100:
+        elif text and len(text) < 100 and label_fault(text):
             self._close("" if len(text.splitlines()) > 1 else "hidden characters")
         if isinstance(value, str):
             self.texts += 1
             if len(self.lengths) < 100_000:
                 self.lengths.append(len(value))
+                self.tokens += _tokens(value)
         if self.open and text:
             self.values[text] += 1
             if len(self.values) > MOST_LABELS:
-                self._close()
+                self._close(f"over {MOST_LABELS:,} values")
 
     def _close(self, why: str = "") -> None:
         self.values.clear()
@@ -132,11 +139,24 @@ def _has_header(path: Path) -> bool:
 
 
 def text_column(found: Survey) -> str:
-    """The column of the texts: named like one, or the one of the longest. Raises RequestError."""
+    """The column of the texts: named like one, or the one of the longest. Raises RequestError.
+
+    Not one that is named like labels and repeats them, while there is another.
+    """
     texts = {name: c for name, c in found.columns.items() if c.texts and c.mean > 0}
     if not texts:
         raise RequestError(f"{found.place} has no column of texts (it has: {_names(found)})")
-    return max(texts, key=lambda name: texts[name].mean * (2 if _TEXT_NAMES.search(name) else 1))
+
+    def rank(name: str) -> tuple[bool, float]:
+        labels = bool(_LABEL_NAMES.search(name)) and _repeats(found, name)
+        return not labels, texts[name].mean * (2 if _TEXT_NAMES.search(name) else 1)
+
+    return max(texts, key=rank)
+
+
+def _repeats(found: Survey, name: str) -> bool:
+    """Whether a column holds a few values, each often."""
+    return 2 <= len(found.columns[name].labels) <= found.rows / 2
 
 
 def label_column(found: Survey, text: str) -> str:
@@ -144,12 +164,12 @@ def label_column(found: Survey, text: str) -> str:
     usable = {
         name: column
         for name, column in found.columns.items()
-        if name != text and len(column.labels) >= 2 and found.rows >= 2 * len(column.labels)
+        if name != text and _repeats(found, name)
     }
     if not usable:
         raise RequestError(
             f"{found.place} has no column beside {text} with 2 to {MOST_LABELS} values that "
-            f"repeat (it has: {_names(found)})"
+            f"repeat (it has: {_names(found, text)})"
         )
     return min(
         usable,
@@ -157,8 +177,17 @@ def label_column(found: Survey, text: str) -> str:
     )
 
 
-def _names(found: Survey) -> str:
-    return ", ".join(f"{n} ({c.unfit})" if c.unfit else n for n, c in found.columns.items())
+def _names(found: Survey, text: str | None = None) -> str:
+    """Every column, and what makes no labels of it."""
+
+    def why(name: str, column: Column) -> str:
+        if name == text or column.unfit or not column.filled:
+            return "" if name == text else column.unfit
+        same = ", letter case and such aside" if len(column.values) > len(column.labels) else ""
+        count = len(column.labels)
+        return f"{count:,} value{'s' if count != 1 else ''}{same}" if column.open else ""
+
+    return ", ".join(f"{n} ({w})" if (w := why(n, c)) else n for n, c in found.columns.items())
 
 
 def draft(found: Survey, config: str) -> str:
@@ -167,22 +196,26 @@ def draft(found: Survey, config: str) -> str:
     label = label_column(found, text)
     spellings, lengths = found.columns[label].labels, sorted(found.columns[text].lengths)
     counts = {value: sum(rows.values()) for value, rows in spellings.items()}
-    whole = all(re.fullmatch(r"\d+", value) for value in counts)
-    values = sorted(counts, key=(lambda v: (int(v), v)) if whole else None)
-    ordinal = whole and bool(_ORDER_NAMES.search(label))
+    numbers = {value: number(value) for value in counts}
+    counted = None not in numbers.values()
+    values = sorted(counts, key=(lambda v: (numbers[v], v)) if counted else None)
+    ordinal = counted and bool(_ORDER_NAMES.search(label))
     stars = ordinal and values == ["1", "2", "3", "4", "5"]
     labels = ["0", "1", "2", "3", "4"] if stars else values
     most, least = max(values, key=lambda v: counts[v]), min(values, key=lambda v: counts[v])
     high = lengths[min(len(lengths) - 1, len(lengths) * 95 // 100)]
-    cutoff = next((n for n in (128, 256, 512, 1024) if high / 3.5 + 80 < n), 2048)
     noun = text.lower() if re.fullmatch(r"[A-Za-z]+", text) else "text"
-    named = len(labels) <= 12 and not stars and not set("{}") & {*"".join(labels)}
-    choices = f": {', '.join(labels)}" if named else ""
+    listed = ", ".join(labels)
+    named = len(labels) <= 12 and not stars and not set("{}") & {*listed} and len(listed) <= 300
+    choices = f": {listed}" if named else ""
     what = "its rating from 0 (worst) to 4 (best)" if stars else f"its {_word(label)}{choices}"
     template = (
         f"Instruction: Please read the following {noun} and output {what}.\n"
         f"{noun.capitalize()}: {{review}}\nOutput: {{label}}"
     )
+    around = max(80, _tokens(template) + max(map(_tokens, labels)) + 20)
+    rate = found.columns[text].tokens / sum(lengths)
+    cutoff = next((n for n in (128, 256, 512, 1024) if high * rate + around < n), 2048)
     held = f"{counts[most]:,} rows of {most}, {counts[least]:,} of {least}"
     if counts[most] == counts[least]:
         held = f"{counts[most]:,} rows of each"
@@ -223,7 +256,7 @@ def draft(found: Survey, config: str) -> str:
         f"  noun: {_text(noun)}",
         "",
         "prompt:",
-        f"  template: {json.dumps(template, ensure_ascii=False)}",
+        f"  template: {_quoted(template)}",
         "",
         "train:",
         "  learning_rate: 1e-3",
@@ -237,11 +270,22 @@ def _odd(label: str, spelled: Counter[str]) -> str:
     """What is strange about a label."""
     others = [f"{rows:,} of them as {text}" for text, rows in spelled.items() if text != label]
     missing = ["a missing value? then leave its rows out"] * (label.casefold() in _MISSING)
-    return "".join(f", {note}" for note in others + missing)
+    unseen = sorted({c for c in label if not c.isprintable() and c not in _JOINERS})
+    hidden = [f"with U+{ord(c):04X}, which nobody sees" for c in unseen]
+    return "".join(f", {note}" for note in others + missing + hidden)
+
+
+def _tokens(text: str) -> float:
+    """About how many tokens a text has."""
+    if text.isascii():
+        return len(text) / 3.5
+    other = sum(not letter.isascii() for letter in text)
+    return (len(text) - other) / 3.5 + (len(text.encode(errors="replace")) - len(text) + other) / 2
 
 
 def _word(column: str) -> str:
-    return "label" if column.isdecimal() else column.lower().replace("_", " ")
+    odd = column.isdecimal() or not column.isprintable() or set("{}") & {*column}
+    return "label" if odd else column.lower().replace("_", " ")
 
 
 def _run_name(place: str) -> str:
@@ -253,9 +297,17 @@ def _text(text: str) -> str:
     """A YAML value that is read as this text."""
     from yelp_hpc.settings import parse_value
 
-    return (
-        text if re.fullmatch(r"[\w./-]+", text) and parse_value(text) == text else json.dumps(text)
-    )
+    plain = re.fullmatch(r"[./-]*\w[\w./-]*", text) and parse_value(text) == text
+    return text if plain else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """A text in YAML's double quotes; what YAML does not allow as it is, or breaks lines at, spelt.
+
+    Not JSON's spelling: YAML reads its `\\ud83d\\ude00`, an emoji, as two broken letters.
+    """
+    quoted = json.dumps(text, ensure_ascii=False)
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
 
 
 def init_data(place: str, config: Path, force: bool = False) -> None:

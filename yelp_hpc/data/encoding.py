@@ -41,6 +41,25 @@ class Encoder:
             found.append(self._spelled_out(text) if spelled else self._without_end(ids))
         return found
 
+    def check_answers(self, labels: Sequence[str], whole: Sequence[Sequence[int]]) -> None:
+        """Check that no answer holds a special token: no letter of it could be read back.
+
+        One that ends a sequence is the door's to refuse. `whole`: the tokens of a prompt with each
+        of `labels`.
+
+        Raises:
+            RequestError: some do.
+        """
+        ids = set(map(self.tokenizer.convert_tokens_to_ids, self.special))
+        ids -= {self.tokenizer.unk_token_id, self.tokenizer.eos_token_id}
+        plain = sum(i in ids for i in self([f"{self.head}a{self.tail}A"])[0])
+        pairs = zip(labels, whole, strict=True)
+        if odd := [label for label, one in pairs if sum(i in ids for i in one) != plain]:
+            raise RequestError(
+                f"this tokenizer reads special tokens in task.labels ({', '.join(odd[:10])}): "
+                "choose others, and name in task.values what stands in the data"
+            )
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """What the tokenizer makes of whole texts."""
         if self._plainly:

@@ -1,22 +1,24 @@
 """What stands in the label column → classes: all values judged together, none guessed alone.
 
 Pure. A value stands for a class because it is one of `task.values`; without them because all values
-are labels, or all are names, or all are stars ("5 stars"), or all count the classes from 0. Whole
-numbers may be written as floats (4.0).
+are labels, or all are names, or all are stars ("5 stars"), or all count the classes from 0. Numbers
+may be written in other ways (4.0, 04), and letters in another case, where that leaves one class.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from decimal import Decimal
 from typing import Any
 
 from yelp_hpc.errors import RequestError
-from yelp_hpc.task import TaskConfig
+from yelp_hpc.task import TaskConfig, label_text
 
 _FLOAT = re.compile(r"([-+]?\d+)\.0+")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 _STARS = re.compile(r"(\d+)(?:\.0+)?\s*(?:stars?|[★⭐])", re.IGNORECASE)
 Rule = Callable[[str], int | None]
 
@@ -33,8 +35,7 @@ def value_text(value: Any) -> str:
         if not math.isfinite(value):
             return ""
         return str(int(value)) if value.is_integer() else str(value)
-    text = "" if value is None else str(value).strip()
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+    return "" if value is None else label_text(str(value).strip())
 
 
 def whole_number(text: str) -> str:
@@ -71,12 +72,14 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
     """The ways to read a label column, the most literal first."""
 
     def among(texts: Sequence[str], fold: bool = False) -> Rule:
-        own = map(value_text, texts)
-        places = {text.casefold() if fold else text: i for i, text in enumerate(own)}
+        own = list(map(value_text, texts))
+        exact = {text: i for i, text in enumerate(own)}
+        ways = [_unambiguous(own, way) for way in ([str.casefold] if fold else []) + [number]]
 
         def rule(value: str) -> int | None:
-            exact = value.casefold() if fold else value
-            return places.get(exact, places.get(whole_number(exact)))
+            if (found := exact.get(value)) is not None:
+                return found
+            return next((i for way in ways if (i := way(value)) is not None), None)
 
         return rule
 
@@ -86,9 +89,8 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
     numbers = [str(i) for i in range(count)]
     if names is not None:
         for texts in (task.labels, task.shown):
-            places = {text.casefold(): i for i, text in enumerate(texts)}
-            order = [places.get(name.casefold()) for name in names]
-            if None not in order and len(names) == count:
+            order = [among(texts, fold=True)(value_text(name)) for name in names]
+            if {*order} == {*range(count)} and len(names) == count:
                 by_place = dict(zip(numbers, order, strict=True))
                 return [lambda value, by_place=by_place: by_place.get(whole_number(value))]  # type: ignore[misc]
         if len(names) != count:
@@ -109,6 +111,19 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
 
         rules.append(drawn)
     return [*rules, among(numbers)]
+
+
+def _unambiguous(texts: Sequence[str], form: Callable[[str], Any]) -> Rule:
+    """The place of the one of `texts` that has a value's `form`; None where several have it."""
+    forms = Counter(map(form, texts))
+    places = {form(text): i for i, text in enumerate(texts) if forms[form(text)] == 1}
+    places.pop(None, None)
+    return lambda value: places.get(form(value))
+
+
+def number(text: str) -> Decimal | None:
+    """The number that a text is in digits; None for any other."""
+    return Decimal(text) if _NUMBER.fullmatch(text) else None
 
 
 def advice(values: Collection[str], task: TaskConfig) -> str:

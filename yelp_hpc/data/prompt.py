@@ -30,8 +30,7 @@ class Prompt:
         cutoff: longest sequence in tokens, answer and end-of-sequence token included.
 
     Raises:
-        RequestError: two answers are the same tokens, or the template alone is longer than the
-            cutoff.
+        RequestError: answers are the same tokens, or the template alone is longer than the cutoff.
     """
 
     template: str
@@ -41,27 +40,31 @@ class Prompt:
 
     def __post_init__(self) -> None:
         owners: dict[tuple[int, ...], str] = {}
+        same = []
         for label, answer in zip(self.labels, self.answers, strict=True):
-            if other := owners.get(tuple(answer)):
-                raise RequestError(
-                    f"the labels {other!r} and {label!r} are the same tokens with this tokenizer; "
-                    "choose other task.labels"
-                )
-            owners[tuple(answer)] = label
-        if (needed := self._shared + 1 + self._room) > self.cutoff:
+            if (other := owners.setdefault(tuple(answer), label)) != label:
+                same.append(f"{other!r} and {label!r}")
+        if same:
+            raise RequestError(
+                f"the labels {', '.join(same[:10])} are the same tokens with this tokenizer; "
+                "choose other task.labels"
+            )
+        alone = self.encode([self.text("", self.labels[0])])[0]
+        needed = len(alone) - len(self.answers[0]) + 1 + self._room
+        if needed > self.cutoff:
             raise RequestError(
                 f"data.cutoff is {self.cutoff} tokens, but the prompt without a review already "
                 f"needs {needed - 1}; raise data.cutoff or shorten prompt.template"
             )
 
     @cached_property
-    def _whole(self) -> list[list[int]]:
-        """The tokens of the template without a text, with each answer."""
-        return self.encode([self.text("", label) for label in self.labels])
+    def whole(self) -> list[list[int]]:
+        """The tokens of a short text's prompt with each answer."""
+        return self.encode([self.text("a", label) for label in self.labels])
 
     @cached_property
     def _shared(self) -> int:
-        return common_prefix(self._whole)
+        return common_prefix(self.whole)
 
     @cached_property
     def _room(self) -> int:
@@ -71,7 +74,7 @@ class Prompt:
     @cached_property
     def answers(self) -> list[list[int]]:
         """The tokens of each answer behind the prompt, in the order of the classes."""
-        return [one[self._shared :] for one in self._whole]
+        return [one[self._shared :] for one in self.whole]
 
     @property
     def label_ids(self) -> list[int] | list[list[int]]:
@@ -88,11 +91,16 @@ class Prompt:
 
     @cached_property
     def lead(self) -> list[int]:
-        """The prompt's last tokens that are the beginning of every answer's text; mostly none."""
-        if len({label[0] for label in self.labels}) > 1:
+        """The prompt's last tokens that are the beginning of every answer's text; mostly none.
+
+        Not always of whole letters: two of one script may begin with the same byte.
+        """
+        if len({label.encode()[:1] for label in self.labels}) > 1:
             return []
-        others = self.encode([self.text("", text) for text in ("A", "z", "0", "é")])
-        return self._whole[0][common_prefix([*self._whole, *others]) : self._shared]
+        alone, *others = self.encode([self.text("a", text) for text in ("", "A", "z", "0", "é")])
+        one = self.whole[0]
+        begins = max(common_prefix([one, alone]), common_prefix([*self.whole, *others]))
+        return one[begins : self._shared]
 
     def prefix(self, common: Sequence[int], shortest: int) -> list[int]:
         """The tokens that prompts begin with before any token of a text.
@@ -125,13 +133,39 @@ class Prompt:
             for i, one in zip(over, again, strict=True):
                 ids[i] = one
         for i, one in enumerate(ids):
-            if one[len(one) - len(answer) :] != answer:
-                raise RequestError(
-                    "the tokenizer merges the answer with the text of a review; "
-                    "choose another prompt.template"
-                )
-            ids[i] = one[: len(one) - len(answer)]
+            ids[i] = self._before_answer(one, 0)
+        for end in {f"a{text[-2:]}" for text in used} - self._ends if self._openers else ():
+            found = self.encode([self.text(end, self.labels[place]) for place in self._openers])
+            pairs = zip(found, self._openers, strict=True)
+            if len({tuple(self._before_answer(one, place)) for one, place in pairs}) > 1:
+                raise self._merged()
+            self._ends.add(end)
         return ids, used
+
+    def _before_answer(self, ids: list[int], place: int) -> list[int]:
+        whole = [*self.lead, *self.answers[place]]
+        if ids[len(ids) - len(whole) :] != whole:
+            raise self._merged()
+        return ids[: len(ids) - len(self.answers[place])]
+
+    def _merged(self) -> RequestError:
+        return RequestError(
+            "the tokenizer merges the answer with the text of a review; "
+            "choose another prompt.template"
+        )
+
+    @cached_property
+    def _ends(self) -> set[str]:
+        """Ends of texts behind which every answer was found to be the same tokens."""
+        return set()
+
+    @cached_property
+    def _openers(self) -> list[int]:
+        """An answer of each first token, where no word keeps the answers from the text."""
+        if any(map(str.isalnum, self.template.split("{review}")[1].removesuffix("{label}"))):
+            return []
+        firsts = {tuple(answer[:1]): i for i, answer in enumerate(self.answers)}
+        return list(firsts.values())
 
     def _shorter(self, review: str, tokens: int) -> str:
         """Drop about as many characters as there are tokens too many, at least one."""

@@ -33,10 +33,11 @@ not one label: out of range (a label of 5, 0 stars, 7/5), negative, between two 
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import lru_cache
 
 from yelp_hpc.config import Config
-from yelp_hpc.task import YELP, TaskConfig
+from yelp_hpc.task import YELP, TaskConfig, label_text
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # "4stars" holds a number, "4th" does not.
@@ -61,6 +62,7 @@ _SECOND = re.compile(rf"\s*(?:[-–—~]|\bto\b|\bor\b)\s*{_NUMBER}", re.IGNOREC
 _MINUS = re.compile(r"(?<!\w)[-−]$")
 # What may stand around a label that is a word, and what makes a longer word or a choice of it.
 _AROUND = " \t\"'“”‘’`*_()[]{}<>#"
+_CUE_ENDS = " \t:=>→"
 _WORD_CUE = re.compile(
     r"[\s\"'“”‘’*_`#>]*(?:(?:the|this|its?)\s+)?(?:\w+\s+)?"
     r"(?:output|answer|label|class|category|topic|intent|sentiment)"
@@ -68,6 +70,7 @@ _WORD_CUE = re.compile(
     re.IGNORECASE,
 )
 _WORD_GOES_ON = re.compile(r"\w|[.,:/'’&_-]\w")
+_JOINED = "\u200c\u200d\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _CHOICE = re.compile(r"[\"'”’`*_]*\s*(?:,?\s*\b(?:or|and)\b|[/|,&+])\s*[\"'“‘`*_]*", re.IGNORECASE)
 _HALF = re.compile(r"\s*(?:½|and\s+a\s+half\b|1/2\b)", re.IGNORECASE)
 
@@ -122,7 +125,8 @@ def _numeric(task: TaskConfig) -> bool:
 @lru_cache(maxsize=4)
 def _spoken(task: TaskConfig) -> tuple[dict[str, int], dict[str, int]]:
     """What states each class: as it stands, and in lower case where that is unambiguous."""
-    exact = {text: i for i, text in reversed([*enumerate(task.shown), *enumerate(task.labels)])}
+    stated = [*enumerate(task.labels), *enumerate(task.shown)]
+    exact = {label_text(text): i for i, text in reversed(stated)}
     folded: dict[str, set[int]] = {}
     for text, i in exact.items():
         folded.setdefault(_folded(text), set()).add(i)
@@ -135,21 +139,33 @@ def _folded(text: str) -> str:
 
 def _stated(line: str, task: TaskConfig) -> int | None:
     """The class that a line states where labels are words."""
+    line = label_text(line)
     cue = _WORD_CUE.match(line)
+    exact, folded = _spoken(task)
     for text in (line, line[cue.end() :]) if cue else (line,):
-        bare = text.strip(_AROUND)
-        for said, texts in zip((bare, _folded(bare)), _spoken(task), strict=True):
-            if (found := _opens(said, texts)) is not None:
-                return found if found >= 0 else None
-        begun = {i for text, i in _spoken(task)[1].items() if text.startswith(_folded(bare))}
-        if bare and len(begun) == 1:
-            return begun.pop()
+        # as it stands first: a label may open with what else stands around one
+        behind = text.lstrip(_CUE_ENDS).rstrip()
+        for bare in dict.fromkeys((text.strip(), behind, behind.strip(_AROUND))):
+            if not bare:
+                continue
+            for said, texts in ((bare, exact), (_folded(bare), folded)):
+                if (found := _opens(said, texts)) is not None:
+                    return found if found >= 0 else None
+            begun = {i for text, i in folded.items() if text.startswith(_folded(bare))}
+            if len(begun) == 1:
+                return begun.pop()
     return None
+
+
+def _goes_on(said: str, at: int) -> bool:
+    """Whether a word does not end here: marks and joiners belong to the letter before them."""
+    mark = at < len(said) and (unicodedata.category(said[at])[0] == "M" or said[at] in _JOINED)
+    return mark or bool(_WORD_GOES_ON.match(said, at))
 
 
 def _opens(said: str, texts: dict[str, int]) -> int | None:
     """The class whose text a line opens with; -1 where it names a second one beside it."""
-    opening = [t for t in texts if said.startswith(t) and not _WORD_GOES_ON.match(said, len(t))]
+    opening = [t for t in texts if said.startswith(t) and not _goes_on(said, len(t))]
     if not opening:
         return None
     longest = max(opening, key=len)

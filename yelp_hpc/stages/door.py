@@ -164,8 +164,8 @@ def _bind(config: Config, folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     end = check_tokenizer(tokenizer, folder)
     prompt = bind_prompt(config, tokenizer)
-    ends = [label for label, ids in zip(prompt.labels, prompt.answers, strict=True) if end in ids]
-    if ends:
+    pairs = zip(prompt.labels, prompt.answers, strict=True)
+    if ends := [label for label, ids in pairs if end in (*prompt.lead, *ids)]:
         raise RequestError(
             f"the answer {ends[0]!r} holds the token that ends a sequence ({end}): choose other "
             "task.labels, or another eos_token in tokenizer_config.json"

@@ -181,6 +181,12 @@ def tokens_of(
 
 
 def bind_prompt(config: Config, tokenizer: Any) -> Prompt:
-    """The configured prompt, tokenised by `tokenizer`. Raises as `Prompt` does."""
+    """The configured prompt, tokenised by `tokenizer`.
+
+    Raises:
+        RequestError: as `Prompt` does, or a label holds a special token.
+    """
     encode = Encoder(tokenizer, config.prompt.template)
-    return Prompt(config.prompt.template, config.task.labels, encode, config.data.cutoff)
+    prompt = Prompt(config.prompt.template, config.task.labels, encode, config.data.cutoff)
+    encode.check_answers(prompt.labels, prompt.whole)
+    return prompt
