@@ -115,6 +115,13 @@ def test_text_from_data_is_escaped(page: Path) -> None:
     assert "out of memory &lt;script&gt;" in text
 
 
+def test_a_class_may_be_called_as_what_is_no_class() -> None:
+    columns = ["unparsed", "outside 0-1", "unparsed", "outside 0-1"]
+    drawn = charts.confusion("tuned", [[1, 2, 3, 4]] * 2, columns)
+    titles = re.findall(r"<text[^>]*>(.*?)</text>", drawn)
+    assert titles[2:6] == ["unparsed", "outside 0…", "none", "other"]
+
+
 def test_a_run_with_nothing_but_predictions_gets_a_page(tmp_path: Path) -> None:
     run, config = RunPaths(tmp_path), config_of(models=["base"])
     labels = [0, 1, 2, 3, 4]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import html
+import re
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from markdown_it import MarkdownIt
 
 from yelp_hpc.config import Config, config_from_dict
+from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.publishing.card import load_snippet, model_card
 from yelp_hpc.rundir.attempts import GpuHours
 
@@ -173,3 +177,42 @@ def test_every_snippet_is_python(merged: bool, native: bool) -> None:
 def test_odd_values_stay_valid_yaml() -> None:
     odd = config(publish={"tags": ["a: b", "ünï", "#x", "yes"], "license": "cc-by-4.0"})
     assert head(model_card(odd, METRICS, RECORD))["tags"] == ["a: b", "ünï", "#x", "yes"]
+
+
+MARKS = ["a | b", "<b>x</b>", "$x_1$", "**a**", "`b`", "__class__", "card_arrival", "[x](y)", "\\n",
+         "a &amp; b", "~~x~~", "a``b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("repeated", [1, 2])
+def test_labels_are_shown_letter_by_letter(repeated: int) -> None:
+    """In the table of a few labels, in the list of the mistakes between many."""
+    labels = [f"{mark}{' x' * i}" for i in range(repeated) for mark in MARKS]
+    metrics = copy.deepcopy(METRICS)
+    size = len(labels)
+    metrics["models"]["tuned"] |= {
+        "confusion": [[int(j == (i + 1) % size) for j in range(size + 1)] for i in range(size)],
+        "confusion_columns": [*labels, "unparsed"],
+    }
+    names = [f"the name of {label}" for label in labels]
+    wanted = config(task={"labels": labels, "names": names, "ordinal": False})
+    card = model_card(wanted, metrics, RECORD).split("---\n", 2)[2]
+    page = MarkdownIt("commonmark").enable("table").render(card)
+    cells = [html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page)]
+    assert {*labels[:20]} <= {*cells}
+    opening = html.unescape(page.split("</p>", 1)[0])
+    for label, name in [*zip(labels, names, strict=True)][:10]:
+        assert f"<code>{label}</code> ({name})" in opening
+
+
+def test_the_picture_of_any_labels_is_drawn(recwarn: pytest.WarningsRecorder) -> None:
+    labels = ["$\\no{$", "$x_1$", "好的", "שלום", "👩\u200d💻", "a\tb", "unparsed", "x" * 300]
+    matrix = [[1] * (len(labels) + 1)] * len(labels)
+    pictures = {draw_confusion(matrix, [*labels[:2], one, *labels[3:], "unparsed"])
+                for one in ("class 2", *labels[2:3])}  # fmt: skip
+    assert len(pictures) == 1  # letters that the font has not
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
+
+
+def test_many_classes_fit_into_a_picture() -> None:
+    png = draw_confusion([[1] * 801] * 800, [f"label {i}" for i in range(801)])
+    assert max(int.from_bytes(png[16:20]), int.from_bytes(png[20:24])) < 3000

@@ -171,7 +171,8 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]
     for j, column in enumerate(shown):
         if column < classes and column % step:
             continue
-        text = _cut(titles.get(columns[column], columns[column]), longest)
+        title = columns[column]
+        text = _cut(title if column < classes else titles.get(title, title), longest)
         x = left + (j + 0.5) * wide
         if roomy:
             body.append(_text(x, 34, _cut(text, max(3, int(wide / 6.2))), "tick"))
@@ -189,7 +190,8 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]
             count = row[column]
             share = count / total if total else 0.0
             x, gap = left + j * wide, 2.0 if roomy else min(1.0, 0.1 * wide)
-            size = f'width="{wide - gap:.1f}" height="{cell - gap:.1f}"'
+            # of a thousand classes a cell is less than a point: seen all the same
+            size = f'width="{max(1.0, wide - gap):.1f}" height="{max(1.0, cell - gap):.1f}"'
             if roomy:
                 size += ' rx="3"'
                 body.append(f'<rect class="under" x="{x:.1f}" y="{y:.1f}" {size}/>')

@@ -6,6 +6,7 @@ Returns PNG bytes from the confusion matrix of `metrics.json`; equal counts give
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
 
 
@@ -14,6 +15,7 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
 
     Args:
         columns: a title for each column: the labels, then "unparsed" and what else was answered.
+            A label whose letters the font lacks is shown by its number, from 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,8 +25,8 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
     totals = [max(1, sum(row)) for row in matrix]
     shares = [[row[c] / total for c in shown] for row, total in zip(matrix, totals, strict=True)]
     # Counts and shares stand in the cells as long as they can be read there.
-    side = 0.85 if labels <= 7 else max(0.06, min(0.28, 12 / labels))
-    longest = max(len(columns[c]) for c in shown)
+    side = 0.85 if labels <= 7 else max(min(0.06, 20 / labels), min(0.28, 12 / labels))
+    longest = max(len(_shown(columns, c)) for c in shown)
     margin = 1.6 if labels <= 7 else 1.2 + 0.09 * min(longest, 28)
     high = 4.6 if labels <= 7 else side * labels + margin
     figure = Figure(figsize=(margin + side * len(shown), high), dpi=120, layout="constrained")
@@ -39,9 +41,10 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
             axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
     step = 1 if labels <= 7 else max(1, round(0.14 / side))
     named = [j for j, c in enumerate(shown) if c >= labels or c % step == 0]
-    axes.set_xticks(named, [_cut(columns[shown[j]]) for j in named])
+    # a dollar in a label begins no formula
+    axes.set_xticks(named, [_shown(columns, shown[j]) for j in named], parse_math=False)
     rows = range(0, labels, step)
-    axes.set_yticks(rows, [_cut(columns[i]) for i in rows])
+    axes.set_yticks(rows, [_shown(columns, i) for i in rows], parse_math=False)
     if labels > 7:
         axes.tick_params(labelsize=7)
     if labels > 7 or longest > 11:
@@ -54,5 +57,17 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
     return png.getvalue()
 
 
-def _cut(text: str) -> str:
+@cache
+def _letters() -> frozenset[int]:
+    """What the font has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def _shown(columns: Sequence[str], place: int) -> str:
+    """A title, cut; the number of a class whose letters the font has not."""
+    text = columns[place].expandtabs(1)
+    if not set(map(ord, text)) <= _letters():
+        return f"class {place}"
     return text if len(text) <= 28 else text[:27] + "…"

@@ -148,7 +148,7 @@ def _answers_with(config: Config) -> str:
     if task == YELP:
         return "a customer's review and answers with its rating, `0` (one star) to `4` (five stars)"
     shown = [
-        f"`{label}`" + (f" ({name})" if name != label else "")
+        _code(label) + (f" ({_plain(name)})" if name != label else "")
         for label, name in zip(task.labels, task.shown, strict=True)
     ]
     listed = ", ".join(shown if len(shown) <= 12 else [*shown[:10], "…", shown[-1]])
@@ -204,7 +204,7 @@ def _confusion(models: Mapping[str, Any], config: Config) -> str:
         return ""
     labels = config.task.labels
     outside = f"outside 0-{len(labels) - 1}"
-    titles = tuned.get("confusion_columns") or [*labels, "unparsed", outside]
+    titles = [*map(_plain, tuned.get("confusion_columns") or [*labels, "unparsed", outside])]
     if len(matrix) > MATRIX_CLASSES:
         return _confused(matrix, titles)
     width = len(matrix[0])
@@ -234,6 +234,22 @@ def _confused(matrix: Sequence[Sequence[int]], titles: Sequence[str]) -> str:
         ),
     ]
     return "\n\nMost frequent mistakes of the tuned model:\n\n" + "\n".join(lines) if pairs else ""
+
+
+_MARKS = re.compile(r"[\\`*\[\]<>|$~&]|(?<![^\W_])_|_(?![^\W_])")
+"""What markdown or the Hub's formulas would read in a text; an underscore inside a word is none."""
+
+
+def _plain(text: str) -> str:
+    """A label or a name as markdown shows it: letter by letter."""
+    return _MARKS.sub(r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """A text in as many backticks as it needs, none of which is its own."""
+    runs = re.findall("`+", text)
+    fence = "`" * (max(map(len, runs), default=0) + 1)
+    return f"{fence} {text} {fence}" if runs else f"{fence}{text}{fence}"
 
 
 def _pictures(pictures: Sequence[str]) -> str:
