@@ -5,6 +5,7 @@
 The demo's model and reviews. 5 one-token labels are the Yelp task's; 5, 20, 77 and 150 labels are
 random words of 2 to 5 tokens. All ways see the same prompts, in turn; the least time of the rounds
 counts. `bound` is (prompt + inner tree tokens) / prompt tokens: what the computed tokens ask for.
+Answers alone are `infer.mode: answer`; `sure`: each text ends with a label, so one is likely.
 An inner token needs the vocabulary's product, too, which is a fifth of a token's work in so small a
 model: `--wide` takes random weights of TinyLlama-1.1B's shape, where it is a tenth.
 """
@@ -24,7 +25,9 @@ from yelp_hpc.data.answer_tree import answer_tree
 from yelp_hpc.data.demo import model_folder, rated_snippets
 from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.data.prompt import Prompt, common_prefix
+from yelp_hpc.inference.predictor import Loaded, answer_predictor, score_predictor
 from yelp_hpc.inference.scoring import label_scores
+from yelp_hpc.inference.search import search_answers
 from yelp_hpc.models.load import attention_of, load_model, load_tokenizer
 from yelp_hpc.models.packed.batch import prepare_model
 from yelp_hpc.task import YELP
@@ -88,12 +91,14 @@ def main() -> None:
     tasks = {"Yelp's 5": YELP.labels}
     tasks |= {str(count): labels_of(count, tokens_of) for count in (5, 20, 77, 150)}
     prompts: dict[str, list[list[int]]] = {}
+    sure: dict[str, list[list[int]]] = {}
     answers: dict[str, list[list[int]]] = {}
     for name, labels in tasks.items():
         # a label that begins another would need its end scored: leave the longer one out
         kept = tuple(x for x in labels if not any(x != y and x.startswith(y) for y in labels))
         prompt = Prompt(PromptConfig().template, kept, encode, 1024)
         prompts[name], _ = prompt.fit(texts)
+        sure[name], _ = prompt.fit([f"{text} {draw.choice(kept)}" for text in texts])
         answers[name] = prompt.answers
 
     def scored(name: str) -> torch.Tensor:
@@ -104,6 +109,30 @@ def main() -> None:
         for batch in plan_microbatches(lengths, BUDGET, prefix):
             found[batch] = label_scores(model, [own[i] for i in batch], prefix, tree)
         return found
+
+    def alone(name: str, own: list[list[int]]) -> tuple[float, float, int]:
+        """Seconds of the answers alone and of their scores, and the rows scored after all."""
+        prefix, tree = common_prefix(own), answer_tree(answers[name])
+        device = torch.device("cpu")
+        whole = score_predictor(model, prefix, answers[name], BUDGET, device)
+        loaded = Loaded(model, folder, device, "packed")
+        search = answer_predictor(loaded, prefix, answers[name], BUDGET, whole, True)
+        found: list[dict[int, int | None]] = []
+        taken = []
+        for way in (search, whole):
+            started = time.perf_counter()
+            found.append({})
+            for batch in way.plan([len(ids) for ids in own]):
+                found[-1] |= zip(batch, way.predict([own[i] for i in batch])[0], strict=True)
+            taken.append(time.perf_counter() - started)
+        if found[0] != found[1]:
+            raise SystemExit(f"{name}: the answers alone are not those of the highest scores")
+        left = sum(
+            answer is None
+            for batch in search.plan([len(ids) for ids in own])
+            for answer in search_answers(model, [own[i] for i in batch], prefix, tree)
+        )
+        return taken[0], taken[1], left
 
     @torch.inference_mode()
     def one_by_one(name: str, rows: int) -> torch.Tensor:
@@ -142,6 +171,12 @@ def main() -> None:
             f"{name:10} 1-{longest:<5} {len(tree.tokens):5} {min(seconds[name]):7.2f} "
             f"{cost:6.2f} {bound:6.2f} {cost / bound:8.2f}"
         )
+    print("answers alone, in times of their scores; rows scored after all")
+    for name in [name for name in tasks if answer_tree(answers[name]).tokens]:
+        for what, texts_of in (("", prompts), ("sure", sure)):
+            found = [alone(name, texts_of[name]) for _ in range(arguments.rounds)]
+            ratio = min(one[0] for one in found) / min(one[1] for one in found)
+            print(f"{name:10} {what:5} {ratio:6.2f} {found[0][2]:4}")
     rows = min(arguments.one_by_one, arguments.rows)
     if rows:
         started = time.perf_counter()

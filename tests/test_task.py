@@ -132,3 +132,17 @@ def test_two_ranks_and_other_shards_give_the_same(run: RunPaths, place: Path) ->
     pairs = zip(predictions(run, "tuned"), predictions(other, "tuned"), strict=True)
     for one, two in pairs:
         assert one["scores"] == pytest.approx(two["scores"], abs=1e-3)
+
+
+def test_answers_alone_are_those_of_the_scores(run: RunPaths, place: Path) -> None:
+    alone = submit(place, "alone", "infer.mode=answer", f"train.adapter={run.root}")
+    for model in ("base", "tuned"):
+        scored, found = predictions(run, model), predictions(alone, model)
+        assert [row["prediction"] for row in found] == [row["prediction"] for row in scored]
+        assert all(row["scores"] is None and row["text"] is None for row in found)
+    one, two = (read_json(paths.metrics)["models"] for paths in (run, alone))
+    for model in one:
+        assert two[model]["f1"] == one[model]["f1"]
+        assert "calibration" not in two[model] or two[model]["calibration"] is None
+    done = yelp_hpc("verify", "--run", str(alone.root))
+    assert done.returncode == 0, done.stderr

@@ -244,8 +244,10 @@ class InferConfig(Frozen):
     models: tuple[Literal["base", "tuned"], ...] = Field(
         ("base", "tuned"), description="which are asked; without tuned nothing is trained"
     )
-    mode: Literal["score", "generate"] = Field(
-        "score", description="compare the labels' scores, or write and parse an answer"
+    mode: Literal["score", "answer", "generate"] = Field(
+        "score",
+        description="compare the labels' scores; find the best label alone, which is faster where "
+        "labels are of several tokens; or write and parse an answer",
     )
     shards: int = Field(1, ge=1, le=100_000, description="parts of the test set, a job each")
     max_tokens: int = Field(8192, ge=64, description="token budget of a batch")

@@ -86,6 +86,14 @@ def test_generate_mode_gives_what_was_written(run: RunPaths, finished: Finished)
     assert all((one.label is None) == (one.name is None) for one in found)
 
 
+def test_answers_alone_are_those_with_probabilities(run: RunPaths, finished: Finished) -> None:
+    texts = texts_of(run)[:6]
+    scored = Classifier(run.root, base=finished[1]).predict(texts)
+    alone = Classifier(run.root, base=finished[1], answers_only=True).predict(texts)
+    assert [one.label for one in alone] == [one.label for one in scored]
+    assert all(one.name and not one.probabilities and one.expected is None for one in alone)
+
+
 FRESH = """
 import json, sys
 import yelp_hpc

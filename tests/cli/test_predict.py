@@ -80,6 +80,27 @@ def test_the_whole_way_here_and_a_second_start_does_nothing(finished: Path, tmp_
     assert words == [["prepare", "done"], ["infer-tuned", "done"], ["collect", "done"]]
 
 
+def test_answers_only_are_the_same_answers_in_a_request_of_their_own(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(finished, folder)
+    # what stands in the way of a probability does not stand in that of an answer
+    frame = pandas.read_csv(folder / "new.csv").assign(p_1="mine")
+    frame.to_csv(folder / "new.csv", index=False)
+    code, _, errors = predict(folder, "--input", "new.csv", "--out", "both.csv")
+    assert code == 2 and "p_1" in errors
+    code, _, errors = predict(folder, "--input", "new.csv", "--out", "only.csv", "--answers-only")
+    assert code == 0, errors
+    frame.drop(columns="p_1").to_csv(folder / "new.csv", index=False)
+    code, _, errors = predict(folder, "--input", "new.csv", "--out", "both.csv")
+    assert code == 0, errors
+    only, both = (pandas.read_csv(folder / name) for name in ("only.csv", "both.csv"))
+    assert [*only] == ["id", "text", "p_1", "answer", "name"]
+    assert only["answer"].tolist() == both["answer"].tolist()
+    assert only["name"].tolist() == both["name"].tolist()
+
+
 def test_refusals_exit_with_2(finished: Path) -> None:
     code, _, errors = predict(finished, "--input", "gone.csv", "--out", "out.xlsx")
     assert code == 2 and "must end in .csv, .jsonl, .parquet" in errors

@@ -16,11 +16,14 @@ import transformers
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from yelp_hpc.data.answer_tree import answer_tree
 from yelp_hpc.errors import RequestError
 from yelp_hpc.inference.generation import GreedyDecoder, generation_way
+from yelp_hpc.inference.search import search_answers
 from yelp_hpc.models.checkpoint import config_problems
 from yelp_hpc.models.packed.batch import forward_selected, pack, prepare_model
 from yelp_hpc.models.packed.proof import choose, limits_passed
+from yelp_hpc.models.packed.tree import answer_scores
 from yelp_hpc.models.packed.unpacked import generate_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "models" / "architectures.md"
@@ -147,6 +150,11 @@ def assert_right(found: Found, twin: Any) -> None:
         return
     decoder = GreedyDecoder(twin, 5, (), 5, lambda _: False, way=found.generate)  # type: ignore[arg-type]
     assert decoder.generate(texts) == written, found.kind
+    if found.generate == found.way == "packed":
+        tree = answer_tree([[7], [8, 9], [8, 10, 4], [11, 12, 13, 14], [11, 12, 20]])
+        with torch.inference_mode():
+            best = answer_scores(twin, texts, 5, tree).argmax(1).tolist()
+        assert search_answers(twin, texts, 5, tree) == best, found.kind
 
 
 def _gradients(twin: Any, logits: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -203,7 +203,7 @@ def test_score_agrees_with_whole_answer_log_likelihoods(run: RunPaths, model_fol
     assert predictions(run)["prediction"].to_pylist() == expected
 
 
-@pytest.mark.parametrize("mode", ["score", "generate"])
+@pytest.mark.parametrize("mode", ["score", "answer", "generate"])
 def test_predictions_do_not_depend_on_batches_and_shards(
     tmp_path: Path, model_folder: Path, mode: str
 ) -> None:
@@ -339,7 +339,7 @@ def test_generation_batches_keep_their_budget() -> None:
         assert sum(lengths[i] for i in batch) >= 0.5 * longest * len(batch)
 
 
-@pytest.mark.parametrize("mode", ["score", "generate"])
+@pytest.mark.parametrize("mode", ["score", "answer", "generate"])
 def test_the_tuned_model_is_the_adapters(run: RunPaths, model_folder: Path, mode: str) -> None:
     from peft import PeftModel
 

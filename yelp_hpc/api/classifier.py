@@ -27,7 +27,7 @@ class Prediction:
     name: str | None
     """The label's name for people."""
     probabilities: Mapping[str, float]
-    """Label → probability, in the order of the classes; empty in generate mode."""
+    """Label → probability, in the order of the classes; empty in generate and answer mode."""
     expected: float | None = None
     """Of an ordinal task: the mean of the labels by their probabilities."""
     generated: str | None = None
@@ -59,6 +59,8 @@ class Classifier:
         base: folder or Hub id of the base model, where the recorded one is not to be found here.
         revision: branch or commit of the Hub repository.
         precision: `fp32`, `bf16` or `fp16`; None: the run's `infer.precision`.
+        answers_only: the labels without their probabilities: faster where labels are of several
+            tokens. No change to a run of `infer.mode: generate`.
 
     Raises:
         RequestError: `source` is none of these, its adapter is missing or damaged, the repository
@@ -74,6 +76,7 @@ class Classifier:
         base: str | Path | None = None,
         revision: str | None = None,
         precision: Precision | None = None,
+        answers_only: bool = False,
     ) -> None:
         if model not in ("base", "tuned"):
             raise RequestError(f"model is {model!r}: one of 'base', 'tuned'")
@@ -82,8 +85,12 @@ class Classifier:
         )
         self._model = model
         config = self._source.config
+        values = config.infer.model_dump()
         if precision is not None:
-            values = {**config.infer.model_dump(), "precision": precision}
+            values["precision"] = precision
+        if answers_only and values["mode"] == "score":
+            values["mode"] = "answer"
+        if values != config.infer.model_dump():
             config = config.model_copy(update={"infer": type(config.infer)(**values)})
         self.config: Config = config
         """The run's configuration."""

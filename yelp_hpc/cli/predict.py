@@ -49,6 +49,11 @@ if TYPE_CHECKING:
 @click.option("--label-column", metavar="NAME", help="gives metrics; default: the run's, if there")
 @click.option("--header/--no-header", default=None, help="of a csv; without, columns are 0, 1, …")
 @click.option("--prefix", default="", metavar="TEXT", help="before the names of added columns")
+@click.option(
+    "--answers-only",
+    is_flag=True,
+    help="no probabilities; labels of several tokens are answered faster",
+)
 @click.option("--dry-run", is_flag=True, help="print the sbatch scripts and the commands only")
 @click.option("--wait", is_flag=True, help="slurm: follow until the end")
 def predict(
@@ -63,6 +68,7 @@ def predict(
     label_column: str | None,
     header: bool | None,
     prefix: str,
+    answers_only: bool,
     dry_run: bool,
     wait: bool,
 ) -> None:
@@ -95,6 +101,7 @@ def predict(
         text_column=text_column,
         label_column=label_column,
         header=header,
+        answers_only=answers_only,
     )
     settings = _cluster(run, cluster, executor, request)
     folder = run.predict / request.name

@@ -113,7 +113,7 @@ class Answers:
     predictions: Counts
     """0 where unparsed."""
     scores: NDArray[np.float64] | None
-    """`[n, K]` scores, None in generate mode."""
+    """`[n, K]` scores, None in generate and answer mode."""
     path: Path
 
 

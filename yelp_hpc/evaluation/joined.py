@@ -171,6 +171,8 @@ def answer_columns(shard: pa.Table, config: Config) -> list[pa.Array]:
     usable = ~integers(given.is_null()).astype(bool) & (codes >= 0) & (codes < len(task.labels))
     places = pa.array(np.where(usable, codes, 0), mask=~usable)
     columns = [pa.array(texts).take(places) for texts in (task.labels, task.shown)]
+    if config.infer.mode == "answer":
+        return columns
     scores = read_scores(
         shard["scores"].combine_chunks(), np.where(usable, codes, 0), ~usable, len(task.labels)
     )

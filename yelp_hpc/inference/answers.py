@@ -80,9 +80,11 @@ def answer_names(config: Config, prefix: str = "") -> list[str]:
 
     `answer` (a label; null when unparsed), `name` (for people), `p_LABEL` for each label (null in
     generate mode), `expected` where the task is ordinal, `generated` (what the model wrote) in
-    generate mode.
+    generate mode. In answer mode the first two are all.
     """
     task = config.task
+    if config.infer.mode == "answer":
+        return [f"{prefix}answer", f"{prefix}name"]
     names = ["answer", "name", *(f"p_{label}" for label in task.labels)]
     names += ["expected"] * task.ordinal + ["generated"] * (config.infer.mode == "generate")
     return [f"{prefix}{name}" for name in names]

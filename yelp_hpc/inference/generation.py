@@ -27,6 +27,9 @@ from yelp_hpc.models.packed.unpacked import generate_rows
 # again as the tokens need.
 PADDING_ALLOWED = 0.5
 
+Next = tuple[int, Sequence[int]]
+"""A row's next token, and after which of its earlier ones, counted from 0, it comes."""
+
 
 def plan_batches(lengths: Sequence[int], max_tokens: int, prefix_length: int) -> list[list[int]]:
     """Group prompts (by index; `lengths` without the prefix), longest first, for padded batches.
@@ -83,9 +86,6 @@ class GreedyDecoder:
         Raises:
             ValueError: a prompt does not begin with the prefix, or has nothing behind it.
         """
-        answers: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        rows = list(range(len(prompts)))  # the prompt that each row of the batch decodes
         if self.way != "packed":
             return generate_rows(
                 self.model,
@@ -96,49 +96,72 @@ class GreedyDecoder:
                 self.device,
                 self.way == "alone",
             )
+        answers: list[list[int]] = [[] for _ in prompts]
+
+        def take(logits: Tensor, rows: list[int]) -> list[Next | None]:
+            """Append each row's token to its answer, or end the row."""
+            following: list[Next | None] = []
+            for row, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
+                before = range(len(answers[row]))
+                ended = token in self.eos_ids
+                if not ended:
+                    answers[row].append(token)
+                    ended = self.decided(answers[row])
+                following.append(None if ended else (token, before))
+            return following
+
         packed = pack(prompts, self.prefix_length).to(self.device)
-        logits, states = prefill(self.model, packed)
-        tokens = logits.argmax(dim=-1)
-        self._take(tokens, rows, answers, ended)
-        if all(ended) or self.max_new_tokens == 1:
-            return answers
-        cache, mask = padded_cache(packed, states)
-        positions = torch.tensor([[len(prompt)] for prompt in prompts], device=self.device)
-        for step in range(1, self.max_new_tokens):
-            going = [i for i, row in enumerate(rows) if not ended[row]]
-            # A copy of the cache pays when it halves the batch.
-            if len(going) <= len(rows) // 2:
-                kept = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(kept)
-                positions, mask, tokens = positions[kept], mask[kept], tokens[kept]
-                rows = [rows[i] for i in going]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            output = self.model(
-                input_ids=tokens.unsqueeze(1),
-                attention_mask=mask,
-                position_ids=positions + (step - 1),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            tokens = output.logits[:, -1].argmax(dim=-1)
-            self._take(tokens, rows, answers, ended)
-            if all(ended):
-                break
+        decode(self.model, packed, self.max_new_tokens, take)
         return answers
 
-    def _take(
-        self, tokens: Tensor, rows: list[int], answers: list[list[int]], ended: list[bool]
-    ) -> None:
-        """Append each row's token to its answer, or end the row."""
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if ended[row]:
-                continue
-            if token in self.eos_ids:
-                ended[row] = True
-            else:
-                answers[row].append(token)
-                ended[row] = self.decided(answers[row])
+
+def decode(
+    model: Any,
+    packed: PackedBatch,
+    steps: int,
+    take: Callable[[Tensor, list[int]], list[Next | None]],
+) -> None:
+    """Run packed prompts, then a token a row and step, at most `steps` times in all.
+
+    `take` gets the logits `[rows, V]` of some prompts' newest tokens and which prompts they are,
+    and says what follows each; None where that prompt has ended: it is not asked of it again.
+    """
+    logits, states = prefill(model, packed)
+    rows = list(range(len(logits)))  # the prompt that each row of the batch decodes
+    following = take(logits, rows)
+    if steps == 1 or not any(following):
+        return
+    cache, mask = padded_cache(packed, states)
+    lengths = (packed.position_ids[packed.select] + 1).tolist()
+    for step in range(1, steps):
+        going = [i for i, one in enumerate(following) if one is not None]
+        # A copy of the cache pays when it halves the batch.
+        if len(going) <= len(rows) // 2:
+            kept = torch.tensor(going, device=mask.device)
+            cache.batch_select_indices(kept)
+            mask, rows = mask[kept], [rows[i] for i in going]
+            following, going = [following[i] for i in going], list(range(len(going)))
+        tokens, positions = torch.zeros(2, len(rows), 1, dtype=torch.long)
+        own = torch.zeros(len(rows), step, dtype=torch.long)
+        for i, one in enumerate(following):
+            token, before = one or (0, range(step - 1))
+            tokens[i], positions[i] = token, lengths[rows[i]] + len(before)
+            own[i, [*before, step - 1]] = 1
+        output = model(
+            input_ids=tokens.to(mask.device),
+            attention_mask=torch.cat([mask, own.to(mask.device)], dim=1),
+            position_ids=positions.to(mask.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        asked = torch.tensor(going, device=mask.device)
+        taken = take(output.logits[asked, -1], [rows[i] for i in going])
+        following = [None] * len(rows)
+        for i, one in zip(going, taken, strict=True):
+            following[i] = one
+        if not any(following):
+            break
 
 
 def generation_way(model: nn.Module, new_tokens: int = 6) -> Way:

@@ -18,9 +18,10 @@ from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.scoring import best_labels, label_scores
+from yelp_hpc.inference.search import search_answers
 from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
-from yelp_hpc.models.packed.batch import Way, prepare_model
+from yelp_hpc.models.packed.batch import Way, prepare_model, way_of
 from yelp_hpc.progress import say
 from yelp_hpc.ranks.device import precision_here, usable_gpus
 from yelp_hpc.rundir.manifest import in_precision
@@ -96,9 +97,13 @@ def predictor_of(loaded: Loaded, config: Config, tokens: Mapping[str, Any]) -> P
     `tokens`: the content of tokens.json.
     """
     start, budget, lead = len(tokens["prefix"]), config.infer.max_tokens, tokens.get("lead", [])
-    if config.infer.mode == "score":
+    if config.infer.mode != "generate":
         answers = scored_answers(tokens)
-        return score_predictor(loaded.model, start, answers, budget, loaded.device)
+        scores = score_predictor(loaded.model, start, answers, budget, loaded.device)
+        if config.infer.mode == "score":
+            return scores
+        packed = (loaded.generate or way_of(loaded.model)) == "packed"
+        return answer_predictor(loaded, start, answers, budget, scores, packed)
     ends = loaded.model.generation_config.eos_token_id
     eos_ids = {tokens["eos_id"], *(ends if isinstance(ends, list) else [ends])} - {None}
     tokenizer = load_tokenizer(loaded.folder)
@@ -149,6 +154,41 @@ def score_predictor(
         return best_labels(scores), scores.tolist(), None
 
     return Predictor(plan, predict)
+
+
+def answer_predictor(
+    loaded: Loaded,
+    prefix_length: int,
+    answers: Sequence[Sequence[int]],
+    max_tokens: int,
+    scores: Predictor,
+    packed: bool,
+) -> Predictor:
+    """Answer mode: the label of the highest score, and no scores.
+
+    `scores` answers where no branch can be left out: where every label is one token, or the model
+    does not go on from a packed prompt.
+    """
+    tree = answer_tree(answers)
+
+    def plan(lengths: Sequence[int]) -> list[list[int]]:
+        return plan_batches([n - prefix_length for n in lengths], max_tokens, prefix_length)
+
+    def scored(prompts: list[list[int]]) -> tuple[Sequence[int | None], None, None]:
+        return scores.predict(prompts)[0], None, None
+
+    def predict(prompts: list[list[int]]) -> tuple[Sequence[int | None], None, None]:
+        found = search_answers(loaded.model, prompts, prefix_length, tree, loaded.device)
+        rest = [i for i, answer in enumerate(found) if answer is None]
+        for batch in scores.plan([len(prompts[i]) for i in rest]):
+            whole = scores.predict([prompts[rest[i]] for i in batch])[0]
+            for i, answer in zip(batch, whole, strict=True):
+                found[rest[i]] = answer
+        return found, None, None
+
+    if packed and tree.tokens:
+        return Predictor(plan, predict)
+    return Predictor(scores.plan, scored)
 
 
 def generate_predictor(

@@ -252,6 +252,8 @@ def _follows(prediction: int | None, scores: Any, text: str | None, config: Conf
         from yelp_hpc.inference.answers import parse_label
 
         return text is not None and parse_label(text, config.task) == prediction
+    if config.infer.mode == "answer":
+        return scores is None and prediction in range(len(config.task.labels))
     if not scores or len(scores) != len(config.task.labels) or not all(map(math.isfinite, scores)):
         return False
     return bool(prediction == scores.index(max(scores)))

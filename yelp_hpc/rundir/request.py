@@ -51,11 +51,15 @@ class Request:
     out: str
     prefix: str
     """Before the names of the columns that are added."""
+    answers_only: bool = False
+    """The labels without their probabilities."""
 
     @property
     def name(self) -> str:
         """The folder's name: the same input, model and columns are the same request."""
         what = {k: v for k, v in asdict(self).items() if k not in ("out", "prefix", "run")}
+        if not self.answers_only:
+            del what["answers_only"]  # of requests that are older than it
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(self.input).stem)
         return f"{stem[:40].strip('-') or 'input'}-{digest}"
@@ -79,6 +83,8 @@ class Request:
             cutoff=config.data.cutoff,
         )
         infer = {**config.infer.model_dump(), "models": (self.model,), "shards": shards}
+        if self.answers_only:
+            infer["mode"] = "answer"
         changed = {
             "data": rows,
             "infer": type(config.infer)(**infer),

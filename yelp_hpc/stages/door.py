@@ -33,7 +33,7 @@ class Admission:
     way: Way | None
     """In training and scoring; None: its architecture has no twin, ask the model itself."""
     generate: Way | None
-    """In generate mode; None: as `way`, or not asked for."""
+    """In generate and answer mode; None: as `way`, or not asked for."""
     notes: tuple[str, ...] = ()
     """What a user should know: said once."""
 
@@ -74,8 +74,8 @@ def admit(
             )
     except RequestError as error:
         problems.append(str(error))
-    generating = config.infer.mode == "generate"
-    new = config.infer.max_new_tokens if generating else 0
+    generating = config.infer.mode != "score"
+    new = config.infer.max_new_tokens if config.infer.mode == "generate" else 0
     most = (config.data.cutoff if longest is None else longest) + new
     found = None
     try:
@@ -135,7 +135,7 @@ def take_the_way(
     found = admit(config, folder, longest, tokenizer=False)
     if found.way is None:
         way = prove(model, WAYS, gradients=gradients).way
-        generating = config.infer.mode == "generate" and not gradients
+        generating = config.infer.mode != "score" and not gradients
         return replace(found, way=way, generate=generation_way(model) if generating else None)
     prove(model, [found.way], gradients=gradients, slack=SLACK)
     return found

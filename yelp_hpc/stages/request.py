@@ -35,6 +35,7 @@ def make_request(
     text_column: str | None = None,
     label_column: str | None = None,
     header: bool | None = None,
+    answers_only: bool = False,
 ) -> tuple[Request, str]:
     """What is asked for, and a note for the user ("" without one).
 
@@ -42,12 +43,18 @@ def make_request(
         text_column, label_column, header: None for what the run's own data have.
 
     Raises:
-        RequestError: the adapter is missing or damaged, the input cannot be answered (every faulty
+        RequestError: the adapter is missing or damaged, the run's answers are written ones and
+            `answers_only` is asked for, the input cannot be answered (every faulty
             row is named), the output cannot be written or holds somebody else's file.
         StageError: the adapter is not the run's own.
     """
     target = Path(out).expanduser()
     problems = [f"--out {problem}" for problem in output_problems(target)]
+    if answers_only and config.infer.mode == "generate":
+        problems.append(
+            f"--answers-only: {run.root} has the model write its answers (infer.mode: generate), "
+            "without probabilities as it is; leave the option out"
+        )
     if target.exists() and Path(source).exists() and target.samefile(source):
         problems.append(f"--out {out} is the input itself; name another file")
     if model == "tuned":
@@ -81,10 +88,11 @@ def make_request(
         escaped=own and config.data.escaped,
         out=str(Path(out).expanduser().absolute()),
         prefix=prefix,
+        answers_only=answers_only,
     )
     note = ""
     try:
-        found = scan(request, config.task, answer_names(config, prefix))
+        found = scan(request, config.task, answer_names(request.config(config, 1), prefix))
         if found.why_unlabelled:
             note = f"no metrics: {found.why_unlabelled}"
     except ModuleNotFoundError:
