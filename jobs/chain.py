@@ -119,6 +119,8 @@ def submit(
     if asked:
         check_asked(paths.root, asked, stages_of(live))
     planned = plan(stage, config, paths, cluster)
+    if not planned and asked and asked.is_another(paths):
+        planned = [Job("collect")]
     if executor == "local":  # one after the other anyhow: in one process, which loads a model once
         planned = [replace(job, tasks=(tuple(k for t in job.tasks for k in t),)) for job in planned]
     if stage == "publish" and config.publish.repo_id is None:
@@ -158,8 +160,7 @@ def submit(
             if executor == "slurm":
                 submissions = _submit_slurm(planned, paths, cluster, live, say)
         if executor == "local":
-            frozen, code = freeze_all(paths, cluster)
-            return run_chain(planned, paths, cluster, frozen, code, say)
+            return run_chain(planned, paths, cluster, *freeze_all(paths, cluster), say)
     if wait:
         follow(paths, submissions, say)
         if any(job.stage == "collect" for job in planned):
@@ -339,8 +340,7 @@ def freeze_all(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
 
 
 def _refuse_running(planned: Sequence[Job], live: Sequence[Live]) -> None:
-    names = {job.name for job in planned}
-    running = [str(item) for item in live if item.name in names]
+    running = [str(item) for item in live if item.name in {job.name for job in planned}]
     if running:
         raise RequestError(
             f"already submitted and not finished: {'; '.join(running)}. See "

@@ -70,6 +70,13 @@ def test_the_whole_way_here_and_a_second_start_does_nothing(finished: Path, tmp_
     again = {path: path.stat().st_mtime_ns for path in asked.rglob("*") if path.is_file()}
     kept = ("answered.json", ".parquet", ".log")
     assert [p for p in made if p.name.endswith(kept) and again[p] != made[p]] == []
+    for out in ("second.csv", "third.parquet"):  # the same answers in other files
+        code, shown, errors = predict(folder, *where[:2], "--out", out, *where[4:])
+        assert code == 0 and "wrote 12 rows" in errors and "infer" not in errors, errors
+        assert (folder / out).is_file() and shown.strip() == out
+    assert pandas.read_csv(folder / "second.csv")["answer"].tolist() == frame["answer"].tolist()
+    code, _, errors = predict(folder, *where[:2], "--out", out, *where[4:])
+    assert code == 0 and "nothing to do, everything is there" in errors
     status = subprocess.run(
         [sys.executable, "-m", "yelp_hpc", "status", "--run", str(asked)],
         capture_output=True,

@@ -170,6 +170,10 @@ class Asked:
         """The configuration as run.json holds it."""
         return absolute_paths(self.loaded.config).model_dump(mode="json")
 
+    def is_another(self, paths: RunPaths) -> bool:
+        """Whether what is done there is to be given out in another way: never a run."""
+        return False
+
     def record(self, root: str | Path, live: Mapping[str, str] | None = None) -> RunPaths:
         """See `record_run`."""
         return record_run(root, self.loaded, self.file, self.overrides, live)

@@ -99,6 +99,10 @@ class AskedPrediction(Asked):
 
     request: Request | None = None
 
+    def is_another(self, paths: RunPaths) -> bool:
+        """Whether the answers were last asked for in another file, or under other names."""
+        return read_request(paths) != self.request
+
     def record(self, root: str | Path, live: Mapping[str, str] | None = None) -> RunPaths:
         """Write the folder, or what of it may still change. Raises as `record_run` does."""
         assert self.request is not None
