@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fabricated import config_of, make_run, write_shards, write_test_set
+from yelp_hpc.config import Config
 from yelp_hpc.evaluation import charts as charts
 from yelp_hpc.evaluation.outcome import print_outcome
 from yelp_hpc.rundir.paths import RunPaths
@@ -120,6 +121,29 @@ def test_a_class_may_be_called_as_what_is_no_class() -> None:
     drawn = charts.confusion("tuned", [[1, 2, 3, 4]] * 2, columns)
     titles = re.findall(r"<text[^>]*>(.*?)</text>", drawn)
     assert titles[2:6] == ["unparsed", "outside 0…", "none", "other"]
+
+
+@pytest.mark.parametrize("classes", [5, 12, 300])
+def test_classes_that_begin_alike_are_told_apart(classes: int) -> None:
+    columns = [f"a label of number {i}" for i in range(classes)]
+    drawn = charts.confusion("tuned", [[1] * (classes + 1)] * classes, [*columns, "unparsed"])
+    rows = re.findall(r'<text[^>]*text-anchor="end"[^>]*>(.*?)</text>', drawn)[1:]
+    assert len({*rows}) == len(rows) > 4
+    assert rows[0].endswith("r 0")
+
+
+def test_many_classes_are_folded_and_equal_shares_are_one_sentence(tmp_path: Path) -> None:
+    run, classes = RunPaths(tmp_path / "run"), 60
+    task = {"labels": [f"class {i}" for i in range(classes)], "noun": "text"}
+    config = Config.model_validate({**config_of(models=["base"]).model_dump(), "task": task})
+    labels = list(range(40))
+    write_test_set(run, labels)
+    write_shards(run, "base", labels, labels)
+    metrics = collect(run, config)
+    page = run.report.read_text()
+    assert "<summary>base: 60 classes</summary>" in page and page.count("class 59</td>") == 1
+    said = "Every label that occurs has 2.5% of the rows: always answering one gets accuracy 0.025"
+    assert said in page and metrics["test"]["absent"][0] == "class 40"
 
 
 def test_a_run_with_nothing_but_predictions_gets_a_page(tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ def _upright(x: float, y: float, text: str) -> str:
     return f'<g transform="rotate(-90 {x:.1f} {y:.1f})">{_text(x, y, text, "tick")}</g>'
 
 
+def _cut_apart(texts: Sequence[str], most: int) -> list[str]:
+    """Texts cut at their ends, or in their middles where else two would look the same."""
+    cut = [_cut(text, most) for text in texts]
+    if len({*cut}) == len({*texts}):
+        return cut
+    end = most // 3
+    return [t if len(t) <= most else f"{t[: most - end - 1]}…{t[-end:]}" for t in texts]
+
+
 def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> str:
     """A heat map: a row for each true label, coloured by the share of the row.
 
@@ -166,13 +175,15 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]
     longest = 10 if roomy else 14
     top = 44.0 if roomy else 112.0
     titles = {"unparsed": "none", f"outside 0-{classes - 1}": "other"}
+    names = _cut_apart(columns, longest)
     body = [_text(left + wide * len(shown) / 2, 12, "answered", "tick")]
     body.append(_text(left - 8, 12, "truth ↓", "tick", "end"))
     for j, column in enumerate(shown):
         if column < classes and column % step:
             continue
-        title = columns[column]
-        text = _cut(title if column < classes else titles.get(title, title), longest)
+        text = names[column]
+        if column >= classes:
+            text = titles.get(columns[column], text)
         x = left + (j + 0.5) * wide
         if roomy:
             body.append(_text(x, 34, _cut(text, max(3, int(wide / 6.2))), "tick"))
@@ -185,7 +196,7 @@ def confusion(name: str, matrix: Sequence[Sequence[int]], columns: Sequence[str]
         y = top + i * cell
         if i % step == 0:
             place = y + min(21.0, cell / 2 + 4)
-            body.append(_text(left - 8, place, _cut(columns[i], longest), "tick", "end"))
+            body.append(_text(left - 8, place, names[i], "tick", "end"))
         for j, column in enumerate(shown):
             count = row[column]
             share = count / total if total else 0.0

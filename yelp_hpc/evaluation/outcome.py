@@ -114,8 +114,12 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     names, support = task["names"], test["support"]
     name, rows = names[best["label"]], sum(support)
     gets = f"gets accuracy {best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
-    if max(support) == min(support):
-        text = f"Every label has {max(support) / rows:.1%} of the rows: always answering one {gets}"
+    if max(support) == min(filter(None, support), default=0):
+        those = " that occurs" if test["absent"] else ""
+        text = (
+            f"Every label{those} has {max(support) / rows:.1%} of the rows: always answering one "
+        )
+        text += gets
     else:
         rarest = min(range(len(support)), key=lambda label: (support[label] == 0, support[label]))
         text = (
