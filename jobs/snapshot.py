@@ -13,7 +13,6 @@ import grp
 import hashlib
 import json
 import os
-import pwd
 import shlex
 import stat
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from yelp_hpc.rundir.files import (
     write_json,
     write_synced,
 )
+from yelp_hpc.rundir.modes import owner_name
 from yelp_hpc.rundir.paths import RunPaths
 
 LETTERS = 12
@@ -209,7 +209,7 @@ def _why_exposed(folder: Path, own: bool) -> Iterator[str]:
     except OSError:
         return
     if status.st_uid not in (os.geteuid(), 0):
-        yield f"belongs to {_user(status.st_uid)}"
+        yield f"belongs to {owner_name(status.st_uid)}"
     if status.st_mode & stat.S_ISVTX and not own:
         return  # such as /tmp: names in it belong to their makers
     if status.st_mode & stat.S_IWOTH:
@@ -220,14 +220,7 @@ def _why_exposed(folder: Path, own: bool) -> Iterator[str]:
 
 def _shared(group: int) -> bool:
     """Whether a group may have other members: not root's, nor the one that is named as its user."""
-    return group != 0 and _group(group) != _user(os.geteuid())
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
+    return group != 0 and _group(group) != owner_name(os.geteuid())
 
 
 def _group(number: int) -> str:

@@ -4,8 +4,6 @@ In Python: `Classifier` answers for texts, `load_run` gives a run's results, `su
 package says WHAT a stage does; the sibling package `jobs` says WHERE it runs.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,5 +40,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"yelp_hpc.api.{_PUBLIC[name]}"), name)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":
     return sorted({*globals(), *_PUBLIC})

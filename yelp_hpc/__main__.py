@@ -1,8 +1,19 @@
-"""`python -m yelp_hpc`, in which no file of the working directory shadows ours or a library's."""
+"""`python -m yelp_hpc` and `yelp-hpc`: in a Python that can, in which no file shadows a library.
+
+Of the working directory nothing is imported. What PYTHONPATH puts in the way is said. This file and
+`__init__` are read by older Pythons, too.
+"""
 
 import os  # loaded before the working directory is looked at, as sys is
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036 - a login node's own python3 is often older
+    sys.stderr.write(
+        f"yelp_hpc needs Python 3.11 or newer, and {sys.executable} is "
+        f"{sys.version_info[0]}.{sys.version_info[1]}: make a virtual environment of a newer one "
+        "(often: module load python)\n"
+    )
+    sys.exit(2)
 try:
     here = ("", os.getcwd())  # noqa: PTH109
 except OSError:  # it is no longer there
@@ -10,7 +21,49 @@ except OSError:  # it is no longer there
 if not sys.flags.safe_path and sys.path[0] in here:
     del sys.path[0]  # the package is found already, and all of ours lies inside it
 
-from yelp_hpc.cli.main import main
+
+def start() -> None:
+    """Run the command line; a library that is missing, or another in its place, is one message."""
+    try:
+        from yelp_hpc.cli.main import main
+
+        main()
+    except (ImportError, AttributeError) as error:
+        problem = _in_the_way(error) or _missing(error)
+        if not problem:
+            raise
+        sys.stderr.write(f"{problem}\n")
+        sys.exit(2)
+
+
+def _in_the_way(error: Exception) -> str:
+    """Of a module that PYTHONPATH has put before the one that is needed; "" for any other error."""
+    found = str(getattr(error, "path", None) or getattr(_module(error), "__file__", None) or "")
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        folder = os.path.abspath(entry)  # noqa: PTH100 - nothing more is imported here
+        if folder != ours and found.startswith(os.path.join(folder, "")):  # noqa: PTH118
+            return (
+                f"{found} stands in the way of the library of its name ({error}): leave {entry} "
+                "out of PYTHONPATH, or rename what is in it"
+            )
+    return ""
+
+
+def _module(error: Exception) -> object:
+    return getattr(error, "obj", None)
+
+
+def _missing(error: Exception) -> str:
+    name = str(getattr(error, "name", "")).partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name in ("", "yelp_hpc"):
+        return ""
+    return (
+        f"this needs the package {name}, which {sys.executable} does not have:\n"
+        f"  {sys.executable} -m pip install yelp-hpc\n"
+        "or call the Python that it is installed for"
+    )
+
 
 if __name__ == "__main__":
-    main()
+    start()

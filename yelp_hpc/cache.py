@@ -27,26 +27,29 @@ def cache_folder() -> Path:
     # a module file or an `export` in quotes leaves the ~ to us
     found = Path(os.path.expanduser(named)) if named else _user_caches(os.environ) / "yelp_hpc"  # noqa: PTH111
     if found.parts[0].startswith("~"):
-        raise RequestError(
-            f"the cache {found}: {found.parts[0]} is no user here; name another: "
-            "export YELP_HPC_CACHE=DIR"
-        )
+        lost = found.parts[0]
+        why = "there is no HOME" if lost == "~" else f"{lost} is no user here"
+        raise RequestError(f"the cache {found}: {why}; name another: export YELP_HPC_CACHE=DIR")
     return found
 
 
 def made(folder: Path) -> Path:
-    """A folder of our cache, made where it is not there.
+    """A folder of our cache that can be written, made where it is not there.
 
     Raises:
         StageError: it cannot be; says how to name another.
     """
+    why = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):  # read-only, or another user's
+            why = "written"
     except OSError as error:
+        why = f"made: {error.strerror}"
+    if why:
         raise StageError(
-            f"{folder}, in the cache, cannot be made: {error.strerror}; name another: "
-            "export YELP_HPC_CACHE=DIR"
-        ) from None
+            f"{folder}, in the cache, cannot be {why}; name another: export YELP_HPC_CACHE=DIR"
+        )
     return folder
 
 

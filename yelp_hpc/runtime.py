@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -38,6 +39,21 @@ def set_runtime_defaults() -> None:
         if name == "PYTORCH_ALLOC_CONF" and older in os.environ:
             continue
         os.environ.setdefault(name, value)
+
+
+def with_docstrings() -> None:
+    """Start this very process again where -OO or PYTHONOPTIMIZE left the docstrings out.
+
+    They are what `--help` shows, and transformers reads its own.
+    """
+    if sys.flags.optimize < 2:
+        return
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+    options = sys.orig_argv[1 : -len(sys.argv) or None]
+    kept = [option for option in options if option not in ("-O", "-OO")]
+    given = sys.orig_argv[1 + len(options) :]
+    if "PYTHONOPTIMIZE" in os.environ or kept != options:
+        os.execve(sys.executable, [sys.executable, *kept, *given], env)
 
 
 def without_tokens(env: Mapping[str, str]) -> dict[str, str]:

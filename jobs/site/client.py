@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import grp
 import os
-import pwd
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from contextlib import suppress
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.progress import plain
+from yelp_hpc.rundir.modes import owner_name
 from yelp_hpc.runtime import TOKENS, program
 
 _RANKS = frozenset(
@@ -177,10 +177,7 @@ def own_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 def user_name() -> str:
     """The user as Slurm knows it: by its number, whatever USER says."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
+    return owner_name(os.getuid())
 
 
 def user_groups() -> tuple[str, ...]:

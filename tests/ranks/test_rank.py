@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError
-from yelp_hpc.ranks.launch import launch
+from yelp_hpc.ranks.launch import Rendezvous, launch, rank_environment
 
 RANK = """
 import os, sys
@@ -83,3 +83,14 @@ def test_a_request_error_is_one_message_whoever_raises_it_before_or_after_they_m
         launch([sys.executable, "-c", code], b"", 2, tmp_path)
     assert str(error.value).count("precision is wrong") == 1
     assert capsys.readouterr().err.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [(None, "3"), ("2", "2"), ("4,2", "4"), ("", "3"), ("0", "3"), ("many", "3"), ("9" * 40, "3")],
+)
+def test_threads_are_a_number_whatever_the_shell_says(given: str | None, threads: str) -> None:
+    """A list is OpenMP's own, one number a nested level; the rest is a slip of a shell."""
+    environ = {} if given is None else {"OMP_NUM_THREADS": given}
+    place = Rendezvous(1, 0, "127.0.0.1", 1)
+    assert rank_environment(place, 0, 2, 6, environ)["OMP_NUM_THREADS"] == threads

@@ -29,6 +29,7 @@ from yelp_hpc.rundir.files import (
     write_marker,
 )
 from yelp_hpc.rundir.locks import locked
+from yelp_hpc.rundir.modes import owner_name, unreachable
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -282,3 +283,34 @@ def test_a_marker_that_names_a_file_elsewhere_covers_nothing(tmp_path: Path, nam
 def test_json_that_no_reader_should_meet_is_a_value_error(text: str | bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EROFS, "read-only here: name a place"),
+        (errno.EACCES, "name another"),
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+    ],
+)
+def test_a_refusal_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    """Of a write through `atomic_path`, and of any other that ends a command."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "x"))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(StageError, match=f"Nothing was overwritten; .*{remedy}"):
+        write_json(tmp_path / "x", {})
+    with pytest.raises(OSError) as caught:
+        refuse()
+    assert remedy in unreachable(caught.value)
+    tmp_path.chmod(0o1777)
+    assert ("(sticky)" in unreachable(caught.value)) == (number == errno.EACCES)
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    if number == errno.EACCES:
+        owner = owner_name(tmp_path.stat().st_uid)
+        assert f"{tmp_path} belongs to {owner}, who can open it" in unreachable(caught.value)

@@ -40,6 +40,7 @@ from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.progress import as_called, plain
 from yelp_hpc.rundir.modes import unreachable
 from yelp_hpc.rundir.paths import MODELS, STAGES
+from yelp_hpc.runtime import with_docstrings
 
 
 def _version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -364,6 +365,7 @@ def interrupted(arguments: Sequence[str]) -> str:
 
 def main() -> None:
     """Run the command line; every error of the toolkit is one message and an exit code."""
+    with_docstrings()
     _spell_help_as_called()
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         if isinstance(stream, io.TextIOWrapper):

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from yelp_hpc.cache import cache_folder
+from yelp_hpc.cache import cache_folder, made
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.ranks.child import die_with_parent
 from yelp_hpc.rundir.files import sync_directory, write_failure
@@ -132,9 +132,4 @@ def sole_builder(path: Path) -> Iterator[None]:
 
 def folder_of(name: str) -> Path:
     """A folder of the image build's own in the cache, made if need be."""
-    folder = cache_folder() / "image" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StageError(write_failure(folder, error)) from error
-    return folder
+    return made(cache_folder() / "image" / name)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from yelp_hpc.cache import cache_folder, cached_folders
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.models.checkpoint import check_folder
 from yelp_hpc.own_files import IMPORT_ROOT, PACKAGE, own_module
 from yelp_hpc.rundir.files import parse_json, write_json
@@ -91,8 +91,7 @@ def ask(config: Config, folder: Path) -> Answer:
         answer = Answer(str(found["problem"]), tuple(map(str, found["notes"])))
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
         return Answer(notes=("the model could not be asked here; prepare will",))
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(StageError):  # a cache that cannot be written: it is asked again each time
         write_json(kept, {"problem": answer.problem, "notes": list(answer.notes)})
     return answer
 

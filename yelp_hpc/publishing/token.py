@@ -55,7 +55,7 @@ def find_token(token_file: str | None = None) -> Token | None:
 
 def login_file(env: Mapping[str, str]) -> Path:
     """Where `hf auth login` keeps its token, as huggingface_hub decides it; read without it."""
-    home = env.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    home = env.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111 - never raises
     return Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
 
 

@@ -110,8 +110,10 @@ def rank_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    if "OMP_NUM_THREADS" not in environ:
-        values["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
+    # of a list for nested levels the first counts; what is no number is none to OpenMP either
+    asked = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    wanted = int(asked) if asked.isdecimal() and len(asked) < 6 else 0
+    values["OMP_NUM_THREADS"] = str(wanted or max(1, cores // nproc))
     if place.nodes == 1 and "GLOO_SOCKET_IFNAME" not in environ:
         values["GLOO_SOCKET_IFNAME"] = "lo"  # a node's own name need not resolve in a container
     return values
@@ -218,7 +220,7 @@ def _start(
 
 def _relay(stream: IO[bytes], log: int) -> None:
     """Copy a rank's output to its log, an open descriptor, and to standard error."""
-    with os.fdopen(log, "ab", buffering=0) as file, step_bar() as show:
+    with stream, os.fdopen(log, "ab", buffering=0) as file, step_bar() as show:
         for line in stream:
             file.write(line)
             with suppress(OSError, ValueError):

@@ -24,7 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.rundir.modes import let_umask_rule, read_bytes
+from yelp_hpc.rundir.modes import let_umask_rule, read_bytes, what_to_do
 
 MARKER = "complete.json"
 TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.tmp", re.DOTALL)
@@ -140,12 +140,8 @@ def write_failure(path: Path, error: OSError, replaced: bool = False) -> str:
             f"{path} holds its new content, but it could not be flushed to disk: {why}. A crash of "
             "the machine may undo it; run the same command again."
         )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"cannot write {path}: {why}. Nothing was overwritten; free some space "
-            "(or quota) and run the same command again."
-        )
-    return f"cannot write {path}: {why}. Nothing was overwritten."
+    remedy = what_to_do(path, error)
+    return f"cannot write {path}: {why}. Nothing was overwritten{f'; {remedy}' if remedy else ''}."
 
 
 def sync_directory(folder: Path) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import pwd
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -105,15 +107,53 @@ def patiently(read: Callable[Given, Answer]) -> Callable[Given, Answer]:
 read_bytes = patiently(Path.read_bytes)
 
 
+def what_to_do(path: Path, error: OSError) -> str:
+    """The remedy for a refusal of `path` by the file system's rights, kind or room; "" for others.
+
+    What refuses is the path itself or the nearest folder that is there.
+    """
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "free some space (or quota) and run the same command again"
+    if error.errno == errno.EROFS:
+        return "its file system is read-only here: name a place that can be written"
+    if error.errno not in {errno.EACCES, errno.EPERM}:
+        return ""
+    with suppress(OSError):
+        for place in (path, *path.parents):
+            if os.path.lexists(place) and not os.access(place, os.W_OK):
+                owner = owner_name(place.stat().st_uid)
+                return f"{place} belongs to {owner}, who can open it (chmod g+w): or name another"
+        if path.parent.stat().st_mode & stat.S_ISVTX:
+            return f"{path.parent} lets nobody replace what others own (sticky): name another place"
+    return "name another place"
+
+
+def owner_name(number: int) -> str:
+    """A user's name, or the number where nobody knows it."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
 def unreachable(error: OSError) -> str:
-    """What a user is told of a file system that does not answer. Raises any other `error`.
+    """What a user is told of a file system that refuses or does not answer; raises other errors.
 
     Without a name it is the folder one is in, or what standard output leads to.
     """
+    if "temporary directory" in str(error):  # tempfile's words, and matplotlib's
+        return (
+            "there is no folder for temporary files: TMPDIR, /tmp and /var/tmp cannot be written; "
+            "name one: export TMPDIR=DIR"
+        )
     if error.filename is None and error.errno == errno.ENOENT:
         return "the folder that you are in is no longer there: go to another (cd) and try again"
     if error.filename is None and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return f"what is printed cannot be written where it is sent: {error.strerror}"
+    if error.filename is not None and (
+        remedy := what_to_do(Path(os.fsdecode(error.filename)).absolute(), error)
+    ):
+        return f"{error.filename}: {error.strerror}; {remedy}"
     if error.errno not in {*_AWAY, errno.EIO}:
         raise error
     where = f"{error.filename}: {error.strerror}"

@@ -1,0 +1,101 @@
+"""Where a user stands: an odd Python, something in its way, folders that refuse.
+
+Each is a whole process as it is typed; it works, or says in one message what to do.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from yelp_hpc.own_files import IMPORT_ROOT, PACKAGE
+
+RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
+"""Takes from root what lets it write anywhere; nobody else has it."""
+
+
+def typed(
+    *arguments: str | Path, options: tuple[str, ...] = (), cwd: Path | None = None, **env: str
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `python -m yelp_hpc`."""
+    rights = RIGHTS if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*rights, sys.executable, *options, "-m", "yelp_hpc", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT), **env},
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 13)])
+def test_an_older_python_is_told_what_is_needed(version: tuple[int, ...]) -> None:
+    for name in ("__init__.py", "__main__.py"):  # both are compiled before anything can be said
+        tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"), feature_version=(3, 7))
+        futures = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        assert "__future__" not in {node.module for node in futures}, name
+    code = f"import runpy, sys; sys.version_info = {version}; runpy.run_module('yelp_hpc')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = f"needs Python 3.11 or newer, and {sys.executable} is {version[0]}.{version[1]}"
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["submit"], ["image", "build"]])
+def test_help_stands_where_docstrings_are_left_out(command: list[str]) -> None:
+    helped = typed(*command, "--help")
+    assert helped[0] == 0 and len(helped[1].splitlines()) > 10
+    assert typed(*command, "--help", PYTHONOPTIMIZE="2") == helped
+    assert typed(*command, "--help", options=("-OO", "-u")) == helped
+
+
+@pytest.mark.parametrize("name", ["yaml", "random"])
+def test_a_module_of_pythonpath_that_stands_in_the_way_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text("mine = 1\n")
+    path = f"{tmp_path}{os.pathsep}{IMPORT_ROOT}"
+    code, out, said = typed("config", "show", "--config", "demo", PYTHONPATH=path)
+    assert (code, out) == (2, "")
+    assert said.startswith(f"{tmp_path / name}.py stands in the way"), said
+    assert f"leave {tmp_path} out of PYTHONPATH" in said
+
+
+def test_folders_of_our_names_on_pythonpath_are_in_nobodys_way(tmp_path: Path) -> None:
+    for name in ("jobs", "configs", "tests", "containers", "share"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit(__file__)\n")
+    path = f"{tmp_path}{os.pathsep}{IMPORT_ROOT}"
+    assert typed("config", "show", "--config", "demo", PYTHONPATH=path)[0] == 0
+
+
+def test_a_python_without_the_packages_is_told_how_they_are_installed() -> None:
+    code, out, said = typed("--version", options=("-S",))  # without site-packages
+    assert (code, out) == (2, "")
+    assert said.startswith(f"this needs the package click, which {sys.executable} does not have")
+
+
+def test_no_folder_for_temporary_files_is_said(tmp_path: Path) -> None:
+    shell = ["bash", "-c", 'ulimit -f 0; exec "$@"', "-"]  # as a full disk: no byte is taken
+    doctor = [sys.executable, "-m", "yelp_hpc", "doctor"]
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    done = subprocess.run([*shell, *doctor], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "TMPDIR, /tmp and /var/tmp cannot be written" in done.stderr, done.stderr
+    assert "export TMPDIR=DIR" in done.stderr
+
+
+def test_a_cache_that_may_only_be_read_is_one_message(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name in ("image/locks", "data"):
+        (cache / name).mkdir(parents=True)
+        (cache / name).chmod(0o555)
+    for command in (["image", "build", str(tmp_path / "x.sif")], ["fetch", "--config", "demo"]):
+        code, _, said = typed(*command, YELP_HPC_CACHE=str(cache), HF_HUB_OFFLINE="1")
+        assert code == 1, said
+        assert f"{cache}/" in said and "export YELP_HPC_CACHE=DIR" in said, said
