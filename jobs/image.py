@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from yelp_hpc.errors import StageError, all_problems
+from yelp_hpc.errors import StageError, all_problems, in_shell
 from yelp_hpc.image.file import image_sha256, no_apptainer, why_no_image
 from yelp_hpc.jobs.cluster import Container
 from yelp_hpc.rundir.files import atomic_path, sha256_file
@@ -50,7 +50,7 @@ def check_image(container: Container, expected: str | None) -> None:
     image = Path(container.image)
     missing = None if image.exists() else f"the image {image} is missing"
     if problem := missing or why_no_image(image):
-        problems.append(f"{problem}: python -m yelp_hpc image build {image}")
+        problems.append(f"{problem}: python -m yelp_hpc image build {in_shell(image)}")
     for bind in container.binds:
         if not os.path.exists(bind.split(":")[0]):  # noqa: PTH110 - never raises
             problems.append(f"container.binds: {bind} does not exist on this node")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
+from yelp_hpc.errors import RequestError, YelpHpcError, all_problems, in_shell
 from yelp_hpc.image.file import no_apptainer, why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
@@ -88,7 +88,8 @@ def _image(cluster: ClusterConfig) -> Iterator[str]:
     if cluster.container and (problem := why_no_image(Path(cluster.container.image))):
         image = cluster.container.image
         yield (
-            f"container.image: {problem} → python -m yelp_hpc image build {image} (--cuda for GPUs)"
+            f"container.image: {problem} → python -m yelp_hpc image build {in_shell(image)} "
+            "(--cuda for GPUs)"
         )
 
 

@@ -12,6 +12,7 @@ Each message says what, where and what to do next; the command line prints it wi
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def all_problems(headline: str, problems: Sequence[str], limit: int = 20) -> str
     if len(problems) > limit:
         lines.append(f"  … and {len(problems) - limit} more")
     return "\n".join([headline, *lines])
+
+
+def in_shell(path: object) -> str:
+    """A path as it is typed in a command: in quotes where a shell would read it otherwise."""
+    return shlex.quote(str(path))
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:

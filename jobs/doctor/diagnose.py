@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.doctor.facts import Look, NodeVisit
@@ -219,7 +219,7 @@ def _node_side(
         remedy = f"python -m yelp_hpc image check {request.cluster.container.image}"
         if "No module named" in report.inside_problem:
             text = f"the image holds an older yelp_hpc: {report.inside_problem.split(': ')[-1]}"
-            remedy = f"python -m yelp_hpc image build {request.cluster.container.image}"
+            remedy = f"python -m yelp_hpc image build {in_shell(request.cluster.container.image)}"
         yield replace(command("image", "failure", text, remedy), where=f"image on {name}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from yelp_hpc.cache import cache_folder, model_problem
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, nearest_path
+from yelp_hpc.errors import RequestError, in_shell, nearest_path
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.doctor.probes import (
     cached_model,
@@ -68,7 +68,7 @@ class Request:
     @property
     def fetch(self) -> str:
         """The command that downloads what the config names."""
-        return f"python -m yelp_hpc fetch --config {self.config_file}"
+        return f"python -m yelp_hpc fetch --config {in_shell(self.config_file)}"
 
 
 class DataFile(Frozen):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from yelp_hpc.data.sense import warnings
-from yelp_hpc.errors import RequestError, nearest
+from yelp_hpc.errors import RequestError, in_shell, nearest
 from yelp_hpc.gpus import OLDEST_DRIVER
 from yelp_hpc.image.check import driver_problems
 from yelp_hpc.jobs.chain import checked_run, refuse_unwritable
@@ -89,7 +89,7 @@ def check_image(
         locks: name → SHA-256 of the lock files of this code.
         version: of this code.
     """
-    build = f"python -m yelp_hpc image build {image.path}"
+    build = f"python -m yelp_hpc image build {in_shell(image.path)}"
     build += " --cuda" if request.gpus else ""
     if image.problem:
         return [command("image", "failure", image.problem, build)]
@@ -100,8 +100,9 @@ def check_image(
             f"{image.path} is not the image of this run: SHA-256 {image.sha256[:12]}…, the run's "
             f"is {recorded[:12]}…; queued jobs would refuse it"
         )
-        again = f"python -m yelp_hpc submit all --config {request.config_file}"
-        remedy = f"python -m yelp_hpc cancel --run {request.run}\n{again} --run {request.run}"
+        again = f"python -m yelp_hpc submit all --config {in_shell(request.config_file)}"
+        run = in_shell(request.run)
+        remedy = f"python -m yelp_hpc cancel --run {run}\n{again} --run {run}"
         found.append(command("image", "failure", text, remedy))
     lock = image.labels.get("lock", "")
     if lock in locks and locks[lock] != image.labels.get("lock-sha256"):
@@ -288,7 +289,11 @@ def check_allreduce(found: AllReduce, request: Request, machine: Machine) -> Ite
     if problems and request.gpus:
         text = problems[0].replace("the image", "torch").replace("this host", "this node")
         image = request.cluster.container
-        build = f"python -m yelp_hpc image build {image.image} --cuda" if image else _CUDA_PACKAGES
+        build = (
+            f"python -m yelp_hpc image build {in_shell(image.image)} --cuda"
+            if image
+            else _CUDA_PACKAGES
+        )
         if found.cuda:  # the same set again would not run either
             text += f"; cuda.lock needs driver {OLDEST_DRIVER} or newer"
             build = f"bash containers/lock.sh --index URL && {build}"
@@ -310,7 +315,7 @@ def check_allreduce(found: AllReduce, request: Request, machine: Machine) -> Ite
 def _job_packages(request: Request) -> str:
     image = request.cluster.container
     if image:
-        return f"python -m yelp_hpc image build {image.image}"
+        return f"python -m yelp_hpc image build {in_shell(image.image)}"
     return 'python -m pip install "yelp-hpc[job]"'
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems, in_shell
 from yelp_hpc.jobs.cluster import Resources, time_text
 from yelp_hpc.jobs.doctor.accounts import qos_in_force
 from yelp_hpc.jobs.doctor.findings import listed
@@ -109,9 +109,9 @@ def cluster_text(slurm: SlurmFacts, chosen: Choice, cluster: str, config: str, i
     text = f"""\
 # {slurm.settings.get("ClusterName") or "The cluster"}, as Slurm {slurm.version} described it.
 #
-#   python -m yelp_hpc doctor --cluster {cluster} --config {config}
-#   python -m yelp_hpc submit all --config {config} \\
-#       --cluster {cluster} --run runs/first --wait
+#   python -m yelp_hpc doctor --cluster {in_shell(cluster)} --config {in_shell(config)}
+#   python -m yelp_hpc submit all --config {in_shell(config)} \\
+#       --cluster {in_shell(cluster)} --run runs/first --wait
 #
 # Partitions (longest job; GPUs a node):
 {"".join(_partition_line(slurm, p) for p in visible)}# A null leaves the site's default.
@@ -173,7 +173,8 @@ def config_text(cluster: str, config: str) -> str:
     return f"""\
 # A first run: SmolLM2-135M and real review sentences, both from PyPI; minutes on any machine.
 #
-#   python -m yelp_hpc submit all --config {config} --cluster {cluster} --run runs/first --wait
+#   python -m yelp_hpc submit all --config {in_shell(config)} \\
+#       --cluster {in_shell(cluster)} --run runs/first --wait
 name: first
 seed: 42
 
@@ -283,4 +284,6 @@ def init(
     gpu = f", GPUs: {chosen.gpu_type or 'untyped'}" if chosen.gpu_partition else ", no GPUs"
     say(f"{cluster}: partition {partition.name if partition else 'of the site'}{gpu}")
     say(f"{config}: the demo's model and data")
-    say(f"next: python -m yelp_hpc doctor --cluster {cluster} --config {config}")
+    say(
+        f"next: python -m yelp_hpc doctor --cluster {in_shell(cluster)} --config {in_shell(config)}"
+    )

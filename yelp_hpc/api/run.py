@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.api.classifier import Classifier
 from yelp_hpc.config import Config
-from yelp_hpc.errors import StageError
+from yelp_hpc.errors import StageError, in_shell
 from yelp_hpc.rundir import manifest
 from yelp_hpc.rundir.files import read_object
 from yelp_hpc.rundir.paths import RunPaths
@@ -42,7 +42,8 @@ class Run:
         path = RunPaths(self.path).metrics
         if not path.is_file():
             raise StageError(
-                f"{path} is not there yet; see `python -m yelp_hpc status --run {self.path}`"
+                f"{path} is not there yet; see "
+                f"`python -m yelp_hpc status --run {in_shell(self.path)}`"
             )
         return read_object(path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from yelp_hpc.cache import hub_folder
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, all_problems, in_shell
 from yelp_hpc.models.fetch import fetch_model
 from yelp_hpc.rundir.files import damaged_files
 from yelp_hpc.rundir.manifest import load_run, recorded_config
@@ -83,7 +83,7 @@ def _of_run(folder: Path, tuned: bool) -> tuple[Config, Path]:
         if problems := damaged_files(run.adapter):
             raise RequestError(
                 all_problems(f"{folder} has no finished adapter:", problems)
-                + f"\nTrain it (python -m yelp_hpc run train --run {folder}), or ask for "
+                + f"\nTrain it (python -m yelp_hpc run train --run {in_shell(folder)}), or ask for "
                 "model='base'."
             )
         require_own_adapter(run, config)

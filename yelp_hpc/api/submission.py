@@ -9,7 +9,7 @@ from typing import Any
 
 from yelp_hpc.api.run import Run, load_run
 from yelp_hpc.config import Config, LoadedConfig, load_config
-from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.jobs import chain
 from yelp_hpc.jobs.cluster import ClusterConfig, load_cluster
 from yelp_hpc.jobs.status import JobStatus, collect_status, render
@@ -86,7 +86,8 @@ class Handle:
         ]
         if lacking:
             raise StageError(
-                f"not done: {', '.join(lacking)}; see `python -m yelp_hpc logs --run {self.path}`"
+                f"not done: {', '.join(lacking)}; see "
+                f"`python -m yelp_hpc logs --run {in_shell(self.path)}`"
             )
         return load_run(self.path)
 

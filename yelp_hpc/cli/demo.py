@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from yelp_hpc.cli.options import SET, Place
+from yelp_hpc.errors import in_shell
 
 
 @click.command()
@@ -56,6 +57,7 @@ def demo(run_dir: str, overrides: tuple[str, ...], cluster: str | None) -> None:
     )
     say(
         f"the report: {run_dir}/report.html\n"
-        f"next: python -m yelp_hpc verify --run {run_dir}   every figure, computed again\n"
+        f"next: python -m yelp_hpc verify --run {in_shell(run_dir)}   "
+        "every figure, computed again\n"
         "      python -m yelp_hpc init                  your cluster, by asking Slurm"
     )

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.image.file import why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES
@@ -110,7 +110,7 @@ def _ways_out(name: str, container: Container | None, arguments: Sequence[str]) 
             "one, this command goes in by itself)"
         )
     elif problem := why_no_image(Path(container.image)):
-        build = f"python -m yelp_hpc image build {container.image}"
+        build = f"python -m yelp_hpc image build {in_shell(container.image)}"
         way = f"{problem}: {build}, then the same command again"
     else:
         way = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +35,10 @@ from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.predict import predict
 from yelp_hpc.cli.record import export, reproduce, track, verify
 from yelp_hpc.cli.site import doctor, init
-from yelp_hpc.errors import YelpHpcError
+from yelp_hpc.errors import YelpHpcError, in_shell
 from yelp_hpc.progress import as_called, plain
 from yelp_hpc.rundir.modes import unreachable
 from yelp_hpc.rundir.paths import MODELS, STAGES
-from yelp_hpc.runtime import with_docstrings
 
 
 def _version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -333,7 +331,8 @@ def publish(run_dir: str, dry_run: bool) -> None:
     if config.publish.repo_id is None and not dry_run:
         raise RequestError(
             "publish.repo_id is not set, so there is nowhere to publish to:\n  python -m yelp_hpc "
-            f"submit publish --config FILE --run {run_dir} --set publish.repo_id=OWNER/NAME"
+            f"submit publish --config FILE --run {in_shell(run_dir)} "
+            "--set publish.repo_id=OWNER/NAME"
         )
     stage.run(run, config, dry_run=dry_run)
 
@@ -358,14 +357,13 @@ def interrupted(arguments: Sequence[str]) -> str:
         return "interrupted"
     return (
         "interrupted; jobs that were submitted go on.\n"
-        f"  follow them:  python -m yelp_hpc status --run {shlex.quote(run)} --watch\n"
-        f"  stop them:    python -m yelp_hpc cancel --run {shlex.quote(run)}"
+        f"  follow them:  python -m yelp_hpc status --run {in_shell(run)} --watch\n"
+        f"  stop them:    python -m yelp_hpc cancel --run {in_shell(run)}"
     )
 
 
 def main() -> None:
     """Run the command line; every error of the toolkit is one message and an exit code."""
-    with_docstrings()
     _spell_help_as_called()
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         if isinstance(stream, io.TextIOWrapper):

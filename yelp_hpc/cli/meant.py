@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.errors import nearest
+from yelp_hpc.errors import in_shell, nearest
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.synonyms import CLUSTER, COMMANDS, NO_KEY, OPTIONS, SBATCH, SHORT, key_of
 
@@ -62,7 +62,9 @@ def usage_meant(error: click.UsageError, arguments: Sequence[str]) -> str | None
     if isinstance(error, click.BadParameter):
         if is_file := re.search(r"Directory '(.+)' is a file", error.message):
             folder = Path(is_file[1]).parent
-            hint = f"; write `--run {folder}`" if Path(is_file[1]).name == "run.json" else ""
+            hint = (
+                f"; write `--run {in_shell(folder)}`" if Path(is_file[1]).name == "run.json" else ""
+            )
             option = error.param.opts[0] if error.param else "--run"
             return f"{option} takes a folder, and {is_file[1]} is a file{hint}"
         if error.ctx.command.name == "run" and error.message.startswith("'all' is not known"):

@@ -9,6 +9,7 @@ import click
 
 from yelp_hpc.cli.meant import Words
 from yelp_hpc.cli.options import RUN, Place
+from yelp_hpc.errors import in_shell
 from yelp_hpc.rundir.paths import MODELS
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def predict(
     if dry_run:
         return
     if executor == "slurm" and not wait:
-        say(f"follow it: python -m yelp_hpc status --run {folder} --watch")
+        say(f"follow it: python -m yelp_hpc status --run {in_shell(folder)} --watch")
     else:
         click.echo(out)
 

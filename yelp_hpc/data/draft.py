@@ -13,7 +13,7 @@ from pathlib import Path
 
 from yelp_hpc.data.files import data_files, format_of, records
 from yelp_hpc.data.labels import NO_LABEL, number, value_text, whole_number
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, in_shell
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.task import label_fault
@@ -222,7 +222,7 @@ def draft(found: Survey, config: str) -> str:
     lines = [
         f"# {found.place}: {found.rows:,} rows, {len(values)} labels.",
         "#",
-        f"#   python -m yelp_hpc submit all --config {config} --executor local --run runs/mine",
+        f"#   {_next(config)}",
         f"name: {_run_name(found.place)}",
         "",
         "model:",
@@ -264,6 +264,11 @@ def draft(found: Survey, config: str) -> str:
         "  max_tokens: 2048",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _next(config: str) -> str:
+    named = f"--config {in_shell(config)} --executor local --run runs/mine"
+    return f"python -m yelp_hpc submit all {named}"
 
 
 def _odd(label: str, spelled: Counter[str]) -> str:
@@ -329,4 +334,4 @@ def init_data(place: str, config: Path, force: bool = False) -> None:
     for name, spelled in found.columns[label].labels.items():
         if odd := _odd(name, spelled):
             say(f"label {name}: {spelled.total():,} rows{odd}")
-    say(f"next: python -m yelp_hpc submit all --config {config} --executor local --run runs/mine")
+    say(f"next: {_next(str(config))}")

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from yelp_hpc.errors import StageError
+from yelp_hpc.errors import StageError, in_shell
 from yelp_hpc.evaluation.metrics import Counts
 from yelp_hpc.inference.provenance import Provenance
 from yelp_hpc.inference.shard_files import provenance_of
@@ -259,7 +259,7 @@ class Coverage:
             folder = self.run.predictions(self.model)
             commands += [f"rm {folder}/shard-*-of-{suffix}" for suffix in pattern]
         bad = sorted({*self.missing, *self.damaged, *self.foreign, *self._doubling_shards()})
-        infer = f"python -m yelp_hpc run infer --run {self.run.root} --model {self.model}"
+        infer = f"python -m yelp_hpc run infer --run {in_shell(self.run.root)} --model {self.model}"
         if 0 < len(bad) <= 3:
             commands += [f"{infer} --shard {shard}" for shard in bad]
         elif bad or (self.codes == MISSING).any():

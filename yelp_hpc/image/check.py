@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems, in_shell
 from yelp_hpc.image.file import image_sha256, no_apptainer, why_no_image
 from yelp_hpc.rundir.manifest import lock_hashes
 from yelp_hpc.runtime import program
@@ -151,7 +151,7 @@ def _require(image: Path) -> None:
     if shutil.which(program("apptainer")) is None:
         problems.append(no_apptainer())
     if problem := why_no_image(image):
-        problems.append(f"{problem}: python -m yelp_hpc image build {image}")
+        problems.append(f"{problem}: python -m yelp_hpc image build {in_shell(image)}")
     if problems:
         raise RequestError(all_problems("the image cannot be looked at:", problems))
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from yelp_hpc.config import Config, LoadedConfig
-from yelp_hpc.errors import RequestError
+from yelp_hpc.errors import RequestError, in_shell
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import (
     json_bytes,
@@ -51,7 +51,8 @@ class Reproduction:
     @property
     def command(self) -> str:
         """What starts it, where the first run ran."""
-        command = f"python -m yelp_hpc submit all --config {self.config_file} --run {self.run.root}"
+        named = f"--config {in_shell(self.config_file)} --run {in_shell(self.run.root)}"
+        command = f"python -m yelp_hpc submit all {named}"
         return f"{command} --executor local" if self.local else command
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import DTYPES, Config, LoadedConfig, Precision
-from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems, in_shell
 from yelp_hpc.own_files import IMPORT_ROOT, SHARE, version
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.changes import differences, dotted, refused_changes
@@ -45,7 +45,7 @@ def load_run(root: str | Path) -> tuple[RunPaths, Config]:
     if not run.run_json.is_file():
         raise RequestError(
             f"{root} is not a run directory (it has no run.json); make one with "
-            f"`python -m yelp_hpc submit all --config FILE --run {root}`"
+            f"`python -m yelp_hpc submit all --config FILE --run {in_shell(root)}`"
         )
     return run, recorded_config(run.run_json)
 

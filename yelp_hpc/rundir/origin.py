@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import StageError, all_problems
+from yelp_hpc.errors import StageError, all_problems, in_shell
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import MARKER, read_json, read_marker, sha256_file
 from yelp_hpc.rundir.manifest import chosen_precision, in_precision
@@ -97,6 +97,6 @@ def require_own_adapter(run: RunPaths, config: Config) -> None:
     if problems:
         headline = f"{run.adapter} was not trained by this run:"
         raise StageError(
-            all_problems(headline, problems)
-            + f"\nMove it away and train again: python -m yelp_hpc run train --run {run.root}"
+            all_problems(headline, problems) + "\nMove it away and train again: "
+            f"python -m yelp_hpc run train --run {in_shell(run.root)}"
         )

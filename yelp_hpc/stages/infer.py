@@ -22,7 +22,14 @@ import pyarrow as pa
 import torch
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError, first_line
+from yelp_hpc.errors import (
+    NodeFault,
+    RequestError,
+    SavedForRequeue,
+    StageError,
+    first_line,
+    in_shell,
+)
 from yelp_hpc.inference.predictor import Predictor, load_predictor
 from yelp_hpc.inference.provenance import Provenance, wanted
 from yelp_hpc.inference.shard_files import (
@@ -147,14 +154,14 @@ def check_inputs(paths: RunPaths, config: Config, model: ModelName) -> None:
         if not path.is_file() or files.get(path.name) != sha256_file(path):
             raise StageError(
                 f"{path} is missing, torn or altered; run prepare first: "
-                f"python -m yelp_hpc run prepare --run {paths.root}"
+                f"python -m yelp_hpc run prepare --run {in_shell(paths.root)}"
             )
     if model == "tuned":
         problems = damaged_files(paths.adapter)
         if problems:
             raise StageError(
                 f"there is no complete adapter ({'; '.join(problems)}); run train first: "
-                f"python -m yelp_hpc run train --run {paths.root}"
+                f"python -m yelp_hpc run train --run {in_shell(paths.root)}"
             )
         require_own_adapter(paths, config)
 

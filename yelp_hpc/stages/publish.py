@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.errors import RequestError, StageError, all_problems
+from yelp_hpc.errors import RequestError, StageError, all_problems, in_shell
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.models.local import TOKENIZER_FILES
 from yelp_hpc.progress import plain, say
@@ -132,7 +132,8 @@ def check_finished(paths: RunPaths) -> None:
     if problems:
         raise StageError(
             all_problems("publish needs a finished run:", problems)
-            + f"\nSee `python -m yelp_hpc status --run {paths.root}` for the stage to run first."
+            + f"\nSee `python -m yelp_hpc status --run {in_shell(paths.root)}` "
+            "for the stage to run first."
         )
 
 
@@ -164,7 +165,7 @@ def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[Hub
     pictures: dict[str, Path | bytes] = {}
     if paths.loss_png.is_file():
         pictures["loss.png"] = paths.loss_png
-    remedy = f"make it again: python -m yelp_hpc collect --run {paths.root}"
+    remedy = f"make it again: python -m yelp_hpc collect --run {in_shell(paths.root)}"
     with as_written(paths.metrics, remedy):
         if tuned := metrics["models"].get("tuned"):
             pictures["confusion.png"] = draw_confusion(
