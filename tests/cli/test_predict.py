@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas
 import pytest
 
+from tests.cli.test_places import RIGHTS
 from tests.hub.finished import finish_run
 from tests.tiny import SIF, reviews
+from yelp_hpc import Classifier
 from yelp_hpc.rundir.paths import RunPaths
 
 
@@ -27,6 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(folder: Path, *arguments: str) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "yelp_hpc", "predict", "--run", "run", *arguments]
+    command = [*(RIGHTS if os.geteuid() == 0 else []), *command]
     env = {**os.environ, "YELP_HPC_CACHE": str(folder / "cache")}
     env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -106,6 +109,25 @@ def test_answers_only_are_the_same_answers_in_a_request_of_their_own(
     assert [*only] == ["id", "text", "p_1", "answer", "name"]
     assert only["answer"].tolist() == both["answer"].tolist()
     assert only["name"].tolist() == both["name"].tolist()
+
+
+def test_a_colleagues_run_answers_and_stays_as_it_is(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.copy(finished / "new.csv", tmp_path)
+    for path in [*(tmp_path / "run").rglob("*"), tmp_path / "run"]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted((tmp_path / "run").rglob("*"))
+    code, shown, errors = predict(tmp_path, "--input", "new.csv", "--out", "out.csv")
+    assert (code, shown) == (0, "out.csv\n"), errors
+    (asked,) = (tmp_path / "out.predict").iterdir()
+    assert f"may only be read, so that the work lies in {asked}" in errors
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    frame = pandas.read_csv(tmp_path / "out.csv")
+    texts = pandas.read_csv(finished / "new.csv")["text"].tolist()
+    alone = [one.label for one in Classifier(finished / "run").predict(texts)]
+    assert frame["answer"].astype(str).tolist() == alone
+    code, _, errors = predict(tmp_path, "--input", "new.csv", "--out", "out.csv")
+    assert code == 0 and "nothing to do, everything is there" in errors
 
 
 def test_refusals_exit_with_2(finished: Path) -> None:

@@ -75,11 +75,12 @@ def test_missing_shards_are_named_with_the_command_for_each(run: RunPaths) -> No
 
 
 def test_no_shard_at_all_asks_for_the_whole_model(tmp_path: Path) -> None:
-    run = RunPaths(tmp_path)
+    run = RunPaths(tmp_path / "my run")  # the command is one to be typed
     write_test_set(run, LABELS)
     coverage = cover(run)
     assert "shards 0-3 of 4 missing" in coverage.problems()[0]
-    assert coverage.mend() == [f"python -m yelp_hpc run infer --run {tmp_path} --model tuned"]
+    command = f"python -m yelp_hpc run infer --run '{run.root}' --model tuned"
+    assert coverage.mend() == [command]
 
 
 @pytest.mark.parametrize("keep", [0, 3, 0.5, 0.97])

@@ -77,7 +77,8 @@ def predict(
 
     The file that is written has the input's columns, then answer, name, the probability p_LABEL of
     each label and, where the task is ordinal, expected. A column of labels gives metrics, too.
-    What was interrupted goes on when the same command is given again.
+    What was interrupted goes on when the same command is given again. The work lies in the run
+    directory; of a colleague's run, which may only be read, in OUT.predict/ beside the output.
 
     \b
       python -m yelp_hpc predict --run runs/demo --input new.csv --out answers.csv
@@ -105,10 +106,12 @@ def predict(
         answers_only=answers_only,
     )
     settings = _cluster(run, cluster, executor, request)
-    folder = run.predict / request.name
+    folder = request.folder
     asked = request.config(config, shards)
     if note:
         say(f"predict: {note}")
+    if folder.parent != run.predict:
+        say(f"predict: {run.root} may only be read, so that the work lies in {folder}")
     submit(
         "predict",
         folder,

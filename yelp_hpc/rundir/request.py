@@ -1,5 +1,7 @@
 """A request for predictions: RUN/predict/NAME/, a run directory of its own for rows without labels.
 
+Over a run that may only be read it is OUT.predict/NAME/, beside the output.
+
 Its `prepare/`, `infer/MODEL/` and `logs/` are those of any run; `train/adapter` is a copy of the
 run's; request.json tells what is asked for, answered.json, written last, what came of it.
 """
@@ -25,6 +27,7 @@ from yelp_hpc.rundir.files import (
     write_synced,
 )
 from yelp_hpc.rundir.manifest import Asked
+from yelp_hpc.rundir.modes import unwritable
 from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
 
 
@@ -63,6 +66,14 @@ class Request:
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(self.input).stem)
         return f"{stem[:40].strip('-') or 'input'}-{digest}"
+
+    @property
+    def folder(self) -> Path:
+        """RUN/predict/NAME; beside the output where the run is one that may only be read."""
+        own = RunPaths(self.run).predict / self.name
+        if unwritable(own, folder=True) is None:
+            return own
+        return Path(self.out).with_name(f"{Path(self.out).stem}.predict") / self.name
 
     @property
     def metrics(self) -> Path:

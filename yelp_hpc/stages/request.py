@@ -99,7 +99,6 @@ def make_request(
         if all(format_of(path) not in BINARY_FORMATS for path in files):
             raise
         note = "the input is looked at on the node: pyarrow is not installed here"
-    asked = run.predict / request.name
     for path in (Path(request.out), request.metrics):
-        refuse_foreign(path, lambda _: read_request(RunPaths(asked)).out == request.out)
+        refuse_foreign(path, lambda _: read_request(RunPaths(request.folder)).out == request.out)
     return request, note
