@@ -18,18 +18,11 @@ from yelp_hpc.cache import cache_folder
 from yelp_hpc.config import Config
 from yelp_hpc.explain import dotted_keys
 from yelp_hpc.jobs.site.client import user_name
-from yelp_hpc.own_files import shipped
+from yelp_hpc.own_files import expanded, shipped
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.runtime import TOKENS
-from yelp_hpc.settings import Frozen, read_settings
+from yelp_hpc.settings import MOST, Section, read_settings
 from yelp_hpc.synonyms import CLUSTER, CONFIG, SBATCH, SHORT
-
-
-def _one_line(value: str) -> str:
-    # a line break would start a line of its own in the sbatch script
-    if any(ord(character) < 32 or ord(character) == 127 for character in value):
-        raise ValueError("must not hold line breaks or control characters")
-    return value
 
 
 def _expanded(value: str) -> str:
@@ -44,10 +37,7 @@ def _expanded(value: str) -> str:
             value = value.replace(written, known[name])
     if "$" in value or "`" in value:
         raise ValueError("holds more of a shell than `~` and variables, which nobody runs here")
-    value = os.path.expanduser(value)  # noqa: PTH111 - a bind is more than a path
-    if value.startswith("~"):
-        raise ValueError(f"{value.partition('/')[0]} is no user here")
-    return value
+    return expanded(value)
 
 
 def _expanded_bind(value: str) -> str:
@@ -59,8 +49,6 @@ def _expanded_bind(value: str) -> str:
 def _absolute(value: str) -> str:
     if "://" in value:
         raise ValueError(f"must be a file or a folder here; `apptainer pull FILE.sif {value}`")
-    if not value.strip():
-        raise ValueError("is empty; leave it out, or name a path")
     if value[0] in "'\"":
         raise ValueError("stands in quotes twice: one pair is a part of the name")
     if found := re.search(r"%[jJAaNnstux]\b", value):
@@ -86,18 +74,17 @@ def _nodes(value: Any) -> int | str | None:
         return None
     least, range_, most = str(value).partition("-")
     most = most if range_ else least
-    if not (least.isdecimal() and most.isdecimal()) or int(least) < 1:
+    if not (str(value).isascii() and least.isdecimal() and most.isdecimal()) or int(least) < 1:
         raise ValueError("must be a number of nodes, or the least and the most of them as in 1-4")
     if int(most) < int(least):
         raise ValueError(f"must not be at most {most} where it is at least {least}")
     return int(least) if int(most) == int(least) else f"{int(least)}-{int(most)}"
 
 
-Line = Annotated[str, AfterValidator(_one_line)]
-LocalPath = Annotated[Line, AfterValidator(_absolute)]
-Expanded = Annotated[Line, AfterValidator(_expanded)]
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+Expanded = Annotated[str, AfterValidator(_expanded)]
 _PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "sacct", "sacctmgr", "apptainer")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # what the launchers set themselves: a second value in `sbatch:` would silently win over it
 _RESERVED = frozenset(
@@ -140,26 +127,26 @@ def time_text(count: int) -> str:
     return f"{days}-{text}" if days else text.removeprefix("0")
 
 
-class Resources(Frozen):
+class Resources(Section):
     """What one job of a stage asks of Slurm. In a stage's section a null takes the default."""
 
-    partition: Line | None = Field(default=None, description="as in `sinfo`")
-    account: Line | None = Field(default=None, description="whom Slurm charges")
-    qos: Line | None = Field(default=None, description="quality of service")
-    gpu_type: Line | None = Field(default=None, description="type in --gres=gpu:TYPE:N; null: any")
+    partition: str | None = Field(default=None, description="as in `sinfo`")
+    account: str | None = Field(default=None, description="whom Slurm charges")
+    qos: str | None = Field(default=None, description="quality of service")
+    gpu_type: str | None = Field(default=None, description="type in --gres=gpu:TYPE:N; null: any")
     gpus: int | None = Field(default=None, ge=0, description="GPUs a node")
     nodes: Annotated[int | str | None, BeforeValidator(_nodes)] = Field(
         default=None, description="nodes of one job; 1-4: as many of them as the queue gives"
     )
     cpus: int | None = Field(default=None, ge=1, description="CPUs a node")
-    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
+    memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = Field(
         default=None, description="memory a node: a number and K, M, G or T, as 64G"
     )
-    time: Line | None = Field(default=None, description="time limit of a job, which is requeued")
-    constraint: Line | None = Field(default=None, description="features that a node must have")
-    exclude: Line | None = Field(default=None, description="nodes not to run on")
-    mail_user: Line | None = Field(default=None, description="whom Slurm writes to")
-    mail_type: Line | None = Field(default=None, description="when; null: FAIL")
+    time: str | None = Field(default=None, description="time limit of a job, which is requeued")
+    constraint: str | None = Field(default=None, description="features that a node must have")
+    exclude: str | None = Field(default=None, description="nodes not to run on")
+    mail_user: str | None = Field(default=None, description="whom Slurm writes to")
+    mail_type: str | None = Field(default=None, description="when; null: FAIL")
     save_seconds: int | None = Field(
         default=None,
         ge=10,
@@ -188,7 +175,7 @@ class Resources(Frozen):
         # 64GB, 64GiB and 64g are all Slurm's 64G
         if type(value) in (int, float):
             raise ValueError("say the unit, as in 64G: Slurm reads a bare number as megabytes")
-        found = re.fullmatch(r"(\d+)([KMGT])(?:i?B)?", str(value), re.IGNORECASE)
+        found = re.fullmatch(r"([0-9]+)([KMGT])(?:i?B)?", str(value), re.IGNORECASE)
         return f"{found[1]}{found[2].upper()}" if found else value
 
     @field_validator("time", mode="before")
@@ -196,7 +183,8 @@ class Resources(Frozen):
     def _time(cls, value: Any) -> Any:
         if isinstance(value, bool) or value is None:
             return value
-        minutes(str(value))
+        if minutes(str(value)) > MOST:
+            raise ValueError("is more than Slurm can count")
         if not re.search("[1-9]", str(value)):
             raise ValueError("0 is no limit to Slurm, and a job saves before its limit: name one")
         return str(value)
@@ -234,11 +222,11 @@ class Resources(Frozen):
         return None
 
 
-class Container(Frozen):
+class Container(Section):
     """The Apptainer image that stages run in."""
 
     image: LocalPath = Field(description="the .sif file, on a file system that all nodes see")
-    binds: tuple[Annotated[Line, AfterValidator(_expanded_bind)], ...] = Field(
+    binds: tuple[Annotated[str, AfterValidator(_expanded_bind)], ...] = Field(
         default=(), description="SOURCE[:TARGET[:ro]] besides run, cache, model and data"
     )
     env: tuple[
@@ -250,7 +238,7 @@ class Container(Frozen):
         description="folder with room that all nodes see, for what stages download and compile; "
         "null: YELP_HPC_CACHE or ~/.cache/yelp_hpc",
     )
-    node_disk: Line | None = Field(
+    node_disk: str | None = Field(
         default=None, description="folder on a node's disk that gets a copy of the image, once"
     )
     extra_args: tuple[Expanded, ...] = Field(default=(), description="further arguments of exec")
@@ -261,7 +249,7 @@ class Container(Frozen):
         return str(cache_folder()) if value is None else value
 
 
-class ClusterConfig(Frozen):
+class ClusterConfig(Section):
     """Where and how the jobs of a run are run."""
 
     synonyms: ClassVar[Mapping[str, str]] = CLUSTER
@@ -295,7 +283,7 @@ class ClusterConfig(Frozen):
     command: tuple[Expanded, ...] | None = Field(
         default=None, description="what runs a stage on the host; null: PYTHON -m yelp_hpc run"
     )
-    setup: tuple[Line, ...] = Field(default=(), description="shell lines first: module load …")
+    setup: tuple[str, ...] = Field(default=(), description="shell lines first: module load …")
     array_parallelism: int = Field(default=16, ge=1, description="array tasks that run at once")
     max_array_size: int = Field(default=1001, ge=2, description="the site's MaxArraySize")
     requeue_cap: int = Field(default=5, ge=1, description="idle restarts before giving up")

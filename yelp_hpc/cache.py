@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.own_files import expanded
 
 SEEN = "YELP_HPC_HUB"
 """Names the Hub's own cache to a stage in the image, in which HF_HOME is another folder."""
@@ -25,12 +26,13 @@ def cache_folder() -> Path:
     """
     named = os.environ.get("YELP_HPC_CACHE")
     # a module file or an `export` in quotes leaves the ~ to us
-    found = Path(os.path.expanduser(named)) if named else _user_caches(os.environ) / "yelp_hpc"  # noqa: PTH111
-    if found.parts[0].startswith("~"):
-        lost = found.parts[0]
-        why = "there is no HOME" if lost == "~" else f"{lost} is no user here"
-        raise RequestError(f"the cache {found}: {why}; name another: export YELP_HPC_CACHE=DIR")
-    return found
+    found = named or str(_user_caches(os.environ) / "yelp_hpc")
+    try:
+        return Path(expanded(found))
+    except ValueError as error:
+        raise RequestError(
+            f"the cache {found}: {error}; name another: export YELP_HPC_CACHE=DIR"
+        ) from None
 
 
 def made(folder: Path) -> Path:

@@ -6,7 +6,7 @@ Reads a YAML file and `--set a.b=c` overrides. The types below are the documenta
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from yelp_hpc.errors import RequestError
-from yelp_hpc.own_files import shipped
-from yelp_hpc.settings import Frozen, read_settings
+from yelp_hpc.own_files import expanded, shipped
+from yelp_hpc.settings import SEVERAL_LINES, Section, read_settings
 from yelp_hpc.synonyms import CONFIG, NO_KEY, OF_A_SITE
 from yelp_hpc.task import YELP, TaskConfig
 
@@ -29,12 +29,11 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-Name = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v)]
+Name = Annotated[str, BeforeValidator(lambda v: str(v) if type(v) is int else v), SEVERAL_LINES]
 
 
 def _of_a_user(value: str) -> str:
-    if os.path.expanduser(value).startswith("~"):  # noqa: PTH111 - never raises
-        raise ValueError(f"{value.partition('/')[0]} is no user here")
+    expanded(value)
     return value
 
 
@@ -45,7 +44,7 @@ OnOff = Annotated[
 ]
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Section):
     """The base model."""
 
     path: Place = Field(
@@ -57,7 +56,7 @@ class ModelConfig(Frozen):
     )
 
 
-class DataConfig(Frozen):
+class DataConfig(Section):
     """Where the reviews come from and how they are sampled."""
 
     source: Literal["hub", "file", "demo"] = Field(description="kind of source")
@@ -119,10 +118,10 @@ class DataConfig(Frozen):
         return self
 
 
-class PromptConfig(Frozen):
+class PromptConfig(Section):
     """The text around a review."""
 
-    template: str = Field(
+    template: Annotated[str, SEVERAL_LINES] = Field(
         "Instruction: The following is a user's review of a merchant. Please judge and output "
         "the corresponding five-star rating for this review.\nReview: {review}\nOutput: {label}",
         description="holds {review} once and ends with {label}",
@@ -138,11 +137,11 @@ class PromptConfig(Frozen):
         return value
 
 
-class LoraConfig(Frozen):
+class LoraConfig(Section):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(8, ge=1, description="rank of the update of each adapted matrix")
-    alpha: float = Field(16, gt=0, description="the update is scaled by alpha / rank")
+    rank: int = Field(8, ge=1, le=2**14, description="rank of the update of each adapted matrix")
+    alpha: float = Field(16, gt=0, le=1e6, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.08, ge=0, lt=1, description="of the adapter's input, in training")
     target: tuple[str, ...] | None = Field(
         None,
@@ -151,7 +150,7 @@ class LoraConfig(Frozen):
     )
 
 
-class TrainConfig(Frozen):
+class TrainConfig(Section):
     """Supervised fine-tuning on the answer tokens."""
 
     adapter: Place | None = Field(
@@ -190,14 +189,14 @@ class TrainConfig(Frozen):
         description="number format of the weights and sums; auto, chosen at the first start: bf16 "
         "on GPUs that have it (sm_80), fp16 on older ones, fp32 on a CPU",
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on the adapter")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="AdamW's, on the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="a longer gradient is cut to this norm")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of Adam's moments")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's term against division by 0")
+    adam_epsilon: float = Field(1e-8, gt=0, le=1, description="Adam's term against division by 0")
     gradient_checkpointing: OnOff = Field(
         "auto", description="compute layers twice to save memory; auto: only if it must be"
     )
-    nproc: Auto | Annotated[int, Field(ge=1)] = Field(
+    nproc: Auto | Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="ranks a node, one a GPU; auto: as many as the node has"
     )
     evaluate_every: int | None = Field(
@@ -238,7 +237,7 @@ FREE_TRAIN_SETTINGS = frozenset(
 """Keys of `train` that change speed, saving or what is shown, but not what is learnt."""
 
 
-class InferConfig(Frozen):
+class InferConfig(Section):
     """Predictions on the test set."""
 
     models: tuple[Literal["base", "tuned"], ...] = Field(
@@ -268,15 +267,17 @@ class InferConfig(Frozen):
         return value
 
 
-class CollectConfig(Frozen):
+class CollectConfig(Section):
     """Statistics over the predictions."""
 
-    bootstrap: int = Field(2000, ge=100, description="resamples of the 95 % intervals")
-    calibration_bins: int = Field(15, ge=2, description="bins of confidence")
-    mistakes: int = Field(20, ge=0, description="worst mistakes shown in the report")
+    bootstrap: int = Field(
+        2000, ge=100, le=1_000_000, description="resamples of the 95 % intervals"
+    )
+    calibration_bins: int = Field(15, ge=2, le=1000, description="bins of confidence")
+    mistakes: int = Field(20, ge=0, le=10_000, description="worst mistakes shown in the report")
 
 
-class PublishConfig(Frozen):
+class PublishConfig(Section):
     """Upload to the Hugging Face Hub."""
 
     repo_id: str | None = Field(None, description="owner/name on the Hub; null: publish nothing")
@@ -299,12 +300,16 @@ class PublishConfig(Frozen):
     @field_validator("repo_id")
     @classmethod
     def _repo_id(cls, value: str | None) -> str | None:
-        if value is not None and (value.count("/") != 1 or not all(value.split("/"))):
-            raise ValueError("must look like owner/name")
+        # the Hub's own rule (huggingface_hub.utils.validate_repo_id)
+        good = r"\w[\w.-]*/\w[\w.-]*(?<![.-])"
+        if value is not None and (
+            not re.fullmatch(good, value, re.ASCII) or re.search(r"--|\.\.|\.git$", value)
+        ):
+            raise ValueError("must look like owner/name: letters, digits, . _ -")
         return value
 
 
-class Config(Frozen):
+class Config(Section):
     """Everything that a run's result depends on."""
 
     synonyms: ClassVar[Mapping[str, str]] = CONFIG

@@ -5,6 +5,7 @@ Pure: a settings class, pydantic's errors and the places of the keys in, lines o
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any, get_args
@@ -30,23 +31,46 @@ def explain(
         dotted = ".".join(parts)
         if item["type"] == "extra_forbidden":
             yield f"{_place(parts, origin)}unknown key {dotted}{_nearest(model, parts)}"
-        elif item["type"] == "missing":
+        elif item["type"] == "missing" and not parts[-1].isdecimal():
             yield f"{_place(parts, origin)}{dotted} is missing"
         else:  # the ways in which one value could be right are one problem
             names, field = _field(model, parts)
+            if _counted_wrongly(item):
+                continue
+            if item["type"] == "missing":  # an entry of a list
+                names = names[:-1]
             message = in_words(item, field)
             wrong.setdefault(".".join(names), (item["input"], []))[1].append(message)
     for dotted, (value, messages) in wrong.items():
-        shown = "" if isinstance(value, dict) else f" (got {_as_yaml(value)})"
+        got = "" if isinstance(value, dict) else f" (got {shown(value)})"
         said = ", or ".join(dict.fromkeys(messages)).replace(", or input should be", ", or")
         said = value_meant(dotted, value) or said
-        yield f"{_place(dotted.split('.'), origin)}{dotted or 'the file'}: {said}{shown}"
+        yield f"{_place(dotted.split('.'), origin)}{dotted or 'the file'}: {said}{got}"
 
 
-def _as_yaml(value: Any) -> str:
-    """A value as it stands in YAML."""
-    words = {"None": "null", "True": "true", "False": "false"}
-    return words.get(repr(value), repr(value))
+def _counted_wrongly(item: Mapping[str, Any]) -> bool:
+    """Whether pydantic calls a list too short because of what is wrong with its entries."""
+    least = int(item.get("ctx", {}).get("min_length", 0))
+    return item["type"] == "too_short" and 0 < least <= len(list(item["input"]))
+
+
+class _Shown(reprlib.Repr):
+    """Values as they stand in YAML, the middle of long ones left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        if x is None or isinstance(x, bool):
+            return {None: "null", True: "true", False: "false"}[x]
+        if isinstance(x, date):
+            return str(x)
+        return super().repr1(x, level)
+
+
+shown = _Shown().repr
+"""A value as it stands in YAML, short enough for a message."""
 
 
 def _place(parts: Sequence[str], origin: Mapping[str, str]) -> str:
@@ -89,6 +113,8 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
     if isinstance(value, dict) and plain:
         text = "; a text that begins with { stands in quotes" if kind == "string_type" else ""
         return f"takes one value, and has no keys below it{text}"
+    if kind == "string_unicode":
+        return "holds half a character"
     if kind == "string_type" and isinstance(value, bool):
         return "put it in quotes: YAML reads it as true or false"
     if kind == "string_type" and isinstance(value, int | float | date):
@@ -102,10 +128,14 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
         return "input should be a list: [A, B]"
     if kind in ("tuple_type", "list_type"):
         words = _words(field)
+        if value is None or isinstance(value, bool) or len(shown(value)) < len(str(value)):
+            return f"input should be a list{', of ' + ', '.join(words) if words else ': [A, B]'}"
         entries = [word_meant(part, words) or part.strip() for part in str(value).split(",")]
         if words and not {*entries} <= {*words}:
             return f"input should be a list, of {', '.join(words)}"
         return f"input should be a list: [{', '.join(entries)}]"
+    if kind == "missing":
+        return f"input should hold {len(get_args(field.annotation)) if field else 'more'} entries"
     if kind in ("too_short", "too_long"):
         least = context.get("min_length")
         bound = f"at most {context['max_length']}" if least is None else f"at least {least}"
@@ -118,11 +148,13 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
         return "a key is a word; a number is written without separators: 10000 or 10_000"
     if kind == "literal_error":
         words = [word for word in _words(field) if word] or [str(context["expected"])]
-        meant = word_meant(value, words)
+        meant = word_meant(value, words) if value is not None else None
         hint = f"; did you mean {meant}?" if meant and len(words) > 1 else ""
         return f"input should be {' or '.join(words)}{hint}"
     if kind.startswith("int"):
         return f"input should be a whole number{null}{_without_unit(value, 'k')}"
+    if kind.startswith("float") and type(value) is int:
+        return "is too large"
     if kind.startswith("float"):
         return f"input should be a number, with a decimal point{null}{_without_unit(value, '%')}"
     if kind.startswith("bool"):

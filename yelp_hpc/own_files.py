@@ -57,6 +57,19 @@ def package_files() -> list[Path]:
     return sorted(found)
 
 
+def expanded(text: str) -> str:
+    """A path, or what begins with one, with the home folder for its `~`.
+
+    Raises:
+        ValueError: it is in the home of a user that there is not, or of one that has none.
+    """
+    found = os.path.expanduser(text)  # noqa: PTH111 - a text, which may be more than a path
+    if found.startswith("~"):
+        lost = found.partition("/")[0]
+        raise ValueError("there is no HOME" if lost == "~" else f"{lost} is no user here")
+    return found
+
+
 def shipped(name: str | Path) -> Path:
     """`name`, or the file of that name that the package brings along where there is none here.
 

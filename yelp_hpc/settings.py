@@ -10,17 +10,19 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from yelp_hpc.errors import RequestError, all_problems, nearest
-from yelp_hpc.explain import explain
+from yelp_hpc.explain import explain, shown
 
 
 class Frozen(BaseModel):
-    """A section of settings: unknown keys are refused, values cannot change after loading."""
+    """Values of a fixed shape: unknown keys are refused, nothing can change after loading."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -29,6 +31,21 @@ class Frozen(BaseModel):
         allow_inf_nan=False,
         serialize_by_alias=True,
     )
+
+
+SEVERAL_LINES = "several lines"
+"""Marks a text of a section that may hold line breaks and tabs."""
+OWN_RULE = "a rule of its own"
+"""Marks texts of a section that say themselves what they may hold."""
+MOST = 2**32 - 1
+"""A larger number is no count of anything, nor a seed."""
+_NO_LINE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_NO_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Section(Frozen):
+    """A section of settings, as people write them."""
+
     synonyms: ClassVar[Mapping[str, str]] = {}
     """What people write → the key that they mean: dotted, or of the section that it stands in."""
     elsewhere: ClassVar[Mapping[str, str]] = {}
@@ -38,30 +55,84 @@ class Frozen(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _sound(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        kinds = _kinds(field.annotation)
+        listed = value if isinstance(value, list | tuple) else [value]
         # pydantic reads true as 1, and YAML reads on and yes as true
-        if isinstance(value, bool) and _kinds(cls.model_fields[str(info.field_name)].annotation) & {
-            int,
-            float,
-        }:
+        if kinds & {int, float} and any(isinstance(one, bool) for one in listed):
             raise ValueError("must be a number, not true or false")
+        marks = [*field.metadata, *kinds]
+        if str not in kinds or OWN_RULE in marks:
+            return value
+        if any(isinstance(one, str) and not one.strip() for one in listed):
+            if listed is value:
+                raise ValueError("an entry is empty; leave it out")
+            raise ValueError(f"is empty{'' if field.is_required() else '; leave it out'}")
+        odd = _NO_LINES if SEVERAL_LINES in marks else _NO_LINE
+        inside = value.values() if isinstance(value, dict) else listed
+        if any(isinstance(one, str) and odd.search(one) for one in inside):
+            raise ValueError("must not hold line breaks or control characters")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        if type(value) is int and value > MOST:
+            raise ValueError(f"is too large: at most {MOST}")
         return value
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation allows, those in a list aside."""
-    if get_origin(annotation) is tuple:
-        return set()
+    """The types that an annotation allows, in a list too."""
     inside = get_args(annotation)
     return {annotation}.union(*map(_kinds, inside)) if inside else {annotation}
 
 
 Settings = TypeVar("Settings", bound=Frozen)
+Sections = TypeVar("Sections", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-5 as a number, as YAML 1.2 does (yaml/pyyaml#173)."""
+    """SafeLoader that reads numbers as YAML 1.2 does (yaml/pyyaml#173) and plain values alone."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As SafeLoader does; what a value cannot be is an error of its line."""
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if kind not in _PLAIN:
+            said = str(node.tag).replace("tag:yaml.org,2002:", "!!")
+            why = f"{said} is no kind of value here; a text that begins with ! stands in quotes"
+            raise ConstructorError(None, None, why, node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):  # a month 13, !!int of a word
+            why = f"{shown(node.value)} cannot be read as a {_PLAIN[kind]}; a text stands in quotes"
+            raise ConstructorError(None, None, why, node.start_mark) from None
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        """As SafeLoader does; JSON's two halves of a character are one."""
+        text = str(super().construct_scalar(node))
+        with suppress(UnicodeDecodeError):
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        return text
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        """010 is ten, and no octal 8."""
+        text = self.construct_scalar(node).replace("_", "")
+        found = int(text, 0 if re.match(r"[-+]?0[bx]", text) else 10)
+        str(found)  # more digits than Python writes out are an error here, as in decimals
+        return found
+
+
+_PLAIN = {
+    **{"str": "text", "int": "whole number", "float": "number", "bool": "truth value"},
+    **{"null": "null", "timestamp": "date", "seq": "list", "map": "section"},
+    **{"value": "text", "merge": "text"},
+}
+"""YAML's kinds of value that a file may hold → the same for people."""
+for _tag in ("value", "merge"):  # a bare = or <<
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_scalar)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -69,16 +140,16 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 # 1:30:00 is a time limit, not the number 5400 that YAML 1.1 reads
-for _digit in "0123456789":
-    _Loader.yaml_implicit_resolvers[_digit] = [
-        ("tag:yaml.org,2002:str", re.compile(r"^[0-9]+(:[0-9]+)+$")),
-        *_Loader.yaml_implicit_resolvers[_digit],
+for _first in "+-0123456789":
+    _Loader.yaml_implicit_resolvers[_first] = [
+        ("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9_]+(:[0-9]+)+(\.[0-9_]*)?$")),
+        *_Loader.yaml_implicit_resolvers[_first],
     ]
 
 
 def read_settings(
-    model: type[Settings], path: Path, overrides: Sequence[str] = ()
-) -> tuple[Settings, dict[str, Any], dict[str, str]]:
+    model: type[Sections], path: Path, overrides: Sequence[str] = ()
+) -> tuple[Sections, dict[str, Any], dict[str, str]]:
     """Read `path`, apply `a.b=value` overrides in order and validate.
 
     Returns:
@@ -123,8 +194,7 @@ def _lines(path: Path, section: str) -> dict[str, str]:
     origin: dict[str, str] = {}
     with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if isinstance(node, yaml.MappingNode):
-            list(_walk(node, "", path, origin))
+        list(_walk(node, "", path, origin) if node else ())
     inside = f"{section}." if section else ""
     return {k.removeprefix(inside): at for k, at in origin.items() if k.startswith(inside)}
 
@@ -134,16 +204,22 @@ def parse_value(text: str, key: str = "", as_written: Collection[str] = ()) -> A
 
     `as_written`: see `Frozen`.
     """
+    return _load(text, Path(), {}, as_written, key)[0]
+
+
+def _load(
+    text: str, path: Path, origin: dict[str, str], as_written: Collection[str], key: str = ""
+) -> tuple[Any, list[str]]:
+    """What a text holds, which is all of `path` or the value of `key` (dotted), and see `_walk`."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
-            return None
-        if isinstance(node, yaml.MappingNode):
-            list(_walk(node, "", Path(), {}, as_written))
-        elif key in as_written:
+            return None, []
+        problems = list(_walk(node, f"{key}." if key else "", path, origin, as_written))
+        if key.rpartition(".")[2] in as_written:
             _take_as_written(node)
-        return loader.construct_document(node)
+        return loader.construct_document(node), problems
     finally:
         loader.dispose()
 
@@ -163,33 +239,34 @@ def read_yaml(
     `as_written`: see `Frozen`.
 
     Raises:
-        RequestError: it is not there, cannot be read, is no UTF-8 or no YAML.
+        RequestError: it is not there, cannot be read, is too large, no UTF-8 or no YAML.
     """
     text = _read_text(path)
-    loader = None
+    origin: dict[str, str] = {}
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, {}, []
-        origin: dict[str, str] = {}
-        problems: list[str] = []
-        if isinstance(node, yaml.MappingNode):
-            problems += _walk(node, "", path, origin, as_written)
-        return loader.construct_document(node), origin, problems
+        content, problems = _load(text, path, origin, as_written)
+        return content, origin, problems
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RequestError(f"{path}:{line} is not YAML: {_why(error)}") from None
     except yaml.YAMLError as error:
         raise RequestError(_not_yaml(path, error)) from None
     except RecursionError:
         raise RequestError(f"{path} is nested too deeply") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+
+
+_LARGEST = 2**20
 
 
 def _read_text(path: Path) -> str:
     raw = b""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+        if len(raw) > _LARGEST:
+            raise RequestError(
+                f"{path} holds over 1 MB, which no settings do; data is named in a config's `data:`"
+            )
         return raw.decode("utf-8")
     except FileNotFoundError:
         raise RequestError(f"config file {path} does not exist{_instead(path)}") from None
@@ -226,6 +303,7 @@ _IN_WORDS = {
     "mapping values are not allowed here": "no `key: value` can stand here: look at the "
     "indentation, or put a text that holds `: ` in quotes",
     "'<stream end>'": "the end of the file",
+    "found unhashable key": "a key is a word, no list and no section",
 }
 """What the parser says → the same for people."""
 
@@ -233,24 +311,48 @@ _IN_WORDS = {
 def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-    what = str(getattr(error, "problem", None) or error)
-    for said, meant in _IN_WORDS.items():
-        what = what.replace(said, meant)
+    what = _why(error)
     began = getattr(error, "context_mark", None)
     if mark and began and began.line != mark.line and what.startswith("expected"):
         what += f"; it began in line {began.line + 1}"
     return f"{where} is not YAML: {what}"
 
 
+def _why(error: yaml.YAMLError) -> str:
+    if isinstance(error, ReaderError):
+        return f"it holds the control character {chr(int(error.character))!r}"
+    what = str(getattr(error, "problem", None) or error)
+    for said, meant in _IN_WORDS.items():
+        what = what.replace(said, meant)
+    return what
+
+
 def _walk(
-    node: yaml.MappingNode,
+    node: yaml.Node,
     prefix: str,
     path: Path,
     origin: dict[str, str],
     as_written: Collection[str] = (),
+    seen: dict[int, bool] | None = None,
 ) -> Iterator[str]:
-    """Record each key's line in `origin`; yield a problem for each key written twice."""
-    for key, value in node.value:
+    """Record each key's line in `origin`; yield a problem for each key written twice.
+
+    Args:
+        seen: node → whether all of it was looked at; aliases of aliases would take forever.
+
+    Raises:
+        RecursionError: a section stands inside itself.
+    """
+    seen = {} if seen is None else seen
+    if id(node) in seen:  # an alias
+        if isinstance(node, yaml.MappingNode) and not seen[id(node)]:
+            raise RecursionError("it stands inside itself")
+        return
+    seen[id(node)] = False
+    if isinstance(node, yaml.SequenceNode):
+        for place, entry in enumerate(node.value):
+            yield from _walk(entry, f"{prefix}{place}.", path, origin, as_written, seen)
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         dotted = f"{prefix}{key.value}"
         where = f"{path}:{key.start_mark.line + 1}"
         if re.match(r"\w+:\S", str(key.value)):
@@ -258,10 +360,10 @@ def _walk(
         if dotted in origin:
             yield f"{where}: {dotted} is written twice (first at {origin[dotted]})"
         origin[dotted] = where
-        if isinstance(value, yaml.MappingNode):
-            yield from _walk(value, f"{dotted}.", path, origin, as_written)
-        elif isinstance(key, yaml.ScalarNode) and key.value in as_written:
+        if isinstance(key, yaml.ScalarNode) and key.value in as_written:
             _take_as_written(value)
+        yield from _walk(value, f"{dotted}.", path, origin, as_written, seen)
+    seen[id(node)] = True
 
 
 def _apply_override(
@@ -272,12 +374,13 @@ def _apply_override(
     if not sep or not key or not all(key.split(".")):
         return [f"--set {override!r}: write it as section.key=value"]
     try:
-        value = parse_value(text, key.rpartition(".")[2], as_written)
+        value, twice = _load(text, Path("--set"), {}, as_written, key)
+        if twice:
+            return twice
     except yaml.YAMLError as error:
-        why = getattr(error, "problem", error)
         return [
-            f"--set {key}: {text!r} is not a YAML value: {why}; a text with {{ [ : or # stands in "
-            "quotes inside the shell's"
+            f"--set {key}: {shown(text)} is not a YAML value: {_why(error)}; a text with "
+            "{ [ : or # stands in quotes inside the shell's"
         ]
     except RecursionError:
         return [f"--set {key}: the value is nested too deeply"]

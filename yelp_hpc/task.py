@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from yelp_hpc.settings import Frozen
+from yelp_hpc.settings import OWN_RULE, Section
 
 _STARS = re.compile(r"(\d+)\s*(?:stars?|[★⭐])", re.IGNORECASE)
 
@@ -44,10 +44,10 @@ def _as_text(value: Any) -> Any:
     return tuple(str(item) for item in value)
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_as_text)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_text), OWN_RULE]
 
 
-class TaskConfig(Frozen):
+class TaskConfig(Section):
     """What is told apart: the labels are data."""
 
     labels: Texts = Field(

@@ -148,6 +148,12 @@ TYPED = [
     (f"{SHOW} infer.models=[base,runs/other]", "`train.adapter: [A, B]`"),
     (f"{SHOW} train.learning_rate.x=3", "--set: train.learning_rate: takes one value"),
     (f"{SHOW} seed=", "(got null)"),
+    (f"{SHOW} seed=2024-13-45", "'2024-13-45' cannot be read as a date; a text stands in quotes"),
+    (f"{SHOW} seed=!!python/name:os.system", "!!python/name:os.system is no kind of value here"),
+    (f"{SHOW} train={{epochs:1,epochs:2}}", "--set:1: needs a space after the colon"),
+    (f"{SHOW} model.revision=''", "--set: model.revision: is empty; leave it out"),
+    (f"{SHOW} train.adapter=\x1b[31m", "holds the control character '\\x1b'"),
+    (f"{SHOW} train.adapter=\udcff", "holds the control character '\\udcff'"),
     # commands
     ("train --config c.yaml --run run", "submit train --config FILE --run DIR"),
     ("infer --run run", "run infer --run DIR"),
@@ -300,6 +306,16 @@ CLUSTERS = [
     ("programs: {docker: x}", "docker is none of sbatch"),
     ("setup: {load: x}", "input should be a list: [A, B]"),
     ("slurm: {partition: gpu}", "resources stand under `defaults:`"),
+    ("defaults: {partition: ' '}", "cl.yaml:1: defaults.partition: is empty; leave it out"),
+    ('defaults: {partition: "a\\tb"}', "must not hold line breaks or control characters"),
+    ('defaults: {sbatch: {comment: "a\\nb"}}', "must not hold line breaks or control characters"),
+    ("setup: [module load x, '']", "setup: an entry is empty; leave it out"),
+    (f"defaults: {{cpus: {10**40}}}", "defaults.cpus: is too large: at most 4294967295"),
+    (f"defaults: {{time: '{10**40}'}}", "defaults.time: is more than Slurm can count"),
+    ("defaults: {memory: '\u0663'}", "defaults.memory: must fit: memory a node: a number and K"),
+    ("defaults: {time: '\u0663'}", "write it as minutes, H:M:S or D-H:M:S"),
+    ("defaults: {nodes: '\u0663'}", "must be a number of nodes"),
+    ("defaults: {time: 2024-13-45}", "cannot be read as a date; a text stands in quotes"),
 ]
 MODEL = "model: {path: model}\ndata: {source: file, train: reviews.csv, test_rows: 1}\n"
 # the same, where stages run here; as it is shown, and without --dry-run
@@ -324,6 +340,52 @@ CONFIGS = [
     ("model:\n  path: model\n   revision: x\n", "look at the indentation"),
     (f"# caf\xe9\n{MODEL}".encode("latin1"), "not UTF-8 text (line 1); save it as UTF-8"),
     (MODEL.encode("utf-16"), "`iconv -f UTF-16 -t UTF-8`"),
+    (MODEL.encode("utf-16-le"), "c.yaml:1 is not YAML: it holds the control character '\\x00'"),
+    (f"{MODEL}name: a\x1bb\n", "c.yaml:3 is not YAML: it holds the control character '\\x1b'"),
+    (b"#" * 2**21, "c.yaml holds over 1 MB, which no settings do"),
+    (f"{MODEL}seed: 2024-13-45\n", "c.yaml:3:7 is not YAML: '2024-13-45' cannot be read as a date"),
+    (f"{MODEL}seed: {'9' * 5000}\n", "cannot be read as a whole number"),
+    (f"{MODEL}seed: 0x{'f' * 5000}\n", "cannot be read as a whole number"),
+    (f"{MODEL}seed: !!int abc\n", "c.yaml:3:7 is not YAML: 'abc' cannot be read as a whole number"),
+    (f"{MODEL}seed: !!bool abc\n", "'abc' cannot be read as a truth value; a text stands in"),
+    (f"{MODEL}name: !!python/name:os.system\n", "!!python/name:os.system is no kind of value"),
+    (f"{MODEL}task: {{labels: !!set {{a, b}}}}\n", "!!set is no kind of value here"),
+    (f"{MODEL}name: !mine x\n", "a text that begins with ! stands in quotes"),
+    (f"{MODEL}? [a]\n: b\n", "a key is a word, no list and no section"),
+    (
+        f"{MODEL}seed: {[*range(999)]}\n",
+        "seed: input should be a whole number (got [0, 1, 2, 3, 4,",
+    ),
+    (f"{MODEL}train: {{epochs: 2024-01-01}}\n", "a whole number (got 2024-01-01)"),
+    (f"{MODEL}train: {{epochs: [null, true]}}\n", "a number, not true or false (got [null, true])"),
+    (f"{MODEL}train: {{epochs: {10**400}}}\n", "train.epochs: is too large: at most 4294967295"),
+    (f"{MODEL}train: {{learning_rate: {10**400}}}\n", "train.learning_rate: is too large"),
+    (f"{MODEL}train: {{adam_betas: [false, false]}}\n", "must be a number, not true or false"),
+    (f"{MODEL}train: {{adam_betas: [0.9]}}\n", "train.adam_betas: input should hold 2 entries"),
+    (
+        f"{MODEL}train: {{trackers: null}}\n",
+        "a list, of tensorboard, wandb, trackio, mlflow (got nu",
+    ),
+    (f"{MODEL}collect: {{calibration_bins: 9999999}}\n", "less than or equal to 1000"),
+    (f"{MODEL}publish: {{license: ' '}}\n", "c.yaml:3: publish.license: is empty; leave it out"),
+    (f"{MODEL}publish: {{tags: [a, '']}}\n", "publish.tags: an entry is empty; leave it out"),
+    (f'{MODEL}publish: {{branch: "a\\0b"}}\n', "branch: must not hold line breaks or control char"),
+    (f'{MODEL}publish: {{branch: "a\\ud800"}}\n', "branch: must not hold line breaks or control"),
+    (f'{MODEL}infer: {{mode: "\\ud800"}}\n', "infer.mode: holds half a character"),
+    (f"{MODEL}publish: {{repo_id: ../x}}\n", "must look like owner/name: letters, digits"),
+    (f"{MODEL}publish: {{repo_id: ~/x}}\n", "must look like owner/name: letters, digits"),
+    (
+        "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 15)),
+        "unknown key a14",
+    ),
+    (
+        "a0: &a0 {x: y}\n"
+        + "".join(
+            f"a{n}: &a{n} {{{', '.join(f'b{k}: *a{n - 1}' for k in range(9))}}}\n"
+            for n in range(1, 15)
+        ),
+        "unknown key a14",
+    ),
 ]
 
 
@@ -488,6 +550,19 @@ def test_what_other_editors_add_is_no_mistake(
         (folder / "c.yaml").write_bytes(text.encode())
         code, said = typed("config show --config c.yaml", monkeypatch, capsys)
         assert code == 0 and "reviews.csv" in said
+
+
+def test_numbers_and_texts_are_what_stands_there(folder: Path) -> None:
+    from yelp_hpc.config import load_config
+
+    (folder / "c.yaml").write_text(
+        MODEL + 'seed: 010\ntrain: {epochs: 1_0}\ntask: {labels: [a, "\\ud83d\\ude00", =]}\n'
+        "prompt: {template: 'a\tb\n\n{review}{label}'}\n"
+    )
+    config = load_config("c.yaml").config
+    assert (config.seed, config.train.epochs) == (10, 10)
+    assert config.task.labels == ("a", "\U0001f600", "=")
+    assert config.prompt.template == "a\tb\n{review}{label}"
 
 
 def test_memory_is_taken_as_people_write_it(

@@ -11,6 +11,7 @@ import click
 
 from yelp_hpc.cli.completion import complete_settings
 from yelp_hpc.cli.meant import Words
+from yelp_hpc.own_files import expanded
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -36,9 +37,9 @@ class Place(click.Path):
             self.fail("it is empty (a variable that is not set?); write a name", param, ctx)
         found = super().convert(value, param, ctx)
         try:
-            path = Path(os.fsdecode(found)).expanduser()
-        except RuntimeError:
-            self.fail(f"{value}: {Path(str(value)).parts[0]} is no user here", param, ctx)
+            path = Path(expanded(os.fsdecode(found)))
+        except ValueError as error:
+            self.fail(f"{value}: {error}", param, ctx)
         problem = unwritable(path, not self.file_okay) if self.writes else in_the_way(path)
         if problem:
             self.fail(problem, param, ctx)
