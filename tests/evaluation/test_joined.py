@@ -17,9 +17,10 @@ from tests.fabricated import config_of, make_run, write_test_set
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError
-from yelp_hpc.evaluation.joined import export_predictions
+from yelp_hpc.evaluation.joined import expected_values, export_predictions
 from yelp_hpc.inference.shard_files import predictions_table
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.task import TaskConfig
 
 ROWS = 400
 LABELS = [str(i) for i in range(5)]
@@ -33,6 +34,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, Config]:
 def exported(made: tuple[RunPaths, Config], out: Path) -> Path:
     assert export_predictions(*made, out) == ROWS
     return out
+
+
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [
+        (["-1", "0.5", "1e1"], [-1.0, 0.5, 10.0]),
+        (["nan", "1", "inf"], [0.0, 1.0, 2.0]),
+        (["1_0", "2_0"], [0.0, 1.0]),
+        (["low", "3"], [0.0, 1.0]),
+    ],
+)
+def test_what_a_label_counts_in_the_expected_value(labels: list[str], values: list[float]) -> None:
+    assert expected_values(TaskConfig(labels=tuple(labels), ordinal=True)) == values
 
 
 def export(*arguments: str) -> Result:

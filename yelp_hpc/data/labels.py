@@ -18,7 +18,7 @@ from yelp_hpc.errors import RequestError
 from yelp_hpc.task import TaskConfig, label_text
 
 _FLOAT = re.compile(r"([-+]?\d+)\.0+")
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
 _STARS = re.compile(r"(\d+)(?:\.0+)?\s*(?:stars?|[★⭐])", re.IGNORECASE)
 Rule = Callable[[str], int | None]
 

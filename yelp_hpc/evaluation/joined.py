@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.files import records
+from yelp_hpc.data.labels import number
 from yelp_hpc.data.output import table_writer
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.coverage import (
@@ -196,7 +197,6 @@ def expected_values(task: TaskConfig) -> list[float]:
     >>> expected_values(YELP)
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    try:
-        return [float(label) for label in task.labels]
-    except ValueError:
-        return [float(place) for place in range(len(task.labels))]
+    numbers = [found for label in task.labels if (found := number(label)) is not None]
+    whole = len(numbers) == len(task.labels)
+    return list(map(float, numbers if whole else range(len(task.labels))))

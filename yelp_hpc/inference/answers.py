@@ -121,7 +121,8 @@ def is_decided(text: str, task: TaskConfig = YELP) -> bool:
 
 def _numeric(task: TaskConfig) -> bool:
     """Whether numbers may stand for the labels: they are whole numbers, and in an order."""
-    return task.ordinal and all(label.isascii() and label.isdecimal() for label in task.labels)
+    whole = task.ordinal and all(label.isascii() and label.isdecimal() for label in task.labels)
+    return whole and len(set(map(int, task.labels))) == len(task.labels)
 
 
 @lru_cache(maxsize=4)
