@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from yelp_hpc.config import Config, load_config
@@ -176,6 +179,23 @@ def test_a_column_of_any_name_gives_a_prompt(tmp_path: Path, column: str) -> Non
     config = drafted(tmp_path, f"{column},text\n" + "a,fine\nb,good\n" * 9)
     assert config.data.label_column == column
     assert "output its label: a, b." in config.prompt.template
+
+
+def test_classes_that_a_file_names_are_the_labels(tmp_path: Path) -> None:
+    """Those that no row has, too: the class numbers count all of them."""
+    about = {
+        "info": {"features": {"label": {"names": ["b 0", "A", "c: x"], "_type": "ClassLabel"}}}
+    }
+    rows = pa.table({"text": [f"fine {i}" for i in range(20)], "label": [0, 2] * 10})
+    rows = rows.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pq.write_table(rows, tmp_path / "d.parquet")
+    init_data(str(tmp_path / "d.parquet"), tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml").config
+    assert config.task.labels == ("b 0", "A", "c: x") and config.task.values is None
+    assert [label for _, label in read_source(config)[0]] == [0, 2] * 10
+    drafted = (tmp_path / "c.yaml").read_text()
+    assert "- A  # 0 rows" in drafted and "always answering b 0 is right in 50.0%" in drafted
+    assert "output its label: b 0, A, c: x." in config.prompt.template
 
 
 def test_files_of_other_columns_are_named(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_labels_that_hold_special_tokens_are_refused(
     assert not run.prepare.exists()
 
 
+@pytest.mark.parametrize(("most", "warned"), [(2, True), (32, False)])
+def test_labels_longer_than_what_may_be_written_are_said(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], most: int, warned: bool
+) -> None:
+    labels = "[bad, poor, fine, good, a wonderful one]"
+    overrides = [f"task.labels={labels}", "infer.mode=generate", f"infer.max_new_tokens={most}"]
+    prepare.run(*new_run(tmp_path, model, *overrides))
+    assert ("the longest label has" in capsys.readouterr().err) is warned
+
+
 def test_a_faulty_source_leaves_nothing_behind(tmp_path: Path, model: Path) -> None:
     run, config = new_run(tmp_path, model)
     (tmp_path / "reviews.csv").write_text("label,text\n9,x\n")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from yelp_hpc.data.files import data_files, format_of, records
+from yelp_hpc.data.formats.arrow_rows import class_names
 from yelp_hpc.data.labels import NO_LABEL, number, value_text, whole_number
 from yelp_hpc.errors import RequestError, in_shell
 from yelp_hpc.progress import say
@@ -93,6 +94,8 @@ class Survey:
     rows: int
     header: bool
     columns: dict[str, Column]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    """Column of class numbers → the names that the file gives them."""
 
 
 def survey(place: str) -> Survey:
@@ -128,7 +131,8 @@ def _survey(place: str, paths: list[Path], header: bool) -> Survey:
                     columns.setdefault(str(name), Column()).take(value)
     if not rows:
         raise RequestError(f"{place} has no rows")
-    return Survey(place, rows, header, columns)
+    named = {name: class_names(paths[0], name) for name in columns}
+    return Survey(place, rows, header, columns, {n: found for n, found in named.items() if found})
 
 
 def _has_header(path: Path) -> bool:
@@ -202,6 +206,10 @@ def draft(found: Survey, config: str) -> str:
     ordinal = counted and bool(_ORDER_NAMES.search(label))
     stars = ordinal and values == ["1", "2", "3", "4", "5"]
     labels = ["0", "1", "2", "3", "4"] if stars else values
+    if label in found.classes:
+        labels = found.classes[label]
+        values = list(map(str, range(len(labels))))
+        counts = {value: counts.get(value, 0) for value in values}
     most, least = max(values, key=lambda v: counts[v]), min(values, key=lambda v: counts[v])
     high = lengths[min(len(lengths) - 1, len(lengths) * 95 // 100)]
     noun = text.lower() if re.fullmatch(r"[A-Za-z]+", text) else "text"
@@ -216,7 +224,9 @@ def draft(found: Survey, config: str) -> str:
     around = max(80, _tokens(template) + max(map(_tokens, labels)) + 20)
     rate = found.columns[text].tokens / sum(lengths)
     cutoff = next((n for n in (128, 256, 512, 1024) if high * rate + around < n), 2048)
-    held = f"{counts[most]:,} rows of {most}, {counts[least]:,} of {least}"
+    called = dict(zip(values, labels, strict=True)) if label in found.classes else {}
+    best, rarest = called.get(most, most), called.get(least, least)
+    held = f"{counts[most]:,} rows of {best}, {counts[least]:,} of {rarest}"
     if counts[most] == counts[least]:
         held = f"{counts[most]:,} rows of each"
     lines = [
@@ -239,11 +249,11 @@ def draft(found: Survey, config: str) -> str:
         "characters",
         "",
         "task:",
-        f"  # {held}: always answering {most} is right in "
+        f"  # {held}: always answering {best} is right in "
         f"{counts[most] / sum(counts.values()):.1%}",
         "  labels:",
         *(
-            f"    - {_text(one)}  # {counts[v]:,} rows{_odd(v, spellings[v])}"
+            f"    - {_text(one)}  # {counts[v]:,} rows{_odd(v, spellings.get(v, Counter()))}"
             for one, v in zip(labels, values, strict=True)
         ),
     ]

@@ -128,6 +128,12 @@ def run(paths: RunPaths, config: Config) -> None:
     say(f"prepare: {counts} rows, {mean:.0f} tokens each, {len(prefix)} of them shared by all")
     for warning in warnings(config, summary["rows"]["train"], summary["rows"]["test"]):
         say(f"prepare: warning: {warning}")
+    longest, most = max(map(len, prompt.answers)), config.infer.max_new_tokens
+    if config.infer.mode == "generate" and longest > most:
+        say(
+            f"prepare: warning: the longest label has {longest} tokens, but a model may write "
+            f"{most}: --set infer.max_new_tokens={longest + 8}"
+        )
     noun = config.task.noun
     if sets.truncated:
         say(f"prepare: {sets.truncated} {noun}s over {config.data.cutoff} tokens lost their end")
