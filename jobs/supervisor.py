@@ -274,6 +274,7 @@ def _process(
         try:
             child = subprocess.Popen(
                 argv,
+                cwd=None if _is_somewhere() else paths.root,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -311,6 +312,14 @@ def _process(
             child.kill()
     stop.watch(None)
     return code, ended
+
+
+def _is_somewhere() -> bool:
+    """Whether the working directory is still there: MKL finds its libraries in no other case."""
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
 
 
 def _requeue(

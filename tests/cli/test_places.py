@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from yelp_hpc.config import load_config
 from yelp_hpc.own_files import IMPORT_ROOT, PACKAGE
+from yelp_hpc.rundir.manifest import record_run
+from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
 
 RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
 """Takes from root what lets it write anywhere; nobody else has it."""
@@ -99,3 +102,28 @@ def test_a_cache_that_may_only_be_read_is_one_message(tmp_path: Path) -> None:
         code, _, said = typed(*command, YELP_HPC_CACHE=str(cache), HF_HUB_OFFLINE="1")
         assert code == 1, said
         assert f"{cache}/" in said and "export YELP_HPC_CACHE=DIR" in said, said
+
+
+def test_a_checkout_without_its_large_files_is_told_to_fetch_them(tmp_path: Path) -> None:
+    """Nothing is made again, and no figure is computed, where Git LFS left pointers."""
+    config = IMPORT_ROOT / "configs" / "demo.yaml"
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    for name in ("split", "weights", "shard"):
+        run = RunPaths(tmp_path / name)
+        record_run(run.root, load_config(config), str(config), ())
+        path = {
+            "split": run.split("test"),
+            "weights": run.adapter / ADAPTER_FILES[1],
+            "shard": run.shard("tuned", 0, 2),
+        }[name]
+        path.parent.mkdir(parents=True)
+        path.write_text(pointer)
+        before = sorted(run.root.rglob("*"))
+        local = ["--executor", "local", "--config", str(config)]
+        for command in (["status"], ["collect"], ["verify"], ["run", "train"]):
+            code, out, said = typed(*command, "--run", str(run.root))
+            assert (code, out) == (2, "") and f"{path} is a pointer of Git LFS" in said, said
+            assert f"git -C {run.root} lfs pull" in said
+        code, _, said = typed("submit", "all", *local, "--run", str(run.root))
+        assert code == 2 and f"{path} is a pointer of Git LFS" in said, said
+        assert sorted(run.root.rglob("*")) == before

@@ -130,6 +130,20 @@ def test_a_colleagues_run_answers_and_stays_as_it_is(finished: Path, tmp_path: P
     assert code == 0 and "nothing to do, everything is there" in errors
 
 
+def test_where_the_folder_is_gone_its_stages_start_elsewhere(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "gone").mkdir()
+    leave = ["bash", "-c", 'cd gone && rmdir ../gone && exec "$@"', "-"]
+    where = ["--input", str(finished / "new.csv"), "--out", str(tmp_path / "out.csv")]
+    argv = [sys.executable, "-m", "yelp_hpc", "predict", "--run", str(tmp_path / "run"), *where]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*leave, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(pandas.read_csv(tmp_path / "out.csv")) == 12
+
+
 def test_refusals_exit_with_2(finished: Path) -> None:
     code, _, errors = predict(finished, "--input", "gone.csv", "--out", "out.xlsx")
     assert code == 2 and "must end in .csv, .jsonl, .parquet" in errors

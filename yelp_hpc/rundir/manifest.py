@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -25,7 +26,7 @@ from yelp_hpc.progress import say
 from yelp_hpc.rundir.changes import differences, dotted, refused_changes
 from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_FILES, MODELS, SPLITS, RunPaths
 from yelp_hpc.rundir.record import Record
 from yelp_hpc.settings import check_values
 
@@ -33,13 +34,15 @@ PACKAGES = (
     "yelp-hpc", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn",
     "pyarrow", "safetensors", "huggingface-hub", "sentencepiece", "submitit", "numpy",
 )  # fmt: skip
+_POINTER = b"version https://git-lfs"
 
 
 def load_run(root: str | Path) -> tuple[RunPaths, Config]:
     """The paths and the configuration of a run directory.
 
     Raises:
-        RequestError: there is no run directory, or its run.json is missing or cannot be used.
+        RequestError: there is no run directory, its run.json is missing or cannot be used, or as
+            `require_fetched` does.
     """
     run = RunPaths(Path(root).resolve())
     if not run.run_json.is_file():
@@ -47,7 +50,25 @@ def load_run(root: str | Path) -> tuple[RunPaths, Config]:
             f"{root} is not a run directory (it has no run.json); make one with "
             f"`python -m yelp_hpc submit all --config FILE --run {in_shell(root)}`"
         )
+    require_fetched(run)
     return run, recorded_config(run.run_json)
+
+
+def require_fetched(run: RunPaths) -> None:
+    """Refuse a checkout in which Git LFS left pointers: no stage is to make its files again.
+
+    Raises:
+        RequestError: naming the first of them.
+    """
+    shards = (next(run.predictions(model).glob("*.parquet"), None) for model in MODELS)
+    weights = run.adapter / ADAPTER_FILES[1]
+    for path in filter(None, (*map(run.split, SPLITS), weights, *shards)):
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise RequestError(
+                    f"{path} is a pointer of Git LFS, not the file: fetch what the run holds first "
+                    f"(git -C {in_shell(run.root)} lfs pull)"
+                )
 
 
 def recorded_config(path: Path) -> Config:
@@ -196,6 +217,7 @@ def check_asked(
     run = RunPaths(Path(root).resolve())
     if not run.run_json.exists():
         return []
+    require_fetched(run)
     chosen = chosen_precision(run)
     before, wanted = (_in_precision(values, chosen) for values in _settled(run, asked))
     changed = list(differences(before, wanted))
