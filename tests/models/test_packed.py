@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Glm4Config,
@@ -182,6 +183,51 @@ def test_predictions_do_not_depend_on_the_batching(fused: bool) -> None:
     for scores in answers[1:]:
         torch.testing.assert_close(scores, answers[0], atol=1e-5, rtol=1e-5)
         assert torch.equal(scores.argmax(1), answers[0].argmax(1))
+
+
+class MadeOf(TorchDispatchMode):
+    """Notes the height of each matrix of one width that a model makes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.heights = width, list[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if "linear" in str(func) and made.shape[-1] == self.width:
+            self.heights.append(len(made))
+        return made
+
+
+def test_a_long_batch_is_scored_with_few_tokens_of_an_mlp_at_once() -> None:
+    rows = sequences(6, lengths=[53 + i % 7 for i in range(80)])
+    batch, layers = pack(rows, 6), SIZES["num_hidden_layers"]
+    model = prepare_model(tiny("llama")).eval()
+    with torch.inference_mode(), MadeOf(2 * SIZES["intermediate_size"]) as made:
+        logits = forward_selected(model, batch)
+    tokens = batch.layout.total
+    assert tokens > 4096 and max(made.heights) <= 2048
+    # of the last layer the selected positions alone
+    assert sum(made.heights) == (layers - 1) * tokens + len(rows)
+    with MadeOf(2 * SIZES["intermediate_size"]) as made:
+        whole = forward_selected(model, batch)
+    assert max(made.heights) == tokens  # a training step is not cut
+    torch.testing.assert_close(logits, whole, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        some = plain_logits(tiny("llama").eval(), rows[::20], last=1)
+    torch.testing.assert_close(logits[::20], some, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_of_a_long_batch_is_that_of_a_step_whether_it_is_trained_on_or_not() -> None:
+    rows = sequences(6, lengths=[53] * 80)
+    targets = ("gate_proj", "up_proj", "down_proj")
+    model = prepare_model(tiny("llama", dropout=0.3, targets=targets)).train()
+    torch.manual_seed(3)
+    trained = forward_selected(model, pack(rows, 6))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        asked = forward_selected(model, pack(rows, 6))
+    assert torch.equal(asked, trained)
 
 
 @pytest.mark.parametrize("fused", [False, True])

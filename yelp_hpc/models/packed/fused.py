@@ -9,6 +9,7 @@ and writes tensors only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from yelp_hpc.models.packed.linear import Projection, available
 from yelp_hpc.models.packed.rows import RowPlan, rows_backward, rows_forward
 
 _ARCHITECTURES = ("LlamaModel", "Qwen2Model")
+
+# Tokens whose MLP is computed at once where nothing is kept of it. Its inner states are the largest
+# tensors of a pass; the system gives memory that large anew, and cleared, for every layer.
+_INNER_AT_ONCE = 2048
 
 
 class FusedDecoder:
@@ -87,8 +92,18 @@ class FusedDecoder:
             if i == last:
                 context, hidden = context.index_select(0, select), hidden.index_select(0, select)
             hidden = hidden + o(context)
-            hidden = hidden + down(swiglu(gate_up(norm(hidden, layer.post_attention_layernorm))))
+            mlp = partial(_mlp, layer.post_attention_layernorm, gate_up, down)
+            if torch.is_grad_enabled() or decoder.training:
+                hidden = hidden + mlp(hidden)
+                continue
+            for some in hidden.chunk(-(-len(hidden) // _INNER_AT_ONCE)):  # of about equal length
+                some += mlp(some)
         return norm(hidden, decoder.norm)
+
+
+def _mlp(before: Any, gate_up: Projection, down: Projection, hidden: Tensor) -> Tensor:
+    """What a layer's MLP adds to `[T, hidden]`, which the norm `before` takes first."""
+    return down(swiglu(gate_up(norm(hidden, before))))
 
 
 def is_llama(base: Any) -> bool:
