@@ -128,6 +128,8 @@ def submit(
     _refuse_running(planned, live)
     _refuse_missing(planned, config, paths, live)
     require_sound_request(planned, config, cluster, executor)
+    if executor == "slurm":
+        slurm.require_one_cluster()
     if not planned:
         if asked and not dry_run:
             asked.record(paths.root)

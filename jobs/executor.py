@@ -200,16 +200,10 @@ def submit_slurm(
 
     Raises:
         RequestError: Slurm refuses the request; its own message and the key to change are shown.
-            Or the user's shell leaves open which cluster is meant.
         StageError: the controller cannot be reached.
     """
     from submitit.core.utils import DelayedSubmission, JobPaths
 
-    if several := slurm.several_clusters():
-        raise RequestError(
-            f"SLURM_CLUSTERS names several clusters ({several}), and a chain runs on one of them: "
-            "export SLURM_CLUSTERS=NAME"
-        )
     private_pickles()
     folder, tag = paths.logs / "slurm", uuid.uuid4().hex[:12]
     script = folder / f"{job.name}-{tag}.sh"

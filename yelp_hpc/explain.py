@@ -30,7 +30,8 @@ def explain(
         parts = [str(part) for part in item["loc"]]
         dotted = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            yield f"{_place(parts, origin)}unknown key {dotted}{_nearest(model, parts)}"
+            named = dotted if dotted in shown(dotted) else shown(dotted)
+            yield f"{_place(parts, origin)}unknown key {named}{_nearest(model, parts)}"
         elif item["type"] == "missing" and not parts[-1].isdecimal():
             yield f"{_place(parts, origin)}{dotted} is missing"
         else:  # the ways in which one value could be right are one problem
@@ -66,7 +67,7 @@ class _Shown(reprlib.Repr):
             return {None: "null", True: "true", False: "false"}[x]
         if isinstance(x, date):
             return str(x)
-        return super().repr1(x, level)
+        return super().repr1(list(x) if isinstance(x, tuple) else x, level)
 
 
 shown = _Shown().repr
@@ -128,9 +129,10 @@ def in_words(item: Mapping[str, Any], field: FieldInfo | None) -> str:
         return "input should be a list: [A, B]"
     if kind in ("tuple_type", "list_type"):
         words = _words(field)
-        if value is None or isinstance(value, bool) or len(shown(value)) < len(str(value)):
+        text = "" if value is None or isinstance(value, bool) else str(value).strip()
+        if not text or text not in shown(value):
             return f"input should be a list{', of ' + ', '.join(words) if words else ': [A, B]'}"
-        entries = [word_meant(part, words) or part.strip() for part in str(value).split(",")]
+        entries = [word_meant(part, words) or part.strip() for part in text.split(",")]
         if words and not {*entries} <= {*words}:
             return f"input should be a list, of {', '.join(words)}"
         return f"input should be a list: [{', '.join(entries)}]"

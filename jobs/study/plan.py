@@ -7,6 +7,7 @@ place of the mapping, names settings one by one. Pure but for reading FILE and t
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -15,6 +16,7 @@ from typing import Any
 
 from yelp_hpc.config import LoadedConfig, load_config
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.explain import shown
 from yelp_hpc.rundir.changes import readers
 from yelp_hpc.rundir.manifest import Asked
 from yelp_hpc.rundir.study import SHARED, Study, StudyRun, is_study, read_by, read_study
@@ -51,7 +53,8 @@ def plan_study(
         try:
             loaded = load_config(config_file, changes)
         except RequestError as error:
-            problems += [line for line in str(error).splitlines()[1:] if line not in problems]
+            said = [line.replace("--set: ", f"{file}: ", 1) for line in str(error).splitlines()[1:]]
+            problems += [line for line in said if line not in problems]
             continue
         problems += [line for line in _unfit(loaded) if line not in problems]
         asked[run.name] = Asked(loaded, config_file, changes)
@@ -92,6 +95,8 @@ def read_file(path: Path, seed: int) -> tuple[list[Values], list[int]]:
         raise RequestError(all_problems(f"{path} cannot be used:", problems))
     seeds = content.pop("seed", [seed])
     listed = content.pop("settings", [{}])
+    if (count := math.prod(map(len, content.values()))) > MOST:
+        raise RequestError(f"{path} asks for {count} runs; a study has {MOST} at most")
     grid = [dict(zip(content, values, strict=True)) for values in product(*content.values())]
     settings: list[Values] = []
     for one in ({**values, **setting} for setting in listed for values in grid):
@@ -115,7 +120,7 @@ def _wrong(content: Mapping[Any, Any]) -> Iterator[str]:
         if key == "settings":
             continue
         if not isinstance(values, list) or not values:
-            yield f"{key}: a list of values is wanted, {values!r} is none: {_EXAMPLE}"
+            yield f"{key}: a list of values is wanted, {shown(values)} is none: {_EXAMPLE}"
         elif any(value in values[:i] for i, value in enumerate(values)):
             yield f"{key}: a value stands there twice"
         if any(key in setting for setting in listed):
@@ -125,13 +130,25 @@ def _wrong(content: Mapping[Any, Any]) -> Iterator[str]:
     seeds = content.get("seed", [0])
     if isinstance(seeds, list) and not all(type(seed) is int and seed >= 0 for seed in seeds):
         yield "seed: whole numbers from 0 on are wanted"
+    pairs = [(k, v) for k, values in content.items() if isinstance(values, list) for v in values]
+    for key, value in [*pairs, *(pair for setting in listed for pair in setting.items())]:
+        if key != "settings" and not _is_json(value):
+            yield f"{key}: {shown(value)} is no value of a config; a text stands in quotes"
     for key in dict.fromkeys([*content, *(key for setting in listed for key in setting)]):
-        if not isinstance(key, str):
-            yield f"{key!r}: a dotted key of the config is wanted"
+        if not isinstance(key, str) or not all(part.strip() for part in key.split(".")):
+            yield f"{shown(key)}: a dotted key of the config is wanted"
         elif key not in ("settings", "seed") and not {"prepare", "train", "infer"} & {
             *readers(key)
         }:
             yield f"{key}: no result depends on it, so it cannot be varied"
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):  # a date; a list that holds itself
+        return False
+    return True
 
 
 def named(

@@ -254,8 +254,15 @@ def test_of_several_clusters_one_has_to_be_named(
     go(run)
     for several in ("lab,far", "all"):
         monkeypatch.setenv("SLURM_CLUSTERS", several)
-        with pytest.raises(RequestError, match="export SLURM_CLUSTERS=NAME"):
-            submit("infer", run.root, run.config, run.cluster, say=lambda text: None)
+        for dry_run in (True, False):
+            with pytest.raises(RequestError, match="export SLURM_CLUSTERS=NAME"):
+                submit(
+                    "all" if dry_run else "infer",
+                    run.root,
+                    run.config,
+                    run.cluster,
+                    dry_run=dry_run,
+                )
     assert cancel(run.root) == ["101"]
     assert jobs.with_name("asked").read_text() == "--clusters=lab 101\n"
 

@@ -68,6 +68,12 @@ def test_settings_are_tried_as_they_stand_each_once(tmp_path: Path) -> None:
         ("settings: 3\n", "a list of mappings"),
         ("train.epochs: [1]\nsettings: [{train.epochs: 2}]\n", "stands in settings, too"),
         ("a: [1\n", "is not YAML"),
+        ("train.epochs: [1, 2024-01-01]\n", "train.epochs: 2024-01-01 is no value of a config"),
+        ("train.epochs: &a [*a]\n", "is no value of a config; a text stands in quotes"),
+        ("- {lora.rank: 1, lora.rank: 2}\n", "lora.rank is written twice"),
+        ("? 2024-01-01\n: [1]\n", "2024-01-01: a dotted key of the config is wanted"),
+        ("'': [1]\n", "'': a dotted key of the config is wanted"),
+        ("".join(f"train.a{n}: [1, 2, 3]\n" for n in range(40)), "12157665459056928801 runs"),
         (f"seed: {list(range(501))}\n", "501 runs"),
     ],
 )

@@ -174,6 +174,11 @@ BROKEN = [
            "hidden_size is -8, .*; head_dim is True, .*; text_config.vocab_size is '9', and"),
     Broken("no positions", changed(max_position_embeddings=0),
            "max_position_embeddings is 0, and a positive whole number is wanted"),
+    Broken("no base", changed(rope_theta=0, rms_norm_eps=-1, text_config={"norm_eps": "x"}),
+           "rms_norm_eps is -1, and a number .*; rope_theta is 0, .*text_config.norm_eps is"),
+    Broken("no rotation", changed(rope_parameters={"rope_theta": None, "factor": True}),
+           "rope_parameters.rope_theta is None, .*; rope_parameters.factor is True, and a number"),
+    Broken("layers", changed(num_hidden_layers=10**9), "is 1000000000, and no model has so many"),
     Broken("odd heads", changed(num_key_value_heads=3), "is 3, which does not divide num_att.*, 4"),
 ]  # fmt: skip
 

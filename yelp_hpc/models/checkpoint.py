@@ -7,6 +7,7 @@ code of the folder.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zipfile
@@ -57,6 +58,13 @@ SIZES = {
 """Size of a decoder → what config.json calls it, of one architecture or another."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """What config.json calls the longest text that a model was made for."""
+_ABOVE_0 = frozenset({
+    "rope_theta", "global_rope_theta", "local_rope_theta", "rope_local_base_freq",
+    "rotary_emb_base", "rope_ratio", "factor",
+})  # fmt: skip
+_MOST_LAYERS = 10_000
+_EPSILON = ("norm_eps", "norm_epsilon")
+_WITH_NUMBERS = ("text_config", "rope_parameters", "rope_scaling")
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 
@@ -120,7 +128,7 @@ def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> di
         raise RequestError(f"{folder} cannot be used: {problems[0]}")
     if problems:
         raise RequestError(all_problems(f"{folder} cannot be used:", problems))
-    if sizes := list(_sizes(config)):
+    if sizes := [*_sizes(config), *_numbers(config)]:
         raise RequestError(f"{folder / 'config.json'} cannot be used: {'; '.join(sizes)}")
     if native:
         check_family(folder, config)
@@ -194,6 +202,8 @@ def _sizes(config: dict[str, Any], where: str = "") -> Iterator[str]:
         good = all(is_size(one) or (one == 0 and each is value) for one in each)
         if value is not None and not good:
             yield f"{where}{name} is {value!r}, and a positive whole number is wanted"
+        if isinstance(value, int) and name in SIZES["layers"] and value > _MOST_LAYERS:
+            yield f"{where}{name} is {value}, and no model has so many layers"
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int) and is_size(groups) and heads % groups:
         yield (
@@ -202,6 +212,19 @@ def _sizes(config: dict[str, Any], where: str = "") -> Iterator[str]:
         )
     if isinstance(inner := config.get("text_config"), dict):
         yield from _sizes(inner, f"{where}text_config.")
+
+
+def _numbers(config: dict[str, Any], where: str = "") -> Iterator[str]:
+    """What is no number above 0 of those that are divided by or raised to a power."""
+    for name, value in config.items():
+        if isinstance(value, dict) and (where or name in _WITH_NUMBERS):
+            yield from _numbers(value, f"{where}{name}.")
+        elif name not in _ABOVE_0 and not name.endswith(_EPSILON):
+            continue
+        elif value is not None or where.startswith("rope_parameters."):  # elsewhere: its default
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf):
+                yield f"{where}{name} is {value!r}, and a number above 0 is wanted"
 
 
 def quantised(method: str) -> str:
