@@ -33,6 +33,17 @@ def test_all_formats_give_the_same_rows(tmp_path: Path, kind: str) -> None:
     assert list(read_file(written(tmp_path, kind), "text", "label")) == ROWS
 
 
+@pytest.mark.parametrize("place", ["a-file/cache", "~nobody9/cache"])
+def test_where_no_cache_can_be_written_rows_are_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """As on nodes whose home is read-only, or is not there."""
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("YELP_HPC_CACHE", place)
+    assert list(read_file(written(tmp_path, "jsonl"), "text", "label")) == ROWS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

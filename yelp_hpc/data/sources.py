@@ -28,7 +28,7 @@ from yelp_hpc.data.formats.record import Record
 from yelp_hpc.data.hub import hub_error
 from yelp_hpc.data.labels import NO_LABEL, advice, classes_of, value_text
 from yelp_hpc.data.sampling import text_key
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
 from yelp_hpc.task import YELP, TaskConfig
 
 Row = tuple[str, int]
@@ -213,6 +213,14 @@ def _read_hub(data: DataConfig, split: str) -> _Spool:
     return spool
 
 
+def _spool_folder() -> Path | None:
+    """A folder of the cache; None, which is TMPDIR, where a node's home may only be read."""
+    try:
+        return made(cache_folder() / "rows")
+    except YelpHpcError:
+        return None
+
+
 def _spool(source: str, rows: Iterable[Record], data: DataConfig, mend: str) -> _Spool:
     """Write the texts into a file to be read again; remember the labels and what is wrong.
 
@@ -225,7 +233,7 @@ def _spool(source: str, rows: Iterable[Record], data: DataConfig, mend: str) -> 
     columns: dict[str, None] = {}
     codes: list[NDArray[np.int32]] = []
     schema = pa.schema([("text", pa.large_string())])
-    folder = made(cache_folder() / "rows")
+    folder = _spool_folder()
     # unlinked when it is closed: its reader keeps it alive
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
         texts: list[str] = []
