@@ -26,9 +26,9 @@ def start() -> None:
     """Run the command line; a library that is missing, or another in its place, is one message."""
     try:
         from yelp_hpc.cli.main import main
-        from yelp_hpc.runtime import with_docstrings
+        from yelp_hpc.runtime import in_plain_python
 
-        with_docstrings()
+        in_plain_python()
         main()
     except (ImportError, AttributeError) as error:
         problem = _in_the_way(error) or _missing(error)

@@ -41,18 +41,23 @@ def set_runtime_defaults() -> None:
         os.environ.setdefault(name, value)
 
 
-def with_docstrings() -> None:
-    """Start this very process again where -OO or PYTHONOPTIMIZE left the docstrings out.
+_SPOILS = ("PYTHONOPTIMIZE", "PYTHONINSPECT")
 
-    They are what `--help` shows, and transformers reads its own.
+
+def in_plain_python() -> None:
+    """Start this very process again where the shell's settings of Python would spoil it.
+
+    -OO and PYTHONOPTIMIZE leave docstrings out, which `--help` shows and transformers reads;
+    PYTHONINSPECT ends every process at a prompt, so that its exit code is lost.
     """
-    if sys.flags.optimize < 2:
+    inspected = sys.flags.inspect and "PYTHONINSPECT" in os.environ
+    if sys.flags.optimize < 2 and not inspected:
         return
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+    env = {name: value for name, value in os.environ.items() if name not in _SPOILS}
     options = sys.orig_argv[1 : -len(sys.argv) or None]
     kept = [option for option in options if option not in ("-O", "-OO")]
     given = sys.orig_argv[1 + len(options) :]
-    if "PYTHONOPTIMIZE" in os.environ or kept != options:
+    if env != dict(os.environ) or kept != options:
         os.execve(sys.executable, [sys.executable, *kept, *given], env)
 
 

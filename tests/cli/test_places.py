@@ -59,6 +59,13 @@ def test_help_stands_where_docstrings_are_left_out(command: list[str]) -> None:
     assert typed(*command, "--help", options=("-OO", "-u")) == helped
 
 
+def test_exit_codes_hold_where_python_is_told_to_stay(tmp_path: Path) -> None:
+    """PYTHONINSPECT would end a stage that is done, or saved, with 1."""
+    assert typed("--version", PYTHONINSPECT="1")[0] == 0
+    code, _, said = typed("status", "--run", str(tmp_path), PYTHONINSPECT="1")
+    assert code == 2 and "is not a run directory" in said
+
+
 @pytest.mark.parametrize("name", ["yaml", "random"])
 def test_a_module_of_pythonpath_that_stands_in_the_way_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.py").write_text("mine = 1\n")
