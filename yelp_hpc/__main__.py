@@ -40,7 +40,10 @@ def start() -> None:
 
 def _in_the_way(error: Exception) -> str:
     """Of a module that PYTHONPATH has put before the one that is needed; "" for any other error."""
-    found = str(getattr(error, "path", None) or getattr(_module(error), "__file__", None) or "")
+    # `yaml.nodes` of a yaml.py that is no package, a name that a module lacks, an attribute of it
+    whole = sys.modules.get(str(getattr(error, "name", "")).partition(".")[0])
+    files = (getattr(module, "__file__", None) for module in (getattr(error, "obj", None), whole))
+    found = str(getattr(error, "path", None) or next(filter(None, files), ""))
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
     for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         folder = os.path.abspath(entry)  # noqa: PTH100 - nothing more is imported here
@@ -50,10 +53,6 @@ def _in_the_way(error: Exception) -> str:
                 "out of PYTHONPATH, or rename what is in it"
             )
     return ""
-
-
-def _module(error: Exception) -> object:
-    return getattr(error, "obj", None)
 
 
 def _missing(error: Exception) -> str:

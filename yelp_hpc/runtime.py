@@ -48,12 +48,15 @@ def in_plain_python() -> None:
     """Start this very process again where the shell's settings of Python would spoil it.
 
     -OO and PYTHONOPTIMIZE leave docstrings out, which `--help` shows and transformers reads;
-    PYTHONINSPECT ends every process at a prompt, so that its exit code is lost.
+    PYTHONINSPECT ends every process at a prompt, so that its exit code is lost; where a locale is
+    not UTF-8, what a config names in UTF-8 cannot be opened, or is another file on the node.
     """
     inspected = sys.flags.inspect and "PYTHONINSPECT" in os.environ
-    if sys.flags.optimize < 2 and not inspected:
+    utf8 = sys.getfilesystemencoding() == "utf-8"
+    if utf8 and sys.flags.optimize < 2 and not inspected:
         return
     env = {name: value for name, value in os.environ.items() if name not in _SPOILS}
+    env |= {} if utf8 else {"PYTHONUTF8": "1"}
     options = sys.orig_argv[1 : -len(sys.argv) or None]
     kept = [option for option in options if option not in ("-O", "-OO")]
     given = sys.orig_argv[1 + len(options) :]

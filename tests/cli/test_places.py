@@ -66,6 +66,30 @@ def test_exit_codes_hold_where_python_is_told_to_stay(tmp_path: Path) -> None:
     assert code == 2 and "is not a run directory" in said
 
 
+def test_names_hold_in_a_locale_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "naïve").mkdir()
+    (tmp_path / "naïve" / "reviews.csv").write_text("label,text\n0,x\n")
+    config = tmp_path / "naïve" / "c.yaml"
+    config.write_text(f"model: {{path: {tmp_path}/naïve}}\ndata: {{source: hub, path: a/b}}\n")
+    asked = ["submit", "all", "--executor", "local", "--config", str(config), "--run", "rün"]
+    off = {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    code, _, said = typed(*asked, options=(), cwd=tmp_path, LC_ALL="C", **off)
+    assert (code, "naïve" in said) == (2, True), said  # it has no model, as in any other locale
+    assert said == typed(*asked, cwd=tmp_path)[2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["status", "--run"], ["submit", "all", "--config", "demo", "--run"], ["compare", "x"]],
+)
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path, command: list[str]) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/r\xfc")
+    os.mkdir(place)  # noqa: PTH102
+    code, out, said = typed(*command, place)
+    assert (code, out) == (2, "") and "r\\xfc' is no name in UTF-8" in said, said
+    assert os.listdir(place) == []  # noqa: PTH208
+
+
 @pytest.mark.parametrize("name", ["yaml", "random"])
 def test_a_module_of_pythonpath_that_stands_in_the_way_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.py").write_text("mine = 1\n")

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import pwd
+import re
 import shutil
 import stat
 import time
@@ -24,6 +25,8 @@ from yelp_hpc.progress import say
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
 """Bytes, on Linux."""
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
+"""How Python spells the bytes of a name that are no UTF-8."""
 _ROOM_IN_NAME, _ROOM_IN_PATH = 80, 300
 """What is put before a name while its file is written; what a run directory holds below it."""
 
@@ -31,6 +34,11 @@ _ROOM_IN_NAME, _ROOM_IN_PATH = 80, 300
 def in_the_way(path: Path) -> str | None:
     """Why nothing can be or be made at `path`; None when something is there, or nothing hinders."""
     path = path.expanduser()
+    whole = path
+    with suppress(OSError):  # the working directory is gone
+        whole = path.absolute()
+    if _NO_UTF8.search(str(whole)):
+        return f"{os.fsencode(path)!r} is no name in UTF-8, which records are written in; rename it"
     parts = [len(os.fsencode(part)) for part in path.parts]
     if max(parts, default=0) > _LONGEST_NAME or sum(parts) + len(parts) > _LONGEST_PATH:
         return f"{str(path)[:40]}… is too long a name; choose a shorter one"
