@@ -134,7 +134,7 @@ class Prompt:
                 ids[i] = one
         for i, one in enumerate(ids):
             ids[i] = self._before_answer(one, 0)
-        for end in {f"a{text[-2:]}" for text in used} - self._ends if self._openers else ():
+        for end in {f"a{text[-1:]}" for text in used} - self._ends if self._openers else ():
             found = self.encode([self.text(end, self.labels[place]) for place in self._openers])
             pairs = zip(found, self._openers, strict=True)
             if len({tuple(self._before_answer(one, place)) for one, place in pairs}) > 1:
@@ -161,11 +161,11 @@ class Prompt:
 
     @cached_property
     def _openers(self) -> list[int]:
-        """An answer of each first token, where no word keeps the answers from the text."""
+        """Answers of other first tokens, 50 at most, where no word keeps them from the text."""
         if any(map(str.isalnum, self.template.split("{review}")[1].removesuffix("{label}"))):
             return []
         firsts = {tuple(answer[:1]): i for i, answer in enumerate(self.answers)}
-        return list(firsts.values())
+        return list(firsts.values())[:50]
 
     def _shorter(self, review: str, tokens: int) -> str:
         """Drop about as many characters as there are tokens too many, at least one."""
