@@ -313,4 +313,4 @@ def test_a_refusal_says_what_to_do(
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
     if number == errno.EACCES:
         owner = owner_name(tmp_path.stat().st_uid)
-        assert f"{tmp_path} belongs to {owner}, who can open it" in unreachable(caught.value)
+        assert f"{tmp_path} is {owner}'s, who can open it" in unreachable(caught.value)

@@ -130,7 +130,7 @@ def what_to_do(path: Path, error: OSError) -> str:
         for place in (path, *path.parents):
             if os.path.lexists(place) and not os.access(place, os.W_OK):
                 owner = owner_name(place.stat().st_uid)
-                return f"{place} belongs to {owner}, who can open it (chmod g+w): or name another"
+                return f"{place} is {owner}'s, who can open it (chmod g+w); or name another place"
         if path.parent.stat().st_mode & stat.S_ISVTX:
             return f"{path.parent} lets nobody replace what others own (sticky): name another place"
     return "name another place"
