@@ -62,8 +62,7 @@ def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) ->
         "publish": publish.jobs,
     }
     if stage == "all":
-        skip = {"publish"} if config.publish.where == "login" else set()
-        stages = [name for name in STAGES if name not in skip]
+        stages = [s for s in STAGES if s != "publish" or config.publish.where == "slurm"]
         if "tuned" not in config.infer.models:
             stages.remove("train")
     elif stage == "predict":
@@ -127,9 +126,8 @@ def submit(
         raise RequestError(_NO_REPOSITORY)
     _refuse_running(planned, live)
     _refuse_missing(planned, config, paths, live)
-    require_sound_request(planned, config, cluster, executor)
-    if executor == "slurm":
-        slurm.require_one_cluster()
+    for note in require_sound_request(planned, config, cluster, executor):
+        say(note)
     if not planned:
         if asked and not dry_run:
             asked.record(paths.root)

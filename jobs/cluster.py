@@ -155,6 +155,11 @@ class Resources(Section):
     sbatch: dict[str, Expanded] = Field(default={}, description="other sbatch options: value or ''")
 
     @property
+    def has_gpus(self) -> bool:
+        """Whether a job asks for GPUs, in any way."""
+        return bool(self.gpus) or bool({*_INSTEAD["gpus"]} & {*self.sbatch})
+
+    @property
     def least_nodes(self) -> int:
         """Nodes that one job has at least."""
         return int(str(self.nodes or 1).partition("-")[0])

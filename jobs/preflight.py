@@ -20,6 +20,7 @@ from yelp_hpc.errors import RequestError, YelpHpcError, all_problems, in_shell
 from yelp_hpc.image.file import no_apptainer, why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
+from yelp_hpc.jobs.slurm import several_clusters
 from yelp_hpc.models.adapter_source import find_adapter
 from yelp_hpc.publishing.token import find_token
 from yelp_hpc.runtime import program
@@ -43,19 +44,34 @@ JOB_MODULES = {
 
 def require_sound_request(
     planned: Sequence[Job], config: Config, cluster: ClusterConfig, executor: str
-) -> None:
-    """Raises RequestError with all that would keep the planned jobs from doing their work."""
+) -> list[str]:
+    """Look at all that the planned jobs need; returns what one should know beforehand.
+
+    Raises:
+        RequestError: with all that would keep them from doing their work.
+    """
     stages = list(dict.fromkeys(job.stage for job in planned))
     problems = [
         *_inputs(stages, config),
         *_image(cluster),
         *_programs(cluster, executor),
+        *_one_cluster(executor if planned else ""),
         *_packages(stages, config, cluster, executor),
         *_adapter(stages, config),
         *_token(stages, config),
     ]
     if problems:
         raise RequestError(all_problems("nothing was submitted or written:", problems))
+    together = executor == "slurm" and {"train", "infer-base"} <= {job.name for job in planned}
+    return list(filter(None, [precision_note(config, cluster) if together else ""]))
+
+
+def _one_cluster(executor: str) -> Iterator[str]:
+    if executor == "slurm" and (several := several_clusters()):
+        yield (
+            f"SLURM_CLUSTERS names several clusters ({several}), and a chain runs on one of them: "
+            "export SLURM_CLUSTERS=NAME"
+        )
 
 
 def _inputs(stages: Sequence[str], config: Config) -> Iterator[str]:
@@ -125,6 +141,21 @@ def _packages(
         )
     elif missing:
         yield without_packages(python, missing)
+
+
+def precision_note(config: Config, cluster: ClusterConfig) -> str:
+    """That the base model may be asked in another precision than it will be trained in, or ""."""
+    alone = {"base", "tuned"} <= {*config.infer.models} and config.train.adapter is None
+    auto = config.train.precision == config.infer.precision == "auto"
+    train, infer = (cluster.resources(stage).has_gpus for stage in ("train", "infer"))
+    if not (alone and auto) or train == infer:
+        return ""
+    there, key = ("without GPUs", "fp32") if train else ("with GPUs", "bf16")
+    return (
+        f"infer.precision: auto: the base model may be asked before the training begins, {there}, "
+        "in another precision than the training's; collect then refuses these predictions, and "
+        f"the same command makes them again. To avoid it: --set infer.precision={key}"
+    )
 
 
 def on_host_python(cluster: ClusterConfig, executor: str = "slurm") -> bool:

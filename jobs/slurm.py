@@ -365,15 +365,6 @@ def several_clusters() -> str:
     return named if named == "all" or "," in named else ""
 
 
-def require_one_cluster() -> None:
-    """Raises RequestError if the user's shell leaves open which cluster is meant."""
-    if several := several_clusters():
-        raise RequestError(
-            f"SLURM_CLUSTERS names several clusters ({several}), and a chain runs on one of them: "
-            "export SLURM_CLUSTERS=NAME"
-        )
-
-
 def named_cluster() -> str:
     """The cluster, or several, that the user's shell names, or ""."""
     return os.environ.get("SLURM_CLUSTERS") or os.environ.get("SBATCH_CLUSTERS") or ""

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, all_problems, first_line
-from yelp_hpc.jobs import chain, slurm
+from yelp_hpc.jobs import chain
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.job import Job
@@ -96,7 +96,6 @@ def submit_study(
     if problems:
         raise RequestError(all_problems(f"the study {study.root} cannot be made:", problems))
     if executor == "slurm":
-        slurm.require_one_cluster()
         require_clients(cluster.programs)
     with ExitStack() as at_work:
         at_work.enter_context(locked(study.paths.lock("study"), wait=0))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import YOUNG_SECONDS, Submission
-from yelp_hpc.jobs.verdict import AGAIN
+from yelp_hpc.jobs.verdict import AGAIN, REFUSED
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -33,6 +33,7 @@ def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[st
     """Wait until every job has ended, saying each change of state.
 
     Raises:
+        RequestError: the first job that failed refused its input.
         SavedForRequeue: what did not end saved its state and was stopped; no job failed.
         StageError: a job failed, was lost, never started or never can.
     """
@@ -117,24 +118,26 @@ def _verdict(
         states = {row.state for rows in final.values() for row in rows}
         if states != {"COMPLETED"} or time.monotonic() > end:
             # as the local chain ends; what depends on a job that was stopped never starts
-            kind = SavedForRequeue if verdicts == {"stopped"} else StageError
+            kind: type[YelpHpcError] = StageError
+            if verdicts[:1] == ["refused"]:
+                kind = RequestError
+            elif {*verdicts} == {"stopped"}:
+                kind = SavedForRequeue
             raise kind("\n".join([*problems[:5], AGAIN]))
         time.sleep(WAIT_SECONDS)
 
 
-def _problems(
-    paths: RunPaths, submissions: Sequence[Submission]
-) -> tuple[list[str], set[str | None]]:
-    """What is not done, and the verdicts of the attempts that say so."""
+def _problems(paths: RunPaths, submissions: Sequence[Submission]) -> tuple[list[str], list[str]]:
+    """What is not done, and the verdicts of the attempts that say so; `refused`: its input."""
     problems: list[str] = []
-    verdicts: set[str | None] = set()
+    verdicts: list[str] = []
     for submission in submissions:
         last: dict[str, attempts.Attempt] = {}
         for attempt in attempts.read(paths, submission.name):
             if attempts.within(attempt.job, submission.job):
                 last[attempt.job] = attempt
         bad = [a for a in last.values() if a.verdict != "done"]
-        verdicts |= {a.verdict for a in bad}
+        verdicts += ["refused" if a.reason.startswith(REFUSED) else a.verdict for a in bad]
         problems += [f"{submission.name} ({a.job}): {a.verdict or 'lost'}: {a.reason}" for a in bad]
         if len(last) < len(submission.tasks):
             missing = len(submission.tasks) - len(last)

@@ -283,9 +283,9 @@ def test_what_ended_meanwhile_is_no_error_of_cancel(
                 cancel(run.root)
 
 
-def waited(run: FakeRun) -> str:
+def waited(run: FakeRun, verdict: str = "done", reason: str = "") -> str:
     """The last word of a wait for a job that ends two seconds later."""
-    ended = attempts.Attempt("train", "101", 0, ended=time.time(), verdict="done")
+    ended = attempts.Attempt("train", "101", 0, ended=time.time(), verdict=verdict, reason=reason)
     later = threading.Timer(2, attempts.write, (RunPaths(run.root), ended))
     said: list[str] = []
     later.start()
@@ -306,6 +306,27 @@ def test_what_only_vanishes_from_the_queue_is_waited_for(
 ) -> None:
     play({"squeue": f"{HEAD}[ -e $S/shown ] || cat $S/jobs; touch $S/shown"})
     assert waited(run) == "train (job 101): ended"
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("verdict", "reason", "kind"),
+    [
+        ("failed", "exit code 2\nrows.csv: row 7 has no label", RequestError),
+        ("failed", "exit code 25\nodd", StageError),
+        ("failed", "exit code 1\nexit code 2", StageError),
+    ],
+)
+def test_a_wait_ends_as_the_local_chain_does(
+    play: Callable[[dict[str, str]], Path],
+    run: FakeRun,
+    verdict: str,
+    reason: str,
+    kind: type[YelpHpcError],
+) -> None:
+    play({"squeue": f"{HEAD}[ -e $S/shown ] || cat $S/jobs; touch $S/shown"})
+    with pytest.raises(kind, match=reason.partition("\n")[2]):
+        waited(run, verdict, reason)
 
 
 @pytest.mark.usefixtures("hasty")

@@ -89,6 +89,32 @@ def test_dry_run_prints_scripts_that_bash_reads_and_submits_nothing(
     assert not (run.root / "submissions.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "train", "infer", "key"),
+    [
+        ({}, {"gpus": 4}, {}, "infer.precision=fp32"),
+        ({}, {}, {"gpus": 1}, "infer.precision=bf16"),
+        ({}, {"sbatch": {"gpus-per-task": "1"}}, {}, "infer.precision=fp32"),
+        ({}, {"gpus": 4}, {"gpus": 1}, ""),
+        ({"train": {"precision": "bf16"}}, {"gpus": 4}, {}, ""),
+        ({"infer": {"precision": "fp32"}}, {"gpus": 4}, {}, ""),
+        ({"infer": {"models": ["tuned"]}}, {"gpus": 4}, {}, ""),
+    ],
+)
+def test_a_base_model_that_would_be_asked_in_another_precision_is_said_beforehand(
+    fake_run: MakeRun,
+    changes: dict[str, object],
+    train: dict[str, object],
+    infer: dict[str, object],
+    key: str,
+) -> None:
+    run = fake_run(cluster={"train": train, "infer": infer})
+    config = Config.model_validate({**run.config.model_dump(), **changes})
+    said: list[str] = []
+    submit("all", run.root, config, run.cluster, dry_run=True, say=said.append)
+    assert [line.partition("--set ")[2] for line in said] == ([key] if key else [])
+
+
 @pytest.mark.parametrize("name", ["a%j", "a:b", "a$(x)", "a\nb", "a'b"])
 def test_names_that_slurm_or_a_shell_would_read_are_refused(name: str, fake_run: MakeRun) -> None:
     run = fake_run()

@@ -128,8 +128,12 @@ def _forecast(
     nodes, gpus = 1, 1
     if cluster is not None:
         from yelp_hpc.jobs.cluster import load_cluster
+        from yelp_hpc.jobs.preflight import precision_note
 
-        wanted = load_cluster(cluster).resources("train")
+        settings = load_cluster(cluster)
+        wanted = settings.resources("train")
+        if note := precision_note(config, settings):
+            click.echo(note, err=True)
         nodes, gpus = wanted.least_nodes, wanted.gpus or 1
         gpu = gpu or wanted.gpu_type
     card = find_card(gpu) if gpu and not probe else None
