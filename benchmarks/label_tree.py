@@ -5,7 +5,8 @@
 The demo's model and reviews. 5 one-token labels are the Yelp task's; 5, 20, 77 and 150 labels are
 random words of 2 to 5 tokens. All ways see the same prompts, in turn; the least time of the rounds
 counts. `bound` is (prompt + inner tree tokens) / prompt tokens: what the computed tokens ask for.
-Answers alone are `infer.mode: answer`; `sure`: each text ends with a label, so one is likely.
+Answers alone are `infer.mode: answer`; `sure`: each text ends with a label, three times over, so
+that one is likely.
 An inner token needs the vocabulary's product, too, which is a fifth of a token's work in so small a
 model: `--wide` takes random weights of TinyLlama-1.1B's shape, where it is a tenth.
 """
@@ -98,7 +99,8 @@ def main() -> None:
         kept = tuple(x for x in labels if not any(x != y and x.startswith(y) for y in labels))
         prompt = Prompt(PromptConfig().template, kept, encode, 1024)
         prompts[name], _ = prompt.fit(texts)
-        sure[name], _ = prompt.fit([f"{text} {draw.choice(kept)}" for text in texts])
+        hints = [f"\nOutput: {draw.choice(kept)}\n" * 3 for _ in texts]
+        sure[name], _ = prompt.fit([a + b for a, b in zip(texts, hints, strict=True)])
         answers[name] = prompt.answers
 
     def scored(name: str) -> torch.Tensor:

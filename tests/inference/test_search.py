@@ -84,6 +84,30 @@ def test_what_the_search_leaves_is_scored_whole(
     assert found[1] is None
 
 
+def test_a_search_that_is_worth_nothing_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, answers, searched = prepare_model(tiny("llama").eval()), many(20), list[int]()
+    plain = search.search_answers
+
+    def counted(*args: Any) -> list[int | None]:
+        searched.append(len(args[1]))
+        return plain(*args)
+
+    monkeypatch.setattr("yelp_hpc.inference.predictor.search_answers", counted)
+    monkeypatch.setattr(search, "STEPS_A_TOKEN", 0)  # in vain for all
+    scores = score_predictor(model, 4, answers, 4000, torch.device("cpu"))
+    loaded = Loaded(model, None, torch.device("cpu"), None)  # type: ignore[arg-type]
+    alone = answer_predictor(loaded, 4, answers, 4000, scores, packed=True)
+    short = [prompt[:12] for prompt in prompts_of(4)] * 3
+    for _ in range(2):
+        assert alone.predict(short)[0] == scores.predict(short)[0]
+    assert len(searched) == 1  # of a model that is never sure it is given up
+    scores = score_predictor(model, 0, answers, 4000, torch.device("cpu"))
+    fresh = answer_predictor(loaded, 0, answers, 4000, scores, packed=True)
+    long = [(prompt * 9)[:90] for prompt in prompts_of(0)]
+    assert fresh.predict(long)[0] == scores.predict(long)[0]
+    assert len(searched) == 1  # behind prompts that are long beside the tree
+
+
 def test_where_nothing_can_be_left_out_the_scores_answer() -> None:
     model, prompts = prepare_model(tiny("llama").eval()), prompts_of(4)
     for answers, packed in (([[7], [8], [9]], True), (FEW, False)):

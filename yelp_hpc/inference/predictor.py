@@ -27,6 +27,9 @@ from yelp_hpc.ranks.device import precision_here, usable_gpus
 from yelp_hpc.rundir.manifest import in_precision
 from yelp_hpc.task import YELP, TaskConfig
 
+_FEW = 16
+"""Rows that are searched in vain before it is given up."""
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -166,10 +169,12 @@ def answer_predictor(
 ) -> Predictor:
     """Answer mode: the label of the highest score, and no scores.
 
-    `scores` answers where no branch can be left out: where every label is one token, or the model
-    does not go on from a packed prompt.
+    `scores` answers where no branch can be left out, as every label is one token or the model does
+    not go on from a packed prompt, and where a search would cost more than it saves: behind prompts
+    that are long beside the tree, and once most rows were searched in vain.
     """
     tree = answer_tree(answers)
+    asked = left = 0
 
     def plan(lengths: Sequence[int]) -> list[list[int]]:
         return plan_batches([n - prefix_length for n in lengths], max_tokens, prefix_length)
@@ -178,7 +183,12 @@ def answer_predictor(
         return scores.predict(prompts)[0], None, None
 
     def predict(prompts: list[list[int]]) -> tuple[Sequence[int | None], None, None]:
-        found = search_answers(loaded.model, prompts, prefix_length, tree, loaded.device)
+        nonlocal asked, left
+        own = sum(map(len, prompts)) - prefix_length * len(prompts)
+        found: list[int | None] = [None] * len(prompts)
+        if len(prompts) * len(tree.tokens) > own / 2 and left <= max(asked / 2, _FEW):
+            found = search_answers(loaded.model, prompts, prefix_length, tree, loaded.device)
+            asked, left = asked + len(found), left + found.count(None)
         rest = [i for i, answer in enumerate(found) if answer is None]
         for batch in scores.plan([len(prompts[i]) for i in rest]):
             whole = scores.predict([prompts[rest[i]] for i in batch])[0]
