@@ -74,7 +74,7 @@ class Slurm:
         from yelp_hpc.jobs import chain
         from yelp_hpc.jobs.cluster import ClusterConfig
 
-        setattr(chain, "require_sound_request", lambda *_: None)  # noqa: B010
+        setattr(chain, "require_sound_request", lambda *_: ())  # noqa: B010
 
         os.environ["PATH"] = f"{self.programs}:{os.environ['PATH']}"
         small_package()

@@ -245,8 +245,8 @@ class InferConfig(Section):
     )
     mode: Literal["score", "answer", "generate"] = Field(
         "score",
-        description="compare the labels' scores; find the best label alone, which is faster where "
-        "labels are of several tokens; or write and parse an answer",
+        description="compare the labels' scores; find the best label alone, which saves time where "
+        "labels are many and of several tokens; or write and parse an answer",
     )
     shards: int = Field(1, ge=1, le=100_000, description="parts of the test set, a job each")
     max_tokens: int = Field(8192, ge=64, description="token budget of a batch")

@@ -59,8 +59,8 @@ class Classifier:
         base: folder or Hub id of the base model, where the recorded one is not to be found here.
         revision: branch or commit of the Hub repository.
         precision: `fp32`, `bf16` or `fp16`; None: the run's `infer.precision`.
-        answers_only: the labels without their probabilities: faster where labels are of several
-            tokens. No change to a run of `infer.mode: generate`.
+        answers_only: the labels without their probabilities: faster where labels are many and of
+            several tokens. No change to a run of `infer.mode: generate`.
 
     Raises:
         RequestError: `source` is none of these, its adapter is missing or damaged, the repository

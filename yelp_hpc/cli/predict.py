@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--answers-only",
     is_flag=True,
-    help="no probabilities; labels of several tokens are answered faster",
+    help="no probabilities; saves time where labels are many and of several tokens",
 )
 @click.option("--dry-run", is_flag=True, help="print the sbatch scripts and the commands only")
 @click.option("--wait", is_flag=True, help="slurm: follow until the end")
