@@ -210,9 +210,13 @@ def test_the_chain_on_slurm_gives_the_figures_of_the_local_one(outcome: Outcome)
 
 
 def test_gpu_hours_lost_are_part_of_those_used(outcome: Outcome) -> None:
-    used, lost = attempts.gpu_hours(outcome.tried("no-grace"))
+    tried = outcome.tried("no-grace")
+    used, lost = attempts.gpu_hours(tried)
     assert GPU["gpu_type"] == "rtx3090"
-    assert 0 < lost < used
+    # from the last checkpoint to the last heartbeat, which may have come before it
+    assert 0 <= lost < used
+    assert lost == pytest.approx(sum(attempt.lost * attempt.gpus for attempt in tried) / 3600)
+    assert tried[0].verdict == "lost" and tried[0].gpus == 4
 
 
 def test_the_chain_ends_on_the_hub(outcome: Outcome) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,39 @@ def test_an_error_in_a_rank_is_one_message(
     logs = [path.read_text() for path in tmp_path.glob("train-rank-*.log")]
     assert any(says in log for log in logs)
     assert any("Traceback" in log for log in logs) is (kind is StageError)
+
+
+TWICE = """
+import os, signal, sys, threading
+from pathlib import Path
+from yelp_hpc.errors import SavedForRequeue
+from yelp_hpc.ranks.launch import launch
+
+def second(frame, event, arg):
+    if event == "line" and frame.f_code.co_name == "set":
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return second
+
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+sys.settrace(second)
+try:
+    launch([sys.executable, "-c", sys.argv[1]], b"", 2, Path(sys.argv[2]))
+except SavedForRequeue as error:
+    print(error)
+"""
+
+
+def test_a_second_signal_inside_the_handler_of_the_first_hangs_nothing(tmp_path: Path) -> None:
+    """As when Slurm signals every process, and the supervisor passes its own one on."""
+    rank = RANK.format(work="import time; time.sleep(60)")
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, rank, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert done.stdout == "the training state is saved; run the same command again\n"
 
 
 TOGETHER = """

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.progress import step_bar
-from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS
+from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS, Flag
 from yelp_hpc.runtime import open_log, without_tokens
 
 # After the first failure the others may write their own log lines so long (seconds) …
@@ -152,7 +152,7 @@ def launch(command: Sequence[str], payload: bytes, nproc: int, logs: Path) -> No
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
     ranks: list[_Rank] = []
-    stopped = threading.Event()
+    stopped = Flag()
 
     def forward(signum: int, frame: FrameType | None) -> None:
         stopped.set()
@@ -227,7 +227,7 @@ def _relay(stream: IO[bytes], log: int) -> None:
                 show(line.decode(errors="replace"))
 
 
-def _watch(ranks: list[_Rank], stopped: threading.Event) -> None:
+def _watch(ranks: list[_Rank], stopped: Flag) -> None:
     """Wait for all ranks; at the first that fails give the verdict and leave the rest to `_end`."""
     ended: float | None = None
     while True:

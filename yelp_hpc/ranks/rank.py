@@ -36,6 +36,25 @@ def is_node_fault(text: str) -> bool:
     return bool(_NODE_FAULT.search(text))
 
 
+class Flag:
+    """What a signal's handler may set: it has no lock that a second handler would wait for.
+
+    threading.Event has one: Slurm's signal to every process and the supervisor's come together, and
+    a handler that interrupts another inside `Event.set` never returns.
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """Set it."""
+        self._set = True
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._set
+
+
 @dataclass
 class StopRequest:
     """Whether this rank was asked to save and stop: by a signal, or because the time is up.

@@ -47,7 +47,7 @@ from yelp_hpc.inference.shard_files import (
 from yelp_hpc.inference.shards import plan_shards, plan_windows, spans
 from yelp_hpc.progress import say, track
 from yelp_hpc.ranks.device import precision_here
-from yelp_hpc.ranks.rank import is_node_fault
+from yelp_hpc.ranks.rank import Flag, is_node_fault
 from yelp_hpc.rundir import earlier
 from yelp_hpc.rundir.files import (
     damaged_files,
@@ -184,12 +184,12 @@ def remove_other_divisions(paths: RunPaths, model: str, shards: int) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGUSR2 sets, so that the loop can stop between two batches.
+def stop_signals() -> Iterator[Flag]:
+    """A flag that SIGTERM or SIGUSR2 sets, so that the loop can stop between two batches.
 
     Handlers are set in the main thread only (elsewhere Python refuses) and put back at the end.
     """
-    stop = threading.Event()
+    stop = Flag()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -222,7 +222,7 @@ class _Shard:
         self.rows = rows
         self.window_tokens = WINDOW_BATCHES * config.infer.max_tokens
         self.provenance = provenance
-        self.stop = threading.Event()
+        self.stop = Flag()
         self.done = 0
         self.started = self.progress_written = time.monotonic()
 
@@ -237,7 +237,7 @@ class _Shard:
         return damage is None
 
     def finish(
-        self, lengths: Sequence[int], predictor: Callable[[], Predictor], stop: threading.Event
+        self, lengths: Sequence[int], predictor: Callable[[], Predictor], stop: Flag
     ) -> None:
         """Predict what is not predicted yet and write the shard's file.
 
