@@ -216,7 +216,7 @@ def test_gpu_hours_lost_are_part_of_those_used(outcome: Outcome) -> None:
     # from the last checkpoint to the last heartbeat, which may have come before it
     assert 0 <= lost < used
     assert lost == pytest.approx(sum(attempt.lost * attempt.gpus for attempt in tried) / 3600)
-    assert tried[0].verdict == "lost" and tried[0].gpus == 4
+    assert tried[0].gpus == 4
 
 
 def test_the_chain_ends_on_the_hub(outcome: Outcome) -> None:
