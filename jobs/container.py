@@ -81,16 +81,23 @@ def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[
     argv += ["--nv"] if container.nv else []
     binds = [str(run), container.cache]
     handed = {k: v for k, v in env.items() if k in _HANDED_IN or k.startswith(_PREFIXES)}
-    if "TMPDIR" in env and Path(env["TMPDIR"]).is_dir():  # the job's own scratch on the node
-        binds.append(env["TMPDIR"])
-        handed["TMPDIR"] = env["TMPDIR"]
+    scratch = env.get("TMPDIR", "")  # the job's own on the node; else the image has its /tmp
+    if scratch.startswith("/") and not set(scratch) & set(":,") and Path(scratch).is_dir():
+        binds.append(scratch)
+        handed["TMPDIR"] = scratch
     for bind in [*binds, *container.binds]:
         argv += ["--bind", bind]
     handed |= {name: str(Path(container.cache, at)) for name, at in _CACHES.items()}
     handed |= {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1"}  # nothing of the user's shadows ours
     for name, value in sorted(handed.items()):
-        argv += ["--env", f"{name}={value}"]
+        argv += ["--env", _as_one(f"{name}={value}")]
     return [*argv, "--pwd", str(run), *container.extra_args]
+
+
+def _as_one(pair: str) -> str:
+    """`NAME=VALUE`, in quotes where apptainer would read several: NCCL_IB_HCA==mlx5_0,mlx5_1."""
+    quoted = pair.replace('"', '""')
+    return f'"{quoted}"' if pair.count("=") > 1 else pair
 
 
 def stage_environment(
@@ -144,7 +151,7 @@ def with_inputs(cluster: ClusterConfig, config: Config, run: Path) -> ClusterCon
         raise RequestError(all_problems("these cannot be bound into the image:", problems))
     update = {"binds": (*cluster.container.binds, *binds)}
     if seen_repository(config):
-        seen = ("--env", f"{SEEN}={seen_hub(os.environ)}")
+        seen = ("--env", _as_one(f"{SEEN}={seen_hub(os.environ)}"))
         update["extra_args"] = (*cluster.container.extra_args, *seen)
     container = cluster.container.model_copy(update=update)
     return cluster.model_copy(update={"container": container})

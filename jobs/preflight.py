@@ -22,6 +22,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.slurm import several_clusters
 from yelp_hpc.models.adapter_source import find_adapter
+from yelp_hpc.own_files import outdated
 from yelp_hpc.publishing.token import find_token
 from yelp_hpc.runtime import program
 from yelp_hpc.training.trackers import missing as missing_trackers
@@ -125,7 +126,11 @@ def _packages(
     """Packages that jobs on the host's Python would miss."""
     if "train" in stages and cluster.python in (None, sys.executable):  # they run on the host
         yield from missing_trackers(config.train.trackers)
-    if not on_host_python(cluster, executor):
+    on_host = on_host_python(cluster, executor)
+    mine = on_host and cluster.python in (None, sys.executable)
+    if old := outdated(("job", "demo") if mine else ()):
+        yield old
+    if not on_host:
         return
     wanted = dict.fromkeys(name for stage in stages for name in MODULES[stage])
     if "train" in stages and config.train.tensorboard:

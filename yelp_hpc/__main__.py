@@ -26,12 +26,13 @@ def start() -> None:
     """Run the command line; a library that is missing, or another in its place, is one message."""
     try:
         from yelp_hpc.cli.main import main
-        from yelp_hpc.runtime import in_plain_python
+        from yelp_hpc.runtime import in_plain_python, undo_inherited
 
+        undo_inherited()
         in_plain_python()
         main()
-    except (ImportError, AttributeError) as error:
-        problem = _in_the_way(error) or _missing(error)
+    except Exception as error:
+        problem = _in_the_way(error) or _unfit(error) or _too_old(error) or _missing(error)
         if not problem:
             raise
         sys.stderr.write(f"{problem}\n")
@@ -64,6 +65,29 @@ def _missing(error: Exception) -> str:
         f"  {sys.executable} -m pip install yelp-hpc\n"
         "or call the Python that it is installed for"
     )
+
+
+def _unfit(error: Exception) -> str:
+    """Of a shared library that the shell's settings put before the one that is needed."""
+    import re
+
+    names = [name for name in ("LD_LIBRARY_PATH", "LD_PRELOAD") if os.environ.get(name)]
+    lines = [line.strip() for line in str(error).splitlines() if re.search(r"\.so\b", line)]
+    kind = isinstance(error, (ImportError, OSError)) and "import name" not in str(error)
+    if not (names and lines and kind):
+        return ""
+    return (
+        f"a library does not fit: {lines[0]}\n"
+        f"{' and '.join(names)} of your shell may put another in its place (a module, conda): "
+        f"unset {' '.join(names)} and try again"
+    )
+
+
+def _too_old(error: Exception) -> str:
+    from yelp_hpc.own_files import outdated
+
+    old = outdated(("job", "demo"))
+    return old and f"{type(error).__name__}: {error}\n{old}"
 
 
 if __name__ == "__main__":

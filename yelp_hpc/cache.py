@@ -66,10 +66,12 @@ def seen_hub(env: Mapping[str, str]) -> Path:
     for name in (SEEN, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if env.get(name):
             return Path(os.path.expanduser(env[name]))  # noqa: PTH111 - never raises
-    home = env.get("HF_HOME")
-    if home:
-        return Path(os.path.expanduser(home), "hub")  # noqa: PTH111
-    return _user_caches(env) / "huggingface" / "hub"
+    return hub_home(env) / "hub"
+
+
+def hub_home(env: Mapping[str, str]) -> Path:
+    """Where the Hub's own client keeps what it fetches, and its login."""
+    return Path(os.path.expanduser(env.get("HF_HOME") or _user_caches(env) / "huggingface"))  # noqa: PTH111
 
 
 DEMO_MODEL = "demo:smollm2-135m"

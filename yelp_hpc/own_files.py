@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 PROJECT = "yelp-hpc"
@@ -46,6 +49,35 @@ def version() -> str:
     for found in importlib.metadata.distributions(name=PROJECT, path=[str(IMPORT_ROOT)]):
         return found.version
     return importlib.metadata.version(PROJECT)
+
+
+def outdated(extras: Iterable[str] = ()) -> str:
+    """What is said of installed packages that are older than this code needs; "" of none.
+
+    Args:
+        extras: `job`, `demo`: also what these bring.
+    """
+    import importlib.metadata
+    import re
+    import tomllib
+
+    project = tomllib.loads((SHARE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"]]
+    wanted += [one for extra in extras for one in project["optional-dependencies"][extra]]
+    old = {}
+    for one in wanted:
+        name, _, least = one.partition(">=")
+        with suppress(importlib.metadata.PackageNotFoundError):
+            have = importlib.metadata.version(name)
+            if [*map(int, re.findall(r"\d+", have))] < [*map(int, least.split("."))]:
+                old[one] = f"{name} {have} ({least} is needed)"
+    if not old:
+        return ""
+    return (
+        f"{sys.executable} has packages that are too old: {', '.join(old.values())} → "
+        f"{sys.executable} -m pip install {shlex.join(old)}; those in ~/.local hides "
+        "`export PYTHONNOUSERSITE=1`"
+    )
 
 
 def package_files() -> list[Path]:

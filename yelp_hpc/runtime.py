@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,23 @@ def set_runtime_defaults() -> None:
         if name == "PYTORCH_ALLOC_CONF" and older in os.environ:
             continue
         os.environ.setdefault(name, value)
+
+
+def undo_inherited() -> None:
+    """Undo what a shell or a daemon may leave to a process.
+
+    The next file that is opened takes the place of a closed stream (`2>&-`), and what is printed
+    would go into it; where SIGCHLD is ignored, every child seems to have ended well.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest number that is free is taken
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 _SPOILS = ("PYTHONOPTIMIZE", "PYTHONINSPECT")

@@ -114,6 +114,62 @@ def test_a_python_without_the_packages_is_told_how_they_are_installed() -> None:
     assert said.startswith(f"this needs the package click, which {sys.executable} does not have")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "| true", "2>&1 | true"])
+def test_a_stream_that_is_closed_hinders_nothing(closed: str, tmp_path: Path) -> None:
+    """The exit code is that of the work, and nothing is said of the pipe."""
+    said = tmp_path / "said"
+    shell = f"""{{ {sys.executable} -m yelp_hpc $0 {closed}; echo ${{PIPESTATUS[0]}}; }} 2>{said}"""
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    for command, code in (("config show --config demo", 0), ("config show --config nope", 2)):
+        argv = ["bash", "-c", shell.replace("$0", command)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env)
+        piped = closed.endswith("true")
+        assert int(done.stdout.split()[-1]) in ({code, 1} if piped else {code}), done.stdout
+        assert "Exception" not in said.read_text() and "Traceback" not in said.read_text()
+
+
+def test_a_process_that_ignores_its_children_still_learns_how_they_end() -> None:
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    child = (
+        "from yelp_hpc.runtime import undo_inherited; import subprocess; undo_inherited(); "
+        "print(subprocess.run(['false']).returncode)"
+    )
+    argv = [sys.executable, "-c", code, "-c", child]
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    assert subprocess.run(argv, capture_output=True, text=True, env=env).stdout == "1\n"
+
+
+def test_a_shared_library_that_the_shell_puts_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "libgcc_s.so.1").write_text("of another system\n")
+    code, out, said = typed("config", "show", "--config", "demo", LD_LIBRARY_PATH=str(tmp_path))
+    assert (code, out) == (2, "") and "a library does not fit" in said, said
+    assert str(tmp_path / "libgcc_s.so.1") in said and "unset LD_LIBRARY_PATH" in said
+
+
+def test_packages_that_are_too_old_are_named(tmp_path: Path) -> None:
+    """As of ~/.local, before those that were installed for us."""
+    (tmp_path / "submitit-1.4.2.dist-info").mkdir()
+    metadata = tmp_path / "submitit-1.4.2.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: submitit\nVersion: 1.4.2\n")
+    asked = [
+        "submit",
+        "all",
+        "--executor",
+        "local",
+        "--config",
+        "demo",
+        "--run",
+        str(tmp_path / "r"),
+    ]
+    path = f"{tmp_path}{os.pathsep}{IMPORT_ROOT}"
+    code, out, said = typed(*asked, PYTHONPATH=path)
+    assert (code, out) == (2, "") and "too old: submitit 1.4.2 (1.5.3 is needed)" in said, said
+    assert "-m pip install 'submitit>=1.5.3'" in said and not (tmp_path / "r").exists()
+
+
 def test_no_folder_for_temporary_files_is_said(tmp_path: Path) -> None:
     shell = ["bash", "-c", 'ulimit -f 0; exec "$@"', "-"]  # as a full disk: no byte is taken
     doctor = [sys.executable, "-m", "yelp_hpc", "doctor"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,19 @@ def test_only_what_is_named_enters_the_image() -> None:
     assert {n: v for n, v in handed.items() if n.startswith("APPTAINERENV_")} == {
         "APPTAINERENV_MINE": "key"
     }
+
+
+def test_each_variable_is_one_to_apptainer() -> None:
+    """It reads `A=b=c,d` as csv (apptainer/apptainer#1152), and NCCL's `=` means this very name."""
+    lists = {"NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1", "NCCL_SOCKET_IFNAME": '=ib0,"x",ib1'}
+    env = {**lists, "CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": "."}
+    argv = command(container(), Path("/run"), ["prepare"], env)
+    given = [value for option, value in pairwise(argv) if option == "--env"]
+    read = [next(csv.reader([value])) if value.count("=") > 1 else [value] for value in given]
+    assert {*map(len, read)} == {1}
+    found = dict(value.split("=", 1) for (value,) in read)
+    assert found.items() >= {**lists, "CUDA_VISIBLE_DEVICES": "0,1"}.items()
+    assert "TMPDIR" not in found  # it has no place in the image
 
 
 def test_what_libraries_cache_goes_where_the_site_has_room() -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import inside, with_inputs
 from yelp_hpc.jobs.doctor import probes
 from yelp_hpc.models.local import model_folder
+from yelp_hpc.publishing.token import login_file
 from yelp_hpc.rundir.files import atomic_folder, damaged_files, write_marker
 
 COMMITS = ("a" * 40, "b" * 40)
@@ -114,6 +117,18 @@ def test_where_the_folders_are(tmp_path: Path) -> None:
         assert cache_folder() == Path("/c/yelp_hpc")
         patch.delenv("XDG_CACHE_HOME")
         assert cache_folder() == Path.home() / ".cache" / "yelp_hpc"
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [{"HF_HOME": "~/hub"}, {"XDG_CACHE_HOME": "/caches"}, {"HF_TOKEN_PATH": "~/t"}, {}],
+    ids=str,
+)
+def test_the_hubs_login_is_where_its_client_keeps_it(theirs: dict[str, str]) -> None:
+    code = "from huggingface_hub.constants import HF_TOKEN_PATH; print(HF_TOKEN_PATH)"
+    env = {"HOME": str(Path.home()), **theirs}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert login_file(theirs) == Path(done.stdout.strip())
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from tests.hub.server import serving
 from tests.hub.state import Fault, Hub
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.models.fetch import fetch_model
+from yelp_hpc.own_files import IMPORT_ROOT
 
 
 @pytest.fixture
@@ -72,3 +76,27 @@ def test_no_network_is_no_missing_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(StageError, match=r"127.0.0.1:9 cannot be reached.*yelp_hpc fetch"):
         fetch_model("me/model", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ALL_PROXY", "socks5://me:secret@127.0.0.1:9", "SOCKS.*pip install socksio"),
+        ("https_proxy", "http://me:secret@proxy:port", "Invalid port.*write http://HOST:PORT"),
+        ("https_proxy", "foo://me:secret@proxy:1", "Unknown scheme.*write http://HOST:PORT"),
+        ("HF_TOKEN", "hf_ä", "is no token"),
+        ("SSL_CERT_FILE", "/nowhere.pem", "SSL_CERT_FILE of your shell names /nowhere.pem"),
+        ("HF_ENDPOINT", "hf-mirror.com", "HF_ENDPOINT of your shell is hf-mirror.com"),
+    ],
+)
+def test_what_the_shell_says_of_the_network_and_cannot_be_is_named(
+    name: str, value: str, says: str, tmp_path: Path
+) -> None:
+    code = "import sys; from yelp_hpc.models.fetch import fetch_model as f; f('a/b', cache_dir='x')"
+    env = {**os.environ, name: value, "PYTHONPATH": str(IMPORT_ROOT), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(f"RequestError: .*{says}", last), done.stderr
+    assert "secret" not in last

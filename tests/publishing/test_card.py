@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import html
 import re
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -17,6 +19,7 @@ from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.publishing.card import load_snippet, model_card
 from yelp_hpc.rundir.attempts import GpuHours
+from yelp_hpc.training.loss_plot import draw_loss
 
 METRICS: dict[str, Any] = {
     "models": {
@@ -216,3 +219,23 @@ def test_the_picture_of_any_labels_is_drawn(recwarn: pytest.WarningsRecorder) ->
 def test_many_classes_fit_into_a_picture() -> None:
     png = draw_confusion([[1] * 801] * 800, [f"label {i}" for i in range(801)])
     assert max(int.from_bytes(png[16:20]), int.from_bytes(png[20:24])) < 3000
+
+
+def test_the_pictures_heed_no_settings_of_the_users_matplotlib(tmp_path: Path) -> None:
+    """LaTeX for every letter ends a training where there is none; another font, other bytes."""
+    lines = [{"step": step, "loss": 1.0, "learning_rate": 0.1} for step in (1, 2)]
+
+    def pictures() -> tuple[bytes, bytes]:
+        draw_loss(lines, tmp_path / "loss.png")
+        return draw_confusion([[1, 2], [3, 4]], ["a", "b"]), (tmp_path / "loss.png").read_bytes()
+
+    before = pictures()
+    theirs: Any = {
+        "text.usetex": True,
+        "font.family": "serif",
+        "savefig.dpi": 10,
+        "lines.marker": "x",
+    }
+    with matplotlib.rc_context(theirs):
+        assert pictures() == before
+        assert matplotlib.rcParams["text.usetex"]

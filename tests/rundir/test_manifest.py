@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from yelp_hpc.rundir.files import read_json, write_json, write_marker
 from yelp_hpc.rundir.manifest import (
     Asked,
     check_asked,
+    code_state,
     load_run,
     record_run,
     recorded_config,
@@ -206,3 +208,25 @@ def test_a_garbled_choice_is_said(auto: RunPaths, section: object) -> None:
     update_run(auto, precision=section)
     with pytest.raises(RequestError, match="precision"):
         load_run(auto.root)
+
+
+def test_the_record_of_the_code_is_the_same_however_the_shell_has_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "yelp_hpc" / "__init__.py"
+    source.parent.mkdir()
+    source.write_text("before\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for step in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *step], check=True)
+    source.write_text("after\n")
+    monkeypatch.setattr("yelp_hpc.rundir.manifest.IMPORT_ROOT", tmp_path)
+    said = "[diff]\nexternal = true\nnoprefix = true\n[color]\nui = always\n"
+    (tmp_path / ".gitconfig").write_text(said)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # of the hook of another repository
+    found = code_state()
+    monkeypatch.delenv("GIT_DIR")
+    assert found["git_sha"] and found["dirty"]
+    back = [*git, "apply", "--check", "-R"]
+    subprocess.run(back, input=found["diff"], text=True, check=True)

@@ -7,6 +7,7 @@ nothing of the network itself.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
@@ -40,6 +41,8 @@ def hub_error(kind: Kind, name: str, revision: str | None, error: BaseException)
     )
 
     chain = list(_causes(error))
+    if problem := shell_problem(error):
+        return RequestError(problem)
     where, what = page(kind, name), f"{kind} {name}"
     for cause in chain:
         if isinstance(cause, GatedRepoError):
@@ -73,6 +76,30 @@ def hub_error(kind: Kind, name: str, revision: str | None, error: BaseException)
             f"from here ({first_line(chain[-1])}); {FETCH}"
         )
     return StageError(f"{what} could not be downloaded: {first_line(error)}; run it again")
+
+
+def shell_problem(error: BaseException) -> str:
+    """What of the shell's settings of the network keeps the client from asking; "" if nothing."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        place = os.environ.get(name)
+        if place and not os.path.exists(place):  # noqa: PTH110 - never raises
+            return f"{name} of your shell names {place}, which is not there: unset {name}"
+    if not endpoint().startswith(("http://", "https://")):
+        return f"HF_ENDPOINT of your shell is {endpoint()}, without a scheme: write https:// first"
+    for cause in _causes(error):
+        if isinstance(cause, ImportError) and "SOCKS" in str(cause):
+            return (
+                "a proxy of your shell speaks SOCKS, for which a package is missing: "
+                f"{sys.executable} -m pip install socksio, or name an http proxy (ALL_PROXY)"
+            )
+        if type(cause).__name__ == "InvalidURL" or "proxy URL" in str(cause):
+            return (
+                f"a proxy of your shell cannot be one ({first_line(cause)}): write "
+                "http://HOST:PORT into https_proxy, http_proxy and ALL_PROXY, or unset them"
+            )
+        if isinstance(cause, UnicodeEncodeError):
+            return f"HF_TOKEN of your shell, or the login, is no token: {LOGIN}"
+    return ""
 
 
 def _by_status(what: str, where: str, status: int, error: BaseException) -> YelpHpcError:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 
+from yelp_hpc.evaluation.picture import picture
+
 
 def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> bytes:
     """Draw counts `[labels, columns]`; empty columns that no label names are left out.
@@ -17,9 +19,6 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
         columns: a title for each column: the labels, then "unparsed" and what else was answered.
             A label whose letters the font lacks is shown by its number, from 0.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     labels = len(matrix)
     shown = [c for c in range(len(columns)) if c < labels or any(row[c] for row in matrix)]
     totals = [max(1, sum(row)) for row in matrix]
@@ -29,40 +28,38 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
     longest = max(len(_shown(columns, c)) for c in shown)
     margin = 1.6 if labels <= 7 else 1.2 + 0.09 * min(longest, 28)
     high = 4.6 if labels <= 7 else side * labels + margin
-    figure = Figure(figsize=(margin + side * len(shown), high), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, row in enumerate(matrix if labels <= 7 else ()):
-        for j, c in enumerate(shown):
-            dark = shares[i][j] > 0.5
-            text = f"{row[c]:,}\n{shares[i][j]:.0%}"
-            colour = "white" if dark else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
-    step = 1 if labels <= 7 else max(1, round(0.14 / side))
-    named = [j for j, c in enumerate(shown) if c >= labels or c % step == 0]
-    # a dollar in a label begins no formula
-    axes.set_xticks(named, [_shown(columns, shown[j]) for j in named], parse_math=False)
-    rows = range(0, labels, step)
-    axes.set_yticks(rows, [_shown(columns, i) for i in rows], parse_math=False)
-    if labels > 7:
-        axes.tick_params(labelsize=7)
-    if labels > 7 or longest > 11:
-        axes.tick_params(axis="x", labelrotation=90 if labels > 7 else 30)
-    axes.set_xlabel("answer")
-    axes.set_ylabel("truth")
-    figure.colorbar(image, ax=axes, label="share of the truth's rows")
     png = BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
+    with picture(png, margin + side * len(shown), high) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for i, row in enumerate(matrix if labels <= 7 else ()):
+            for j, c in enumerate(shown):
+                dark = shares[i][j] > 0.5
+                text = f"{row[c]:,}\n{shares[i][j]:.0%}"
+                colour = "white" if dark else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
+        step = 1 if labels <= 7 else max(1, round(0.14 / side))
+        named = [j for j, c in enumerate(shown) if c >= labels or c % step == 0]
+        # a dollar in a label begins no formula
+        axes.set_xticks(named, [_shown(columns, shown[j]) for j in named], parse_math=False)
+        rows = range(0, labels, step)
+        axes.set_yticks(rows, [_shown(columns, i) for i in rows], parse_math=False)
+        if labels > 7:
+            axes.tick_params(labelsize=7)
+        if labels > 7 or longest > 11:
+            axes.tick_params(axis="x", labelrotation=90 if labels > 7 else 30)
+        axes.set_xlabel("answer")
+        axes.set_ylabel("truth")
+        figure.colorbar(image, ax=axes, label="share of the truth's rows")
     return png.getvalue()
 
 
 @cache
 def _letters() -> frozenset[int]:
     """What the font has."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.font_manager import findfont, get_font
 
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 def _shown(columns: Sequence[str], place: int) -> str:

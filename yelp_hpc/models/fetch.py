@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from yelp_hpc.cache import seen_folders
 from yelp_hpc.data.hub import hub_error
@@ -46,7 +45,7 @@ def fetch_model(
                 ignore_patterns=["*.py", "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"],
             )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # of a proxy or an address, too, whatever the client makes of it
         raise hub_error("model", path_or_id, revision, error) from error
     if damaged := damaged_blobs(folder):
         for path in damaged:

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from yelp_hpc.data.hub import shell_problem
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.progress import say
 from yelp_hpc.publishing.token import Token, redact
@@ -152,6 +153,8 @@ class _Hub:
             except (RequestError, StageError):
                 raise
             except Exception as error:
+                if problem := shell_problem(error):
+                    raise RequestError(problem) from None
                 cause = _root(error)
                 if not _passes(cause) or attempt + 1 == self.backoff.attempts:
                     raise self.explain(what, cause, attempt + 1) from None

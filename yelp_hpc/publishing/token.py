@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
+from yelp_hpc.cache import hub_home
 from yelp_hpc.errors import RequestError
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -55,8 +56,8 @@ def find_token(token_file: str | None = None) -> Token | None:
 
 def login_file(env: Mapping[str, str]) -> Path:
     """Where `hf auth login` keeps its token, as huggingface_hub decides it; read without it."""
-    home = env.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111 - never raises
-    return Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
+    named = env.get("HF_TOKEN_PATH") or hub_home(env) / "token"
+    return Path(os.path.expanduser(named))  # noqa: PTH111 - never raises
 
 
 def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | None:
@@ -67,7 +68,7 @@ def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | No
     Raises:
         RequestError: the token file cannot be used.
     """
-    if env.get("HF_TOKEN") or token_file:
+    if token_file or any(env.get(name) for name in VARIABLES):
         token = find_token(token_file)
         return token.secret if token else None
     with suppress(OSError):

@@ -344,12 +344,16 @@ def absolute_paths(config: Config) -> Config:
 
 def code_state() -> dict[str, Any]:
     """Version, git commit and the uncommitted changes of the code that runs."""
-    root = IMPORT_ROOT
+    root = str(IMPORT_ROOT)
+    # a hook's GIT_DIR is another repository's, a colleague's clone is as safe as what runs of it
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    start = ["git", "-C", root, "-c", f"safe.directory={root}"]
 
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *arguments],
+                [*start, *arguments],
+                env=env,
                 capture_output=True,
                 text=True,
                 timeout=20,
@@ -361,7 +365,9 @@ def code_state() -> dict[str, Any]:
 
     inside = git("ls-files", "--error-unmatch", "yelp_hpc/__init__.py") is not None
     sha = git("rev-parse", "HEAD") if inside else None
-    diff = git("diff", "HEAD") if sha else None
+    # whatever the user has git show: a diff that `git apply` takes
+    plainly = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
+    diff = git("diff", *plainly, "HEAD") if sha else None
     return {
         "version": version(),
         "git_sha": sha.strip() if sha else None,

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.evaluation.charts import smooth
+from yelp_hpc.evaluation.picture import picture
 from yelp_hpc.rundir.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -19,14 +23,16 @@ def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
     lines = [line for line in lines if line.get("loss") is not None]
     if not lines:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    image = BytesIO()
+    with picture(image, 8, 5.5) as figure:
+        _draw(figure, lines)
+    write_bytes(path, image.getvalue())
 
+
+def _draw(figure: Figure, lines: Sequence[dict[str, Any]]) -> None:
     steps = [line["step"] for line in lines]
     losses = [line["loss"] for line in lines]
     checked = [line for line in lines if line.get("validation_loss") is not None]
-    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     upper.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss, each step")
     upper.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="training loss, smoothed")
@@ -56,7 +62,3 @@ def draw_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
     lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     lower.set_xlabel("optimizer step")
     lower.grid(alpha=0.3)
-    image = BytesIO()
-    # Without the version of matplotlib, equal logs give equal bytes.
-    figure.savefig(image, format="png", metadata={"Software": None})
-    write_bytes(path, image.getvalue())
