@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -93,6 +94,12 @@ class TaskConfig(Section):
         found = [_STARS.fullmatch(name) for name in self.shown]
         counts = tuple(int(one[1]) for one in found if one)
         return counts if self.ordinal and len(counts) == len(found) else None
+
+    @property
+    def unit(self) -> str:
+        """What a step from one class to the next is: a star, or no more than a class."""
+        steps = {abs(after - before) for before, after in pairwise(self.stars or ())}
+        return "star" if steps == {1} else "class"
 
 
 YELP = TaskConfig(

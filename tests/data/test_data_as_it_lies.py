@@ -87,6 +87,14 @@ def parquet(labels: list[Any], names: list[str] | None = None) -> Write:
     return write
 
 
+def orders(folder: Path) -> Path:
+    (folder / "d").mkdir()
+    for name, at in (("a", 0), ("b", 1)):
+        names = [*INTENTS.labels[at:], *INTENTS.labels[:at]]
+        parquet([0, 1, 2], names)(folder).rename(folder / f"d/{name}.parquet")
+    return folder / "d"
+
+
 def arrow(folder: Path) -> Path:
     found = pa.table({"text": TEXTS, "label": list(range(5))})
     with pa.OSFile(str(folder / "r.arrow"), "wb") as out, pa.ipc.new_file(out, found.schema) as w:
@@ -278,6 +286,17 @@ BAD: dict[str, tuple[Write, dict[str, Any], TaskConfig, str]] = {
         "label is 'Us', not one of US, us"),
     "other classes of a ClassLabel": (
         parquet([0, 1], ["ham", "spam"]), {}, INTENTS, "2 classes .ham, spam."),
+    "numbers that are other labels, too": (
+        file("r.csv", as_csv(table([0, 1, 2]))), {}, TaskConfig(labels=("1", "2", "3")),
+        r"holds 1: by itself '1', with the others '2'; .*: \[0, 1, 2\] if it is the second"),
+    "names that are other labels, too": (
+        file("r.csv", as_csv(table([1, 2]))), {}, TaskConfig(labels=("0", "1"), names=("1", "2")),
+        "holds 1: by itself '2', with the others '1'"),
+    "a ClassLabel half in another order": (
+        parquet([0, 1, 2], ["lost_card", "refund", "card_arrival"]), {}, INTENTS,
+        "only some are among task.labels, and in another order"),
+    "files that count other classes": (
+        orders, {}, INTENTS, "b.parquet counts the classes top_up_failed, lost_card"),
     "two wrong names": (
         file("r.csv", as_csv(table(["card_arrival", "los_card", "refund"]))), {}, INTENTS,
         "'los_card', not one of card_arrival"),
@@ -432,6 +451,12 @@ def test_train_and_test_are_judged_together(tmp_path: Path) -> None:
     _, found = read_source(config_of(train, {"test": str(test)}, STARS))
     assert found is not None
     assert [label for _, label in found] == [0, 1, 2, 3]
+
+
+def test_train_and_test_count_the_same_classes(tmp_path: Path) -> None:
+    test = orders(tmp_path) / "b.parquet"
+    with pytest.raises(RequestError, match="classes top_up_failed, lost_card"):
+        read_source(config_of(tmp_path / "d/a.parquet", {"test": str(test)}, INTENTS))
 
 
 def test_texts_are_read_from_a_file_that_is_gone(

@@ -14,7 +14,7 @@ import pytest
 from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation import charts as charts
-from yelp_hpc.evaluation.outcome import print_outcome
+from yelp_hpc.evaluation.outcome import outcome_rows, print_outcome
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect
 
@@ -233,3 +233,13 @@ def test_the_table_fits_80_columns_and_uses_120(
     monkeypatch.setenv("COLUMNS", "0")  # as some shells inside an editor have it
     print_outcome(metrics)
     assert "tuned − base" in capsys.readouterr().out
+
+
+def test_steps_of_more_than_a_star_are_classes(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path / "run", rows=50)
+    names = ("1 star", "2 stars", "3 stars", "4 stars", "9 stars")
+    task = config.task.model_copy(update={"names": names})
+    metrics = collect(run, config.model_copy(update={"task": task}))
+    titles = [title for title, *_ in outcome_rows(metrics, study_shown=False)]
+    assert "mean absolute error (classes)" in titles and "within one class" in titles
+    assert (task.unit, config.task.unit) == ("class", "star")

@@ -116,6 +116,8 @@ INTENTS = TaskConfig(
 )
 LEVELS = TaskConfig(labels=("1", "2", "3"), names=("low", "middle", "high"), ordinal=True)
 SPAM = TaskConfig(labels=("0", "1"), names=("ham", "spam"))
+TENS = TaskConfig(labels=("10", "20", "30"), ordinal=True)
+RATED = TaskConfig(labels=("bad", "good"), names=("1 star", "2 stars"), ordinal=True)
 MARKS = TaskConfig(labels=("{}", "[a]", "**b**", "<i>", "#c", "`d`", "__e__", "-1", ":)"))
 SCRIPTS = TaskConfig(labels=("खेल", "好", "caf\u00e9", "👍", "👍🏽", "می\u200cخواهم"))
 
@@ -152,6 +154,16 @@ SCRIPTS = TaskConfig(labels=("खेल", "好", "caf\u00e9", "👍", "👍🏽"
         (LEVELS, "0", None),
         (LEVELS, "2 stars", 1),
         (LEVELS, "★★", None),
+        (LEVELS, "2 - 3", None),
+        (LEVELS, "2 to 3", None),
+        (LEVELS, "2 and a half", None),
+        (LEVELS, "2 out of 10", None),
+        (LEVELS, "we waited 2 hours", None),
+        (LEVELS, "middle", 1),
+        (TENS, "1", None),
+        (TENS, "20", 1),
+        (RATED, "good", 1),
+        (RATED, "2 stars", 1),
         (SPAM, "1", 1),
         (SPAM, "1.5", None),
         (SPAM, "one", None),

@@ -21,15 +21,16 @@ from tests.hub.finished import finish_run
 from tests.tiny import reviews
 from yelp_hpc import Classifier
 from yelp_hpc import load_run as results
-from yelp_hpc.config import Config, LoadedConfig
+from yelp_hpc.config import Config, LoadedConfig, config_from_dict
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.proof.verify import verify
 from yelp_hpc.rundir.files import read_json, sha256_file, write_json
-from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.manifest import load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.request import AskedPrediction, Request, answered
 from yelp_hpc.stages import collect, infer, prepare
 from yelp_hpc.stages.request import make_request
+from yelp_hpc.stages.rows import scan
 
 TEXTS = [text for text, _ in reviews(23, seed=5)]
 STARS = [label for _, label in reviews(23, seed=5)]
@@ -212,6 +213,26 @@ def test_labels_that_cannot_be_counted_are_a_column_like_others_unless_asked_for
         asking(finished, source, tmp_path / "other.csv", label_column="label")
     with pytest.raises(RequestError, match="no such column"):
         asking(finished, source, tmp_path / "other.csv", label_column="stars")
+
+
+def test_numbers_count_what_they_counted_in_training(finished: RunPaths, tmp_path: Path) -> None:
+    """A ClassLabel column counts its own names, not the labels; the new rows are a plain csv."""
+    about = {"info": {"features": {"label": {"names": ["b", "a"], "_type": "ClassLabel"}}}}
+    rows = pa.table({"text": TEXTS, "label": [i % 2 for i in range(23)]})
+    rows = rows.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    values = load_run(finished.root)[1].model_dump(mode="json")
+    values["task"] = {"labels": ["a", "b"]}
+    values["data"] |= {"train": str(tmp_path / "a.parquet"), "test": None, "test_rows": 4}
+    values["data"] |= {"text_column": "text", "label_column": "label", "train_rows": None}
+    config = config_from_dict(values)
+    run = record_run(tmp_path / "run", LoadedConfig(config, values, {}), "c.yaml", [])
+    prepare.run(run, config)
+    out = str(tmp_path / "out.csv")
+    for held, classes in (([0, 1], {"0": 1, "1": 0}), (["a", "b"], {"a": 0, "b": 1})):
+        source = labelled(tmp_path / "new.csv", [held[i % 2] for i in range(23)])
+        request, _ = make_request(run, config, model="base", source=str(source), out=out)
+        assert scan(request, config.task, []).classes == classes
 
 
 def test_what_is_wrong_is_said_at_once_and_nothing_is_written(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -65,23 +66,43 @@ def run_of(root: Path, model: Path, adapter: object, **changes: Any) -> tuple[Ru
     return run, config
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_plain_peft(tmp_path: Path, model: Path, kind: str) -> None:
-    adapter = peft_folder(tmp_path / "adapter", model, **KINDS[kind])
-    run, config = run_of(tmp_path / "run", model, adapter)
-    train.run(run, config)
-    infer.run(run, config, model="tuned")
+def scored_as_by(plain: Any, run: RunPaths) -> pa.Table:
+    """The tuned model's predictions, once its scores are a plain model's."""
     table = pq.read_table(run.predictions("tuned"))
-    plain: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
     labels = read_json(run.tokens)["label_ids"]
     prompts = pq.read_table(run.split("test"))["input_ids"].to_pylist()
     for prompt, scores in zip(prompts, table["scores"].to_pylist(), strict=True):
         with torch.no_grad():
             logits = plain(torch.tensor([prompt])).logits[0, -1, labels]
         assert scores == pytest.approx(logits.tolist(), abs=1e-5)
+    return table
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_plain_peft(tmp_path: Path, model: Path, kind: str) -> None:
+    adapter = peft_folder(tmp_path / "adapter", model, **KINDS[kind])
+    run, config = run_of(tmp_path / "run", model, adapter)
+    train.run(run, config)
+    infer.run(run, config, model="tuned")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+    table = scored_as_by(plain, run)
     infer.run(run, config, model="base")
     base = pq.read_table(run.predictions("base"))["scores"].to_pylist()
     assert base[0] != pytest.approx(table["scores"].to_pylist()[0], abs=1e-2)
+
+
+def test_an_output_that_is_adapted_leaves_the_input_that_shares_its_weight(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "base", tie_word_embeddings=True)
+    settings = {"adapter": None, "max_steps": 3, "learning_rate": 0.05}
+    lora = {"target": ["q_proj", "lm_head"]}
+    run, config = run_of(tmp_path / "run", model, None, train=settings, lora=lora)
+    train.run(run, config)
+    infer.run(run, config, model="tuned")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    scored_as_by(PeftModel.from_pretrained(base, run.adapter), run)
+    export_merged(run, config, tmp_path / "merged")
+    scored_as_by(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), run)
+    assert read_json(tmp_path / "merged/config.json")["tie_word_embeddings"] is False
 
 
 def test_it_is_one_chain_whose_record_says_what_was_taken(tmp_path: Path, model: Path) -> None:
@@ -162,6 +183,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path: Path, model:
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj.* is missing"),
         ({"target_modules": ["nonsense"]}, "does not fit the model"),
         ({"peft_type": "PROMPT_TUNING"}, "LORA is wanted"),
+        ({"alora_invocation_tokens": [5]}, "an aLoRA"),
     ):
         write_json(folder / "adapter_config.json", {**settings, **change})
         refused(folder, said)

@@ -17,6 +17,7 @@ from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages import train
 
+PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 CONSTANT = {"adapter": None, "schedule": "constant", "warmup_steps": 2, "global_batch": 16}
 
 
@@ -51,13 +52,14 @@ def test_an_epoch_more_is_two_at_once(tmp_path: Path, model: Path) -> None:
     assert marker["step"] == 2 * steps and marker["fingerprint"]["from"]["continued"] == steps
     theirs = (read_marker(first.adapter) or {})["fingerprint"]
     assert marker["fingerprint"]["from"]["trained"] == theirs
+    with pytest.raises(RequestError, match=r"warmed up for 2 steps, and .* auto is 1"):
+        trained(tmp_path / "warm", model, first.root, epochs=2, warmup_steps="auto")
     with pytest.raises(RequestError, match="epochs count from its beginning"):
         trained(tmp_path / "again", model, first.root, epochs=1)
 
 
 def test_another_training_begins_with_the_weights(tmp_path: Path, model: Path) -> None:
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-    folder = peft_folder(tmp_path / "adapter", model, **settings)
+    folder = peft_folder(tmp_path / "adapter", model, **PLAIN)
     run = trained(tmp_path / "run", model, folder, max_steps=2)
     fingerprint = (read_marker(run.adapter) or {})["fingerprint"]
     assert fingerprint["from"]["continued"] is None
@@ -79,6 +81,9 @@ def test_another_form_is_refused(tmp_path: Path, model: Path) -> None:
     with pytest.raises(RequestError) as error:
         trained(tmp_path / "run", model, folder)
     assert "set lora.rank=2" in str(error.value) and "use_rslora" in str(error.value)
+    other = peft_folder(tmp_path / "b", model, **PLAIN, init_lora_weights="pissa")
+    with pytest.raises(RequestError, match="its init_lora_weights is 'pissa'"):
+        trained(tmp_path / "run", model, other)  # on a base that it changes
     assert not (tmp_path / "run" / "train" / "checkpoints").exists()
 
 

@@ -45,30 +45,72 @@ def whole_number(text: str) -> str:
 
 
 def classes_of(
-    values: Collection[str], task: TaskConfig, names: Sequence[str] | None = None
+    values: Collection[str],
+    task: TaskConfig,
+    names: Sequence[str] | None = None,
+    counted: Sequence[str] | None = None,
 ) -> dict[str, int | None]:
     """The class of each value; None for one that stands for none under the rule that fits best.
 
-    `names`: of a ClassLabel column, whose values are their places.
+    Args:
+        names: of a ClassLabel column, whose values are their places.
+        counted: the classes that the data trained on counts from 0, where `names` are not known.
 
     Raises:
-        RequestError: `names` are not the task's classes.
+        RequestError: `names` are not the task's classes, or a value may stand for two of them.
     """
     best: dict[str, int | None] = {}
-    for rule in _rules(task, names):
+    rules = _rules(task, names, counted)
+    for place, rule in enumerate(rules):
         found = {value: rule(value) for value in values}
         if not best or _known(found) > _known(best):
             best = found
         if _known(best) == len(best):
+            _refuse_two_readings(best, rules[:place], task)
             break
     return best
+
+
+def _refuse_two_readings(
+    found: dict[str, int | None], before: Sequence[Rule], task: TaskConfig
+) -> None:
+    """Raise RequestError where a more literal rule knows another class for a value."""
+    for value, i in found.items():
+        others = (rule(value) for rule in before)
+        other = next((one for one in others if one not in (None, i)), None)
+        if other is not None and i is not None:
+            stands = {place: one for one, place in found.items()}
+            listed = ", ".join(stands.get(place, "…") for place in range(len(task.labels)))
+            raise RequestError(
+                f"the label column holds {value}: by itself {task.shown[other]!r}, with the others "
+                f"{task.shown[i]!r}; say in task.values what stands in the data for each of "
+                f"task.labels: [{listed}] if it is the second"
+            )
+
+
+def one_naming(found: Sequence[tuple[str, list[str] | None]]) -> list[str] | None:
+    """The names of a ClassLabel column's numbers by its sources; None where none names them.
+
+    Raises:
+        RequestError: two name them otherwise: a number would be two classes.
+    """
+    named = [(source, names) for source, names in found if names]
+    for source, names in named:
+        if names != named[0][1]:
+            raise RequestError(
+                f"{source} counts the classes {', '.join(names[:10])}, but {named[0][0]} "
+                f"{', '.join(named[0][1][:10])}: write both with the same ClassLabel"
+            )
+    return named[0][1] if named else None
 
 
 def _known(found: dict[str, int | None]) -> int:
     return sum(i is not None for i in found.values())
 
 
-def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
+def _rules(
+    task: TaskConfig, names: Sequence[str] | None, counted: Sequence[str] | None
+) -> list[Rule]:
     """The ways to read a label column, the most literal first."""
 
     def among(texts: Sequence[str], fold: bool = False) -> Rule:
@@ -83,23 +125,37 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
 
         return rule
 
-    if task.values is not None:
-        return [among(task.values)]
-    count = len(task.labels)
-    numbers = [str(i) for i in range(count)]
-    if names is not None:
-        for texts in (task.labels, task.shown):
-            order = [among(texts, fold=True)(value_text(name)) for name in names]
-            if {*order} == {*range(count)} and len(names) == count:
-                by_place = dict(zip(numbers, order, strict=True))
-                return [lambda value, by_place=by_place: by_place.get(whole_number(value))]  # type: ignore[misc]
-        if len(names) != count:
-            shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+    def places() -> Rule:
+        """Numbers from 0: the places of `names`, else of the labels."""
+        count, known = len(task.labels), names or counted
+        numbers = [str(i) for i in range(count)]
+        if known is None:
+            return among(numbers)
+        shown = ", ".join(known[:10]) + (" …" if len(known) > 10 else "")
+        if len(known) != count:
             raise RequestError(
-                f"its label column has {len(names)} classes ({shown}), task.labels has {count}: "
+                f"its label column has {len(known)} classes ({shown}), task.labels has {count}: "
                 "set task.labels to them"
             )
-        return [among(numbers)]
+        orders = [
+            [among(texts, fold=True)(value_text(name)) for name in known]
+            for texts in (task.labels, task.shown)
+        ]
+        for order in orders:
+            if {*order} == {*range(count)}:
+                by_place = dict(zip(numbers, order, strict=True))
+                return lambda value: by_place.get(whole_number(value))
+        if any(i not in (None, at) for order in orders for at, i in enumerate(order)):
+            raise RequestError(
+                f"its label column has the classes {shown}: only some are among task.labels, and "
+                "in another order; set task.labels to them, or task.values to the number of each"
+            )
+        return among(numbers)
+
+    if task.values is not None:
+        return [among(task.values)]
+    if names is not None:
+        return [places()]
     rules = [among(task.labels), among(task.labels, fold=True), among(task.shown, fold=True)]
     if task.stars:
         stars = {str(n): i for i, n in enumerate(task.stars)}
@@ -110,7 +166,7 @@ def _rules(task: TaskConfig, names: Sequence[str] | None) -> list[Rule]:
             return stars.get(text)
 
         rules.append(drawn)
-    return [*rules, among(numbers)]
+    return [*rules, places()]
 
 
 def _unambiguous(texts: Sequence[str], form: Callable[[str], Any]) -> Rule:

@@ -26,7 +26,7 @@ from yelp_hpc.data.files import data_files, records, text_fault, unescaped
 from yelp_hpc.data.formats.arrow_rows import class_names
 from yelp_hpc.data.formats.record import Record
 from yelp_hpc.data.hub import hub_error
-from yelp_hpc.data.labels import NO_LABEL, advice, classes_of, value_text
+from yelp_hpc.data.labels import NO_LABEL, advice, classes_of, one_naming, value_text
 from yelp_hpc.data.sampling import text_key
 from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
 from yelp_hpc.task import YELP, TaskConfig
@@ -41,10 +41,17 @@ MOST_VALUES = 5000
 class Table(Sequence[Row]):
     """`(text, class)` rows; `read` gives the texts of the i-th `_BATCH` of them."""
 
-    def __init__(self, read: Callable[[int], pa.Array], labels: NDArray[np.int16]) -> None:
+    def __init__(
+        self,
+        read: Callable[[int], pa.Array],
+        labels: NDArray[np.int16],
+        names: list[str] | None = None,
+    ) -> None:
         self._batch = lru_cache(1)(read)
         self.labels = labels
         """`[n]` classes."""
+        self.names = names
+        """What the data count from 0, where they say so (a ClassLabel column)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -132,7 +139,7 @@ class _Spool:
 def _classified(spools: list[_Spool], task: TaskConfig) -> list[Table]:
     """The classes of all sources' labels, judged together. Raises RequestError for faulty rows."""
     values = {value for spool in spools for value in spool.values}
-    names = next((spool.names for spool in spools if spool.names), None)
+    names = one_naming([(spool.source, spool.names) for spool in spools])
     try:
         classes = classes_of(values, task, names)
     except RequestError as error:
@@ -157,7 +164,7 @@ def _classified(spools: list[_Spool], task: TaskConfig) -> list[Table]:
     tables = []
     for spool in spools:
         order = np.array([classes[value] for value in spool.values], dtype=np.int16)
-        tables.append(Table(spool.texts, order[spool.codes] if len(order) else order))
+        tables.append(Table(spool.texts, order[spool.codes] if len(order) else order, names))
     return tables
 
 
@@ -179,7 +186,7 @@ def _read_files(place: str, data: DataConfig) -> _Spool:
 
     source = str(paths[0]) if one else place
     spool = _spool(source, every(), data, "set data.text_column and data.label_column")
-    spool.names = class_names(paths[0], data.label_column)
+    spool.names = class_names(paths, data.label_column)
     return spool
 
 

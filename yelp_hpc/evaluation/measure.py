@@ -108,7 +108,7 @@ def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
         confusion = np.column_stack([confusion, outside.sum(axis=1)])
         columns.append(f"outside 0-{tally.classes - 1}")
     calibration = counting.calibration.summary(task.ordinal)
-    stars = task.stars
+    stars = task.stars if task.unit == "star" else None
     classes = [
         {**row, "name": task.shown[i], **({"stars": stars[i]} if stars else {})}
         for i, row in enumerate(per_class(tally.counts))

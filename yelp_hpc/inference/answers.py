@@ -98,8 +98,11 @@ def answer_line(text: str) -> str:
 def parse_label(text: str, task: TaskConfig = YELP) -> int | None:
     """The class that `text` states by the rules above; None when it states none."""
     line = answer_line(text)
-    found = _first_answer(line, task)[0] if _numeric(task) else None
-    return _stated(line, task) if found is None and task.stars is None else found
+    if not _numeric(task):
+        return _stated(line, task)
+    if (found := _first_answer(line, task)) is not None:
+        return found[0]
+    return _stated(line, task) if task.stars is None else None
 
 
 def is_decided(text: str, task: TaskConfig = YELP) -> bool:
@@ -115,7 +118,7 @@ def is_decided(text: str, task: TaskConfig = YELP) -> bool:
         return True
     if not _numeric(task):
         return False
-    _, end = _first_answer(begun, task)
+    _, end = _first_answer(begun, task) or (None, None)
     return end is not None and end < len(begun) and begun[end].isspace()
 
 
@@ -178,8 +181,11 @@ def _opens(said: str, texts: dict[str, int]) -> int | None:
     return texts[longest]
 
 
-def _first_answer(line: str, task: TaskConfig) -> tuple[int | None, int | None]:
-    """`(label, end)` of the line's first answer; `end`: where its unit ends, if it has one."""
+def _first_answer(line: str, task: TaskConfig) -> tuple[int | None, int | None] | None:
+    """`(label, end)` of the line's first answer, None without one.
+
+    `label`: None where it is not one label; `end`: where its unit ends, if it has one.
+    """
     stars_of = {count: i for i, count in enumerate(task.stars or ())}
     label_of = {int(label): i for i, label in reversed([*enumerate(task.labels)])}
     for found in _CANDIDATE.finditer(line):
@@ -206,7 +212,7 @@ def _first_answer(line: str, task: TaskConfig) -> tuple[int | None, int | None]:
             return None, end
         in_stars = stars_of and (unit or (cue and cue["stars"]))
         return (stars_of if in_stars else label_of).get(value), end
-    return None, None
+    return None
 
 
 def _value(number: str) -> int | None:

@@ -135,7 +135,32 @@ def with_adapter(model: Any, adapter: Path, merge: bool) -> Any:
     from peft import PeftModel
 
     tuned: Any = PeftModel.from_pretrained(model, str(adapter))
-    return tuned.merge_and_unload() if merge else tuned
+    if not merge:
+        return tuned
+    _untie(model)
+    merged = tuned.merge_and_unload()
+    for config in (merged.config, merged.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False) and not _tied(merged):
+            config.tie_word_embeddings = False  # a reader of its files would tie them again
+    return merged
+
+
+def _untie(model: Any) -> None:
+    """Give the output embedding a weight of its own where either end is adapted.
+
+    Merged into one weight, what is learnt of one end would change the other, too.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if _tied(model) and any(hasattr(end, "base_layer") for end in ends):
+        last = getattr(ends[1], "base_layer", ends[1])
+        last.weight = torch.nn.Parameter(last.weight.detach().clone(), requires_grad=False)
+
+
+def _tied(model: Any) -> bool:
+    """Whether the embeddings of input and output are one weight."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    first, last = (getattr(end, "base_layer", end) for end in ends)
+    return last is None or first.weight is last.weight
 
 
 def score_predictor(

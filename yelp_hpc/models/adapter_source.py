@@ -87,6 +87,8 @@ def _unfit(found: AdapterSource) -> list[str]:
     problems = []
     if settings.get("peft_type") != "LORA":
         problems.append(f"{path}: peft_type is {settings.get('peft_type')!r}; LORA is wanted")
+    if settings.get("alora_invocation_tokens"):
+        problems.append(f"{path}: alora_invocation_tokens: an aLoRA, which reads whole chats alone")
     if not (found.folder / WEIGHTS).is_file():
         other = (found.folder / "adapter_model.bin").is_file()
         why = "adapter_model.bin is a pickle; save it as safetensors" if other else "it is missing"

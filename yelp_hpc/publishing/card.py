@@ -333,8 +333,7 @@ def _mistakes(metrics: Mapping[str, Any], config: Config) -> str:
         return f"{said}."
     count = len(config.task.labels)
     near = sum(cells[j] for i, cells in enumerate(matrix) for j in (i - 1, i + 1) if 0 <= j < count)
-    unit = "star" if config.task.stars else "class"
-    return f"{said}, {near:,} of them one {unit} off."
+    return f"{said}, {near:,} of them one {config.task.unit} off."
 
 
 def _provenance(record: Mapping[str, Any]) -> str:

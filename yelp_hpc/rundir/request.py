@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,16 @@ class Request:
     """Before the names of the columns that are added."""
     answers_only: bool = False
     """The labels without their probabilities."""
+    class_names: Sequence[str] | None = None
+    """What numbers in the run's own label column count, where it said so."""
 
     @property
     def name(self) -> str:
         """The folder's name: the same input, model and columns are the same request."""
         what = {k: v for k, v in asdict(self).items() if k not in ("out", "prefix", "run")}
-        if not self.answers_only:
-            del what["answers_only"]  # of requests that are older than it
+        for key in ("answers_only", "class_names"):
+            if not what[key]:
+                del what[key]  # of requests that are older than it
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(self.input).stem)
         return f"{stem[:40].strip('-') or 'input'}-{digest}"

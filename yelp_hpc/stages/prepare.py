@@ -108,6 +108,7 @@ def run(paths: RunPaths, config: Config) -> None:
         "duplicates": twins,
         "conflicts": conflicts,
         "classes": sets.classes,
+        **({"class_names": train_rows.names} if train_rows.names else {}),
         "fingerprint": sets.fingerprint,
     }
     update_run(

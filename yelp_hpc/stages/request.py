@@ -73,12 +73,12 @@ def make_request(
     if size > _LARGE:
         say(f"predict: looking at every row of {source} ({size / 1e6:,.0f} MB)")
     own = config.data.source == "file"
-    recorded = read_object(run.run_json).get("model") or {}
+    record = read_object(run.run_json)
     request = Request(
         run=str(run.root),
         model=model,
         adapter_sha256=adapter_sha256(run) if model == "tuned" else "",
-        base_fingerprint=str(recorded.get("fingerprint") or ""),
+        base_fingerprint=str((record.get("model") or {}).get("fingerprint") or ""),
         input=str(Path(source).expanduser().absolute()),
         sha256={path.name: sha256_file(path) for path in files},
         text_column=text_column or (config.data.text_column if own else "text"),
@@ -89,6 +89,7 @@ def make_request(
         out=str(Path(out).expanduser().absolute()),
         prefix=prefix,
         answers_only=answers_only,
+        class_names=(record.get("data") or {}).get("class_names"),
     )
     note = ""
     try:

@@ -104,7 +104,7 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
         elif many:
             why = f"it holds over {_MOST_VALUES:,} different values"
         else:
-            classes, why = _classes(values, task, class_names(data_files(source)[0], column))
+            classes, why = _classes(values, task, request)
     elif request.label_needed:
         why = f"there is no such column (there are: {', '.join(columns)})"
     if why and request.label_needed:
@@ -113,10 +113,11 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
 
 
 def _classes(
-    values: Mapping[str, str], task: TaskConfig, names: list[str] | None
+    values: Mapping[str, str], task: TaskConfig, request: Request
 ) -> tuple[dict[str, int] | None, str]:
     try:
-        found = classes_of(values, task, names)
+        names = class_names(data_files(request.input), request.label_column)
+        found = classes_of(values, task, names, request.class_names)
     except RequestError as error:
         return None, str(error)
     known = {value: i for value, i in found.items() if i is not None}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from yelp_hpc.data.formats.record import Record, check_names
+from yelp_hpc.data.labels import one_naming
 
 BINARY_FORMATS = (".parquet", ".arrow", ".feather")
 
@@ -56,8 +57,16 @@ def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
             yield batch.slice(start, rows)
 
 
-def class_names(path: Path, column: str) -> list[str] | None:
-    """The names of a ClassLabel column that `datasets` recorded in the file, or None."""
+def class_names(paths: Sequence[Path], column: str) -> list[str] | None:
+    """The names of a ClassLabel column that `datasets` recorded in the files, or None.
+
+    Raises:
+        RequestError: they are not the same in all of them.
+    """
+    return one_naming([(str(path), _class_names(path, column)) for path in paths])
+
+
+def _class_names(path: Path, column: str) -> list[str] | None:
     kind = path.suffix.lower()
     if kind not in BINARY_FORMATS:
         return None
