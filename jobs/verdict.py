@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 
 from yelp_hpc.errors import RequestError, SavedForRequeue
+from yelp_hpc.runtime import likely_cause
 
 AGAIN = "When the cause is gone, run the same command again: what is finished is kept."
 _STOPS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -65,5 +66,4 @@ def _named(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:  # it ended by itself
         return f"exit code {code}"
-    hint = " (out of memory? see `memory:` of the cluster config)" if name == "SIGKILL" else ""
-    return f"killed by {name}{hint}"
+    return f"killed by {name}{likely_cause(-code)}"

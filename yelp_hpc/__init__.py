@@ -5,9 +5,11 @@ package says WHAT a stage does; the sibling package `jobs` says WHERE it runs.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` would be looked for in the working directory first
 if TYPE_CHECKING:
+    from typing import Any
+
     from yelp_hpc.api.classifier import Classifier as Classifier
     from yelp_hpc.api.classifier import Prediction as Prediction
     from yelp_hpc.api.run import Run as Run
@@ -29,7 +31,7 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """A public name, looked up when it is asked for: nothing is imported for a start."""
     if name == "__version__":
         from yelp_hpc.own_files import version

@@ -32,6 +32,9 @@ def start() -> None:
         in_plain_python()
         main()
     except Exception as error:
+        if problem := _no_room(error):
+            sys.stderr.write(f"{problem}\n")
+            sys.exit(1)
         problem = _in_the_way(error) or _unfit(error) or _too_old(error) or _missing(error)
         if not problem:
             raise
@@ -65,6 +68,20 @@ def _missing(error: Exception) -> str:
         f"  {sys.executable} -m pip install yelp-hpc\n"
         "or call the Python that it is installed for"
     )
+
+
+def _no_room(error: Exception) -> str:
+    """Of a process that may not have the memory or the threads that it needs."""
+    failed = ("map segment", "Cannot allocate memory", "start new thread", "worker thread")
+    if not isinstance(error, MemoryError) and not any(said in str(error) for said in failed):
+        return ""
+    import resource
+
+    limits = {"v": resource.RLIMIT_AS, "u": resource.RLIMIT_NPROC}
+    most = {name: resource.getrlimit(limit)[0] for name, limit in limits.items()}
+    set_here = [f"ulimit -{n}: {most[n]}" for n in most if most[n] != resource.RLIM_INFINITY]
+    known = f" ({', '.join(set_here)})" if set_here else ""
+    return f"there is not enough memory, or no thread more, here{known}: {error or 'MemoryError'}"
 
 
 def _unfit(error: Exception) -> str:

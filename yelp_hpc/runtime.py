@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -85,6 +86,15 @@ def in_plain_python() -> None:
 def without_tokens(env: Mapping[str, str]) -> dict[str, str]:
     """`env` without the Hub's tokens."""
     return {name: value for name, value in env.items() if name not in TOKENS}
+
+
+def likely_cause(number: int) -> str:
+    """What may have made the system send a process this signal, in brackets; "" for most."""
+    seconds = resource.getrlimit(resource.RLIMIT_CPU)[0]
+    if seconds != resource.RLIM_INFINITY and number in (signal.SIGKILL, signal.SIGXCPU):
+        return f" (all {seconds} s of CPU time used that a process has here? see `ulimit -t`)"
+    oom = number == signal.SIGKILL
+    return " (out of memory? see `memory:` of the cluster config)" if oom else ""
 
 
 def open_log(path: Path, mode: Literal["rb", "ab"] = "rb", head: str = "") -> BinaryIO:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,21 @@ def test_packages_that_are_too_old_are_named(tmp_path: Path) -> None:
     code, out, said = typed(*asked, PYTHONPATH=path)
     assert (code, out) == (2, "") and "too old: submitit 1.4.2 (1.5.3 is needed)" in said, said
     assert "-m pip install 'submitit>=1.5.3'" in said and not (tmp_path / "r").exists()
+
+
+def test_a_shell_that_gives_too_little_memory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("label,text\n" + "0,good\n1,bad\n" * 9)
+    (tmp_path / "c.yaml").write_text(
+        f"model: {{path: a/b}}\ndata: {{source: file, train: {tmp_path}/r.csv, test_rows: 4}}\n"
+    )
+    config = tmp_path / "c.yaml"
+    record_run(tmp_path / "run", load_config(config), str(config), ())
+    argv = [sys.executable, "-m", "yelp_hpc", "run", "prepare", "--run", str(tmp_path / "run")]
+    limited = ["bash", "-c", 'ulimit -v 700000; exec "$@"', "-", *argv]
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(limited, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"not enough memory.*\(ulimit -v: 716800000", done.stderr), done.stderr
 
 
 def test_no_folder_for_temporary_files_is_said(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from yelp_hpc.jobs.verdict import judge
+from yelp_hpc.own_files import IMPORT_ROOT
 
 USR2, TERM, INT = signal.SIGUSR2, signal.SIGTERM, signal.SIGINT
 
@@ -69,3 +73,16 @@ def test_what_is_said_of_a_stage_that_gets_nowhere() -> None:
     assert (stuck.action, stuck.reason, stuck.ask) == ("failed", said, False)
     assert judge(75, TERM, "LOCAL", 1, True, 5, "").action == "stopped"
     assert judge(75, USR2, "UNREACHABLE", 1, True, 5, "").ask
+
+
+def test_the_limit_of_cpu_time_of_a_login_node_is_named() -> None:
+    code = (
+        "import resource; from yelp_hpc.jobs.verdict import judge; "
+        "resource.setrlimit(resource.RLIMIT_CPU, (900, 900)); "
+        "print(judge(-9, None, 'LOCAL', 1, False, 5, 'log').reason)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    argv = [sys.executable, "-c", code]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True, env=env).stdout
+    cause = "all 900 s of CPU time used that a process has here? see `ulimit -t`"
+    assert said == f"killed by SIGKILL ({cause})\nlog\n"

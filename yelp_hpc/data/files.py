@@ -47,6 +47,8 @@ def data_files(place: str) -> list[Path]:
         found = _folder(path)
     elif path.is_file():
         found = [path]
+    elif path.exists():
+        raise RequestError(f"{path} is no file (a pipe?): rows are read more than once; save them")
     else:
         near = nearest_path(path)
         hint = f"; did you mean {near}?" if near else ""

@@ -26,7 +26,7 @@ from typing import IO, Any
 from yelp_hpc.errors import NodeFault, RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.progress import step_bar
 from yelp_hpc.ranks.rank import SAVED, STOP_SIGNALS, Flag
-from yelp_hpc.runtime import open_log, without_tokens
+from yelp_hpc.runtime import likely_cause, open_log, without_tokens
 
 # After the first failure the others may write their own log lines so long (seconds) …
 FAILURE_GRACE = 1.0
@@ -275,9 +275,7 @@ def verdict(failed: list[tuple[_Rank, int]]) -> YelpHpcError:
     if report is None:
         how = f"exited with code {code}"
         if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-            if -code == signal.SIGKILL:
-                how += " (out of memory?)"
+            how = f"was killed by {signal.Signals(-code).name}{likely_cause(-code)}"
         tail = _tail(rank.log)
         return StageError(f"rank {rank.rank} {how}{where}" + (f"\n{tail}" if tail else ""))
     if report.get("node_fault"):
