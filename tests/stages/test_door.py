@@ -179,6 +179,12 @@ BROKEN = [
     Broken("no rotation", changed(rope_parameters={"rope_theta": None, "factor": True}),
            "rope_parameters.rope_theta is None, .*; rope_parameters.factor is True, and a number"),
     Broken("layers", changed(num_hidden_layers=10**9), "is 1000000000, and no model has so many"),
+    Broken("null", changed(hidden_size=None, num_attention_heads=None),
+           "config.json cannot be used: hidden_size is null, .*; num_attention_heads is null, and"),
+    Broken("beyond 1", changed(attention_dropout=1.5), "attention_dropout is 1.5, and a number fr"),
+    Broken("no activation", changed(hidden_act="foo"),
+           "config.json cannot be used: hidden_act is 'foo': there is no such one"),
+    Broken("not in its bounds", changed(initializer_range=-1), "initializer_range is -1: expected"),
     Broken("odd heads", changed(num_key_value_heads=3), "is 3, which does not divide num_att.*, 4"),
 ]  # fmt: skip
 

@@ -64,6 +64,7 @@ _ABOVE_0 = frozenset({
 })  # fmt: skip
 _MOST_LAYERS = 10_000
 _EPSILON = ("norm_eps", "norm_epsilon")
+_SHARES = ("dropout", "_pdrop")
 _WITH_NUMBERS = ("text_config", "rope_parameters", "rope_scaling")
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
@@ -212,6 +213,11 @@ def _sizes(config: dict[str, Any], where: str = "") -> Iterator[str]:
         )
     if isinstance(inner := config.get("text_config"), dict):
         yield from _sizes(inner, f"{where}text_config.")
+        return
+    for size in ("hidden", "layers", "heads", "vocabulary"):
+        named = [name for name in SIZES[size] if name in config]
+        if named and all(config[name] is None for name in named):
+            yield f"{where}{named[0]} is null, and a positive whole number is wanted"
 
 
 def _numbers(config: dict[str, Any], where: str = "") -> Iterator[str]:
@@ -219,6 +225,9 @@ def _numbers(config: dict[str, Any], where: str = "") -> Iterator[str]:
     for name, value in config.items():
         if isinstance(value, dict) and (where or name in _WITH_NUMBERS):
             yield from _numbers(value, f"{where}{name}.")
+        elif name.endswith(_SHARES) and value is not None:
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                yield f"{where}{name} is {value!r}, and a number from 0 to 1 is wanted"
         elif name not in _ABOVE_0 and not name.endswith(_EPSILON):
             continue
         elif value is not None or where.startswith("rope_parameters."):  # elsewhere: its default

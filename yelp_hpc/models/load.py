@@ -28,7 +28,15 @@ from yelp_hpc.models.checkpoint import (
     read_json,
     weight_files,
 )
-from yelp_hpc.models.weights import READING, cannot_load, check_fit, check_sound, not_finite
+from yelp_hpc.models.weights import (
+    READING,
+    cannot_load,
+    check_fit,
+    check_sound,
+    last_line,
+    not_finite,
+    wrong_key,
+)
 
 # PEFT asks every model that it wraps for a name that transformers calls old.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -85,7 +93,8 @@ def model_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration class checks in its own way
-        raise RequestError(f"{folder / 'config.json'} cannot be used: {_last(error)}") from None
+        words = f"{folder / 'config.json'} cannot be used: {last_line(error)}"
+        raise (wrong_key(folder, error) or RequestError(words)) from None
 
 
 def attention_of(config: Any) -> str:
@@ -197,12 +206,6 @@ def load_model(
     check_fit(folder, info)
     check_sound(folder, [], list(not_finite(model.named_parameters())))
     return model.eval()
-
-
-def _last(error: BaseException) -> str:
-    """The last line: of nested errors the innermost."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
 
 
 def towers(model: nn.Module) -> str | None:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from yelp_hpc.errors import RequestError, all_problems, first_line
-from yelp_hpc.models.checkpoint import weight_files
+from yelp_hpc.models.checkpoint import read_config, weight_files
+from yelp_hpc.rundir.changes import dotted
 
 # Weights that nothing reads; checkpoints carry them or not.
 _UNUSED_WEIGHTS = re.compile(r"rotary.*inv_freq$")
@@ -120,7 +122,54 @@ def cannot_load(folder: Path, files: Iterable[Path], error: Exception) -> Reques
     if damaged:
         headline = f"weights in {folder} are damaged; fetch the model again"
         return RequestError(all_problems(headline, damaged))
-    return RequestError(f"the model in {folder} cannot be loaded: {first_line(error)}")
+    return wrong_key(folder, error) or RequestError(
+        f"the model in {folder} cannot be loaded: {first_line(error)}"
+    )
+
+
+def wrong_key(folder: Path, error: Exception) -> RequestError | None:
+    """What a library's error means if it comes of one key of config.json; None if of none.
+
+    It is the key without which, at its default, the architecture can be built.
+    """
+    values = read_config(folder)
+    leaves = [(key, value) for key, value in dotted(values) if key != "model_type"]
+    if _builds(values):
+        return None
+    found = next(((k, v) for k, v in leaves if _builds(_without(values, k.split(".")))), None)
+    if found is None:
+        return None
+    key, value = found
+    why = re.sub(r"^\w+Error: (Field '\w+' )?", "", last_line(error))
+    if isinstance(error, KeyError):
+        why = "there is no such one"
+    named = f"{key} is {repr(value)[:80]}: {why}"
+    return RequestError(f"{folder / 'config.json'} cannot be used: {named}")
+
+
+def last_line(error: BaseException) -> str:
+    """Of a library's message the last line: of nested errors the innermost."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def _without(values: dict[str, Any], key: list[str]) -> dict[str, Any]:
+    first, *inner = key
+    rest = {name: value for name, value in values.items() if name != first}
+    within = values.get(first)  # a key may itself hold a dot
+    return {**rest, first: _without(within, inner)} if inner and isinstance(within, dict) else rest
+
+
+def _builds(values: dict[str, Any]) -> bool:
+    """Whether a model can be built of a config.json, without its weights."""
+    try:
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with torch.device("meta"):
+            architecture._from_config(config)
+    except Exception:  # each class checks in its own way
+        return False
+    return True
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
