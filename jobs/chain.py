@@ -73,12 +73,12 @@ def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) ->
     if stage == "predict":  # its adapter is a copy of the run's, its rows are not prepared yet
         first = (("afterok", "prepare"),)
         planned = [replace(job, after=first) if job.stage == "infer" else job for job in planned]
-    if stage in ("all", "predict") and {"train", "infer"} & {job.stage for job in planned}:
-        names = {job.name for job in planned}
-        if "collect" not in names:  # it was up to date, but what it reads is made again
-            after = tuple(("afterany", f"infer-{model}") for model in config.infer.models)
-            place = next((i for i, job in enumerate(planned) if job.stage == "publish"), None)
-            planned.insert(len(planned) if place is None else place, Job("collect", after=after))
+    stages = [job.stage for job in planned]
+    if stage in ("all", "predict") and {"train", "infer"} & {*stages} and "collect" not in stages:
+        # it was up to date, but what it reads is made again
+        after = tuple(("afterany", f"infer-{model}") for model in config.infer.models)
+        place = stages.index("publish") if "publish" in stages else len(planned)
+        planned.insert(place, Job("collect", after=after))
     return planned
 
 
@@ -123,7 +123,10 @@ def submit(
     if executor == "local":  # one after the other anyhow: in one process, which loads a model once
         planned = [replace(job, tasks=(tuple(k for t in job.tasks for k in t),)) for job in planned]
     if stage == "publish" and config.publish.repo_id is None:
-        raise RequestError(_NO_REPOSITORY)
+        raise RequestError(
+            "publish.repo_id is not set, so there is nowhere to publish to: add "
+            "`--set publish.repo_id=OWNER/NAME`, or write it into the config"
+        )
     _refuse_running(planned, live)
     _refuse_missing(planned, config, paths, live)
     for note in require_sound_request(planned, config, cluster, executor):
@@ -179,12 +182,6 @@ def refuse_unwritable(paths: RunPaths) -> None:
             )
 
 
-_NO_REPOSITORY = (
-    "publish.repo_id is not set, so there is nowhere to publish to: add "
-    "`--set publish.repo_id=OWNER/NAME`, or write it into the config"
-)
-
-
 def stages_of(live: Sequence[Live]) -> dict[str, str]:
     """Stage → its live job."""
     return {item.name.partition("-")[0]: item.job for item in live}
@@ -194,7 +191,8 @@ def stages_of(live: Sequence[Live]) -> dict[str, str]:
 def _undone(paths: RunPaths) -> Iterator[None]:
     """When the request is refused after all, the run directory is as it was before."""
     before = paths.run_json.read_bytes() if paths.run_json.exists() else None
-    new = not any(path.name != "logs" for path in paths.root.iterdir())
+    lock = paths.lock("submit").name  # made a moment ago
+    new = not any(p != paths.logs and lock not in p.name for p in paths.root.rglob("*"))
     try:
         yield
     except RequestError:
@@ -297,7 +295,7 @@ def all_or_nothing(submissions: Sequence[Submission], *places: RunPaths) -> Iter
     """When one job is refused, those before it are cancelled: the chain would end where it is."""
     try:
         yield
-    except (RequestError, StageError):
+    except (RequestError, StageError, KeyboardInterrupt):
         with suppress(StageError):
             queued = [submission.job for submission in submissions]
             slurm.cancel(queued)

@@ -96,6 +96,7 @@ def _run_task(
 
     log = paths.stage_log(job.name, task)
     offset = log.stat().st_size if log.exists() else 0
+    known = {attempt.path(paths) for attempt in attempts.read(paths, job.name)}
     local_id, process = start_local(job, task, paths, code, frozen)
     submission = new_submission(Job(job.stage, job.model, (task,)), local_id, paths, cluster)
     identity = {"began": process_start(process.pid), "boot_id": boot_id()}
@@ -110,7 +111,7 @@ def _run_task(
             time.sleep(FOLLOW_SECONDS)
         except KeyboardInterrupt:
             say(f"{job.name}: told to save and stop")
-    tried = attempts.read(paths, job.name, local_id)
+    tried = [a for a in attempts.read(paths, job.name, local_id) if a.path(paths) not in known]
     return submission, tried[-1] if tried and tried[-1].verdict else None
 
 

@@ -31,7 +31,7 @@ from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, sha
 from yelp_hpc.jobs.site.client import NoAnswer
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings, remove_torn_pickles
 from yelp_hpc.jobs.train import write_trackers
-from yelp_hpc.jobs.verdict import Verdict, judge
+from yelp_hpc.jobs.verdict import Verdict, judge, no_progress
 from yelp_hpc.publishing.token import hub_token
 from yelp_hpc.ranks.child import die_with_parent
 from yelp_hpc.ranks.launch import rendezvous
@@ -179,13 +179,16 @@ def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) 
     """The attempt that begins, with the account of earlier ones that were killed outright."""
     job_id = this_job()
     earlier, before = attempts.read(paths, job.name, job_id), digest(now)
-    for killed in attempts.killed(paths, job.name, job_id, job.tasks[0]):
+    # another node may look after the leader has written this very start: it keeps no accounts
+    for killed in attempts.killed(paths, job.name, job_id, job.tasks[0]) if _leads() else ():
         killed.ended, killed.verdict = attempts.last_seen(killed), "lost"
         killed.reason = "killed without a chance to save (node failure or no grace)"
         killed.lost = max(0.0, killed.ended - max(newest(now) or 0.0, killed.started))
         attempts.write(paths, killed)
     restart = max((attempt.restart + 1 for attempt in earlier), default=0)
-    stalled = earlier[-1].stalled + 1 if earlier and earlier[-1].before == before else 1
+    # the number of a process comes again, in a container at each start: that is no other try
+    same = earlier and (on_slurm() or earlier[-1].verdict == "again") and _leads()
+    stalled = earlier[-1].stalled + 1 if same and earlier[-1].before == before else 1
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if on_slurm() else 1
     gpus = (cluster.resources(job.stage).gpus or 0) * nodes
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -211,9 +214,8 @@ def _run(
     else:  # inside an allocation, of several nodes perhaps, it still runs on this one alone
         env.setdefault("YELP_HPC_NNODES", "1")
     save = cluster.resources(job.stage).save
-    node = env.get("YELP_HPC_NODE_RANK", "0")
     log = paths.stage_log(job.name, job.tasks[0])
-    if node != "0":
+    if (node := env.get("YELP_HPC_NODE_RANK", "0")) != "0":
         log = log.with_name(f"{log.stem}-node{node}.log")
     token = None
     if job.stage == "publish":
@@ -229,8 +231,7 @@ def _run(
         if ended and code != 0:
             stuck = attempt.stalled >= cap and not _moved(paths, job, attempt)
             if ended.action == "requeued" and stuck:
-                starts = f"{attempt.stalled} starts in a row made no progress"
-                return Verdict("failed", f"{ended.reason}, but {starts}\n{tail(log)}")
+                return no_progress(ended.reason, attempt.stalled, tail(log))
             return ended
         # a refused or failed shard must not keep those after it in its task from being done
         if shards and code not in (0, SavedForRequeue.exit_code) and stop.signal is None:
@@ -392,9 +393,8 @@ def _leads() -> bool:
 
 def this_job() -> str:
     """`123`, `123_4` or `local-PID`."""
-    env = os.environ
     if not on_slurm():
-        return f"local-{env.get('SUBMITIT_LOCAL_JOB_ID', os.getpid())}"
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env["SLURM_JOB_ID"]
+        return f"local-{os.environ.get('SUBMITIT_LOCAL_JOB_ID', os.getpid())}"
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]

@@ -51,7 +51,7 @@ def judge(
     if ended_by_it:
         why = f"interrupted by {signal.Signals(received or 0).name} before it could save"
     if not progressed and stalled >= cap:
-        return Verdict("failed", f"{why}, but {stalled} starts in a row made no progress\n{log}")
+        return no_progress(why, stalled, log)
     if state == "LOCAL":
         stop = received in (signal.SIGTERM, signal.SIGINT)
         return Verdict("stopped" if stop else "again", why)
@@ -59,6 +59,11 @@ def judge(
         return Verdict("requeued", why, ask=True)
     # COMPLETING or PENDING: cancelled, or preempted and already requeued by Slurm itself
     return Verdict("stopped", f"{why}; Slurm is ending the job ({state.lower()})")
+
+
+def no_progress(why: str, stalled: int, log: str) -> Verdict:
+    """A job that would be run again, but has been for nothing so often that it is given up."""
+    return Verdict("failed", f"{why}, but {stalled} starts in a row made no progress\n{log}")
 
 
 def _named(code: int) -> str:

@@ -144,7 +144,8 @@ def _wait(files: _Exchange, job: str, wait_seconds: float, say: Callable[[str], 
                     shown = state
                 if "requeue" not in facts and rows:
                     facts["requeue"] = _requeue(job)
-                gone = gone + 1 if rows == [] else 0
+                # squeue may stand behind a cache
+                gone = gone + 1 if rows == [] and not slurm.held(job) else 0
                 if gone > 2:  # seen in the queue late, its report later still: ask more than once
                     return NodeVisit(problem=_ended(files, job), log=_log(files), **facts)
             if time.monotonic() > end:

@@ -62,10 +62,11 @@ def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[st
             final[item.job] = mine or final.get(item.job, [])
             live = [row for row in mine if row.live]
             absent = now - gone.setdefault(item.job, now) if not mine else 0.0
-            if mine or (absent > ABSENT_SECONDS and slurm.held(item.job)):
+            held = slurm.held(item.job) if absent > ABSENT_SECONDS else None
+            if mine or held:
                 gone.pop(item.job, None)
                 absent = 0.0
-            over = attempts.over(paths, item.name, item.job, len(item.tasks))
+            over = attempts.over(paths, item.name, item.job, len(item.tasks), held is False)
             seen = item.job in shown and bool(final[item.job])
             limit = ABSENT_SECONDS if seen else YOUNG_SECONDS
             pending = bool(live) or not (mine or over or absent > limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,8 +24,9 @@ from tests.tiny import SIF, make_model
 from yelp_hpc.cache import model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
-from yelp_hpc.jobs import executor
+from yelp_hpc.jobs import executor, slurm
 from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.doctor import node
 from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, command, lines, ok
 from yelp_hpc.jobs.doctor.machine import check_machine
@@ -697,3 +700,18 @@ def test_the_default_partition_is_the_one_that_a_stage_gets(site: Site) -> None:
     site.set("defaults.partition", None)
     site.say("partitions", partition("gpu", "g1", "YES"))
     assert not [f for f in site.doctor() if f.check == "partition" and f.level != "ok"]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_job_that_squeue_does_not_show_is_asked_of_the_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    seconds = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None, time=time.time)
+    monkeypatch.setattr(node, "time", clock)
+    answers = {"queue": [], "held": held, "cancel": None, "facts_of": {}}
+    for name, answer in answers.items():
+        monkeypatch.setattr(slurm, name, lambda *_, answer=answer: answer)
+    made = node._wait(node._Exchange(tmp_path), "7", 60, lambda _: None)
+    assert ("ended without a report" in made.problem) is not held
+    assert ("has not reported within 60 s" in made.problem) is held

@@ -278,6 +278,19 @@ def test_inside_an_allocation_of_several_nodes_it_still_runs_here_alone(
     assert run.trace()[0]["YELP_HPC_NNODES"] == "1"
 
 
+def test_a_supervisor_that_died_at_once_is_not_taken_for_an_earlier_one_of_its_number(
+    fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run(shards=1)
+    attempts.write(
+        RunPaths(run.root), attempts.Attempt("prepare", "local-37", 0, verdict="done", ended=1.0)
+    )
+    dead = subprocess.Popen(["true"])
+    monkeypatch.setattr("yelp_hpc.jobs.executor.start_local", lambda *_: ("local-37", dead))
+    with pytest.raises(StageError, match="prepare failed: its supervisor died"):
+        go(run, "prepare")
+
+
 def test_two_chains_at_once(fake_run: MakeRun) -> None:
     run = fake_run(shards=1)
     start, ended = threading.Barrier(2), []

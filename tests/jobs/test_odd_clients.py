@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.fake_run import FakeRun
-from yelp_hpc.errors import RequestError, StageError, YelpHpcError
+from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.jobs import chain, submission
 from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.site.client import user_name
@@ -306,6 +306,41 @@ def test_what_only_vanishes_from_the_queue_is_waited_for(
 ) -> None:
     play({"squeue": f"{HEAD}[ -e $S/shown ] || cat $S/jobs; touch $S/shown"})
     assert waited(run) == "train (job 101): ended"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_saved_and_is_no_longer_queued_is_waited_for_no_more(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "YOUNG_SECONDS", float("inf"))
+    play({"squeue": HEAD, "scontrol": "echo 'slurm_load_jobs error: Invalid job id' >&2; exit 1"})
+    with pytest.raises(SavedForRequeue, match="saved after SIGTERM"):
+        waited(run, "stopped", "saved after SIGTERM")
+
+
+def test_a_refusal_leaves_what_lay_in_the_folder_before(
+    play: Callable[[dict[str, str]], Path], run: FakeRun, tmp_path: Path
+) -> None:
+    play({"sbatch": "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2"})
+    note, new = tmp_path / "mine" / "logs" / "note.txt", tmp_path / "new"
+    note.parent.mkdir(parents=True)
+    note.write_text("mine")
+    for place in (tmp_path / "mine", new):
+        with pytest.raises(RequestError, match="Invalid account"):
+            submit("prepare", place, run.config, run.cluster, say=lambda text: None)
+    assert note.read_text() == "mine"
+    assert not new.exists()
+
+
+def test_ctrl_c_between_two_jobs_leaves_none_of_them(
+    play: Callable[[dict[str, str]], Path], run: FakeRun
+) -> None:
+    jobs = play({"sbatch": f"[ -s $S/jobs ] && kill -INT $PPID\n{QUEUED}echo $n"})
+    with pytest.raises(KeyboardInterrupt):
+        submit("all", run.root, run.config, run.cluster, say=lambda text: None)
+    play({})
+    assert jobs.read_text() == ""
+    assert go(run) == ["103"]
 
 
 @pytest.mark.usefixtures("hasty")

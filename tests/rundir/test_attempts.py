@@ -68,6 +68,33 @@ def test_a_killed_and_a_good_start_cost_the_same_everywhere(
     assert str(gpu_hours(run)) == SENTENCE
 
 
+def test_of_several_nodes_the_leader_alone_counts_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, cluster = RunPaths(tmp_path), ClusterConfig()
+    for name, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_JOB_ID", "8")):
+        monkeypatch.setenv(name, value)
+    attempts.write(run, _begin(run, cluster, Job("train"), ()))
+    monkeypatch.setenv("SLURM_PROCID", "1")  # a node that looks when the leader's record is there
+    assert _begin(run, cluster, Job("train"), ()).stalled == 1
+    (leader,) = attempts.read(run, "train")
+    assert (leader.verdict, leader.ended) == ("", None)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert _begin(run, cluster, Job("train"), ()).stalled == 2
+
+
+def test_a_process_number_that_comes_again_is_no_other_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, cluster = RunPaths(tmp_path), ClusterConfig()
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "37")  # in a container it may be the same each time
+    for verdict, stalled in (("failed", 1), ("again", 1), ("again", 2), ("stopped", 3), ("", 1)):
+        start = _begin(run, cluster, Job("train"), ())
+        assert start.stalled == stalled
+        start.verdict, start.ended = verdict, start.started
+        attempts.write(run, start)
+
+
 def test_a_start_that_still_beats_is_not_taken_for_dead(tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
     now = time.time()

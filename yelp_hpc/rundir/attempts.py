@@ -191,10 +191,14 @@ def beating(paths: RunPaths, name: str, job: str) -> bool:
     return any(a.ended is None and age(a.path(paths)) < 60 for a in mine)
 
 
-def over(paths: RunPaths, name: str, job: str, tasks: int) -> bool:
-    """Whether every task of a job has come to an end of its own."""
-    last = {a.job: a.verdict for a in read(paths, name) if within(a.job, job)}
-    return len(last) >= tasks and all(verdict in ("done", "failed") for verdict in last.values())
+def over(paths: RunPaths, name: str, job: str, tasks: int, gone: bool = False) -> bool:
+    """Whether every task of a job has come to an end of its own.
+
+    `gone`: Slurm holds it no longer, so that nothing that was saved goes on by itself.
+    """
+    last = {a.job: a for a in read(paths, name) if within(a.job, job)}.values()
+    ended = (a.ended is not None if gone else a.verdict in ("done", "failed") for a in last)
+    return len(last) >= tasks and all(ended)
 
 
 def of_run(paths: RunPaths) -> list[Attempt]:
