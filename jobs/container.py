@@ -47,6 +47,12 @@ _CACHES = {
 }
 # variables by which the host's user could reach past --cleanenv
 _INTO_IMAGE = ("APPTAINERENV_", "SINGULARITYENV_")
+_OVER_IMAGE = frozenset(
+    f"{kind}_{option}"
+    for kind in ("APPTAINER", "SINGULARITY")
+    for option in ("BIND", "BINDPATH", "MOUNT", "OVERLAY", "CWD", "PWD", "ENV_FILE")
+)
+"""By which it would put the host's files in the place of the image's, or start elsewhere."""
 
 
 def stage_argv(stage: str, run: Path, model: str = "", task: Task = ()) -> list[str]:
@@ -100,6 +106,11 @@ def _as_one(pair: str) -> str:
     return f'"{quoted}"' if pair.count("=") > 1 else pair
 
 
+def over_image(env: Mapping[str, str]) -> list[str]:
+    """Variables of the user's that would change what is in the image; a stage gets none of them."""
+    return sorted(_OVER_IMAGE & env.keys())
+
+
 def stage_environment(
     cluster: ClusterConfig, stage: str, env: Mapping[str, str], token: str | None
 ) -> dict[str, str]:
@@ -115,7 +126,8 @@ def stage_environment(
     else:
         name = f"{variables()}ENV_HF_TOKEN"
         own = {n: result[n] for n in cluster.container.env if n in result}
-        result = {k: v for k, v in result.items() if not k.startswith(_INTO_IMAGE)}
+        dropped = {*over_image(result), *(k for k in result if k.startswith(_INTO_IMAGE))}
+        result = {k: v for k, v in result.items() if k not in dropped}
         result |= {f"{variables()}ENV_{n}": value for n, value in own.items()}
         result.setdefault(
             f"{variables()}_CACHEDIR", str(Path(cluster.container.cache, "apptainer"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, YelpHpcError, all_problems, in_shell
 from yelp_hpc.image.file import no_apptainer, why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.container import over_image
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.slurm import several_clusters
 from yelp_hpc.models.adapter_source import find_adapter
@@ -64,7 +66,18 @@ def require_sound_request(
     if problems:
         raise RequestError(all_problems("nothing was submitted or written:", problems))
     together = executor == "slurm" and {"train", "infer-base"} <= {job.name for job in planned}
-    return list(filter(None, [precision_note(config, cluster) if together else ""]))
+    notes = [precision_note(config, cluster) if together else "", _not_used(cluster)]
+    return list(filter(None, notes))
+
+
+def _not_used(cluster: ClusterConfig) -> str:
+    names = over_image(os.environ) if cluster.container else []
+    if not names:
+        return ""
+    said = ", ".join(names)
+    return (
+        f"{said} of your shell: not used; jobs see what `container.binds` names of the cluster file"
+    )
 
 
 def _one_cluster(executor: str) -> Iterator[str]:

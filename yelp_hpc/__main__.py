@@ -14,6 +14,12 @@ if sys.version_info < (3, 11):  # noqa: UP036 - a login node's own python3 is of
         "(often: module load python)\n"
     )
     sys.exit(2)
+if not os.path.exists(__file__):  # noqa: PTH110
+    sys.stderr.write(
+        "yelp_hpc hands its own files on to its jobs, which cannot be taken from a zip archive: "
+        "unpack it, or install the package\n"
+    )
+    sys.exit(2)
 try:
     here = ("", os.getcwd())  # noqa: PTH109
 except OSError:  # it is no longer there
@@ -32,14 +38,12 @@ def start() -> None:
         in_plain_python()
         main()
     except Exception as error:
-        if problem := _no_room(error):
-            sys.stderr.write(f"{problem}\n")
-            sys.exit(1)
-        problem = _in_the_way(error) or _unfit(error) or _too_old(error) or _missing(error)
-        if not problem:
+        failed = _no_room(error)
+        refused = _in_the_way(error) or _unfit(error) or _too_old(error) or _missing(error)
+        if not failed and not refused:
             raise
-        sys.stderr.write(f"{problem}\n")
-        sys.exit(2)
+        sys.stderr.write(f"{failed or refused}\n")
+        sys.exit(1 if failed else 2)
 
 
 def _in_the_way(error: Exception) -> str:

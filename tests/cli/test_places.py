@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipapp
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,15 @@ def test_help_stands_where_docstrings_are_left_out(command: list[str]) -> None:
     assert helped[0] == 0 and len(helped[1].splitlines()) > 10
     assert typed(*command, "--help", PYTHONOPTIMIZE="2") == helped
     assert typed(*command, "--help", options=("-OO", "-u")) == helped
+
+
+def test_a_zip_archive_is_told_to_be_unpacked(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "app" / "yelp_hpc")
+    archive = tmp_path / "y.pyz"
+    zipapp.create_archive(tmp_path / "app", archive, main="yelp_hpc.__main__:start")
+    done = subprocess.run([sys.executable, archive], capture_output=True, text=True, env={})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("unpack it, or install the package\n"), done.stderr
 
 
 def test_exit_codes_hold_where_python_is_told_to_stay(tmp_path: Path) -> None:

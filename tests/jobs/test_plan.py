@@ -140,7 +140,9 @@ def test_only_what_is_named_enters_the_image() -> None:
     # the user's own values stay out of the process list
     for absent in ("PYTHONPATH", "LD_LIBRARY_PATH", "hf_secret", "key"):
         assert absent not in text
-    handed = stage_environment(container(), "infer", {**env, "APPTAINERENV_X": "1"}, None)
+    theirs = {"APPTAINERENV_X": "1", "APPTAINER_BIND": "/opt", "SINGULARITY_BINDPATH": "/nope"}
+    handed = stage_environment(container(), "infer", {**env, **theirs}, None)
+    assert not handed.keys() & theirs.keys()
     assert {n: v for n, v in handed.items() if n.startswith("APPTAINERENV_")} == {
         "APPTAINERENV_MINE": "key"
     }
