@@ -1,4 +1,4 @@
-"""The measurements that the README quotes, each from nothing: `make bench`.
+"""The measurements that docs/measured.md quotes, each from nothing: `make bench`.
 
     python benchmarks/bench.py [--work build/bench] [NAME …]
 
@@ -28,7 +28,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "label_tree": (),
     "collect_scale": (),
     "prepare_scale": (),
-    "demo_learning_rate": (),
     "gpu": (),
 }
 # What these need is not here, or they take hours.
