@@ -1,6 +1,6 @@
 """Generate mode: greedy decoding in batches, stopped as soon as every answer is decided.
 
-The prompts of a batch run once, packed behind the prefix that they share (`models/packed.py`).
+The prompts of a batch run once, packed behind the prefix that they share (`models/packed/`).
 Their keys and values are then laid out as rows padded on the left, each row with its own positions,
 and decoded a token at a time. Rows that have ended leave the batch. The tokens of a row are those
 of transformers' greedy `generate` on that row alone, up to where it was stopped: before an end

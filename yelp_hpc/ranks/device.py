@@ -62,8 +62,8 @@ def usable_gpus() -> int:
     said = given or f"the driver counts {counted} GPUs"
     raise RequestError(
         f"GPUs were given ({said}), but torch {torch.__version__} cannot use them: {_reason()}\n"
-        "  a CPU would take many times as long: mend the driver or the image (`doctor --node` says "
-        f"which), give no GPUs, or set {CPU_WANTED}=1 to compute on the CPU all the same"
+        "  a CPU would take many times as long: mend the driver or the image (`doctor --on-node` "
+        f"says which), give no GPUs, or set {CPU_WANTED}=1 to compute on the CPU all the same"
     )
 
 

@@ -1,8 +1,8 @@
 """Ranks on this node: started together, stopped together, the guilty one's error shown first.
 
 `launch` starts one process per rank and waits; rank.py is what each of them runs in. Signals are
-handed on as a request to save that the ranks agree on (see training.py). Several nodes each run
-one launcher; `rendezvous` finds the others from the environment. Writes
+handed on as a request to save that the ranks agree on (`training/gradients.py`). Several nodes
+each run one launcher; `rendezvous` finds the others from the environment. Writes
 `logs/train-rank-N.log`. Imports no torch.
 """
 

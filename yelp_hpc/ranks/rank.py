@@ -1,6 +1,6 @@
 """What a rank runs in: asked to save by signals and deadlines, its errors left for the launcher.
 
-`distributed.launch` starts the ranks; each calls `run_rank`. Imports no torch.
+`launch.launch` starts the ranks; each calls `run_rank`. Imports no torch.
 """
 
 from __future__ import annotations
