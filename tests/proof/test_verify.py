@@ -171,8 +171,8 @@ def test_a_count_that_is_wrong_is_found_by_scikit_learn(
     """The same fault in `collect` and `verify` would go unseen without a second opinion."""
     honest = significance.headline
 
-    def wrong(*arguments: Any) -> dict[str, Any]:
-        return {**honest(*arguments), "f1.macro": np.float64(0.99)}
+    def wrong(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {**honest(*arguments, **options), "f1.macro": np.float64(0.99)}
 
     monkeypatch.setattr(measure, "headline", wrong)
     metrics = read_json(run.metrics)

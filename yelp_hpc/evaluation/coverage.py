@@ -18,13 +18,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from yelp_hpc.config import Config
 from yelp_hpc.errors import StageError, in_shell
 from yelp_hpc.evaluation.metrics import Counts
-from yelp_hpc.inference.provenance import Provenance
+from yelp_hpc.inference.provenance import Provenance, wanted
 from yelp_hpc.inference.shard_files import provenance_of
 from yelp_hpc.inference.shards import missing_shards, spans
 from yelp_hpc.progress import track
 from yelp_hpc.rundir.files import sha256_file
+from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths, shard_of
 
 MISSING = -1
@@ -170,6 +172,11 @@ class Coverage:
             except (OSError, pa.ArrowException, ValueError, KeyError) as error:
                 self.damaged[shard] = _first_line(error)
 
+    def check(self) -> None:
+        """Read every shard for its codes and its problems alone."""
+        for _ in self.read():
+            pass
+
     def _take(self, batch: pa.RecordBatch, path: Path, shard: int) -> Iterator[Answers]:
         if set(batch.schema.names) != {"row", "label", "prediction", "scores"}:
             raise ValueError("its columns are not those of a shard")
@@ -273,7 +280,7 @@ class Coverage:
 
     def _find_holders(self) -> None:
         """Name the shards that hold each doubled row: a second pass, over the row ids alone."""
-        wanted = pa.array(list(self.doubled), type=pa.int64())
+        doubled = pa.array(list(self.doubled), type=pa.int64())
         for names in self.doubled.values():
             names.clear()
         for shard in range(self.shards):
@@ -281,7 +288,7 @@ class Coverage:
             if shard in self.damaged or not path.is_file():
                 continue
             column = pq.read_table(path, columns=["row"])["row"]
-            for row in column.filter(pc.is_in(column, value_set=wanted)).to_pylist():
+            for row in column.filter(pc.is_in(column, value_set=doubled)).to_pylist():
                 self.doubled[row].append(path.name)
 
 
@@ -330,6 +337,24 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, ValueError) and not isinstance(error, pa.ArrowException):
         return text
     return f"torn or altered ({text})"
+
+
+def coverages_of(run: RunPaths, config: Config, labelled: bool = True) -> list[Coverage]:
+    """One of each model that a run names; their shards are still to be read.
+
+    Args:
+        labelled: the test rows have labels.
+
+    Raises:
+        StageError: as `read_test_set`, or the adapter is another run's.
+    """
+    if "tuned" in config.infer.models:
+        require_own_adapter(run, config)
+    test = read_test_set(run.split("test"), len(config.task.labels), labelled)
+    return [
+        Coverage(run, model, config.infer.shards, test, wanted(run, config, model))
+        for model in config.infer.models
+    ]
 
 
 def refuse_unless_complete(coverages: Sequence[Coverage]) -> None:

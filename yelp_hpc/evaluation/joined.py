@@ -19,17 +19,14 @@ from yelp_hpc.data.labels import number
 from yelp_hpc.data.output import table_writer
 from yelp_hpc.errors import StageError
 from yelp_hpc.evaluation.coverage import (
-    Coverage,
+    coverages_of,
     integers,
     read_scores,
-    read_test_set,
     refuse_unless_complete,
 )
 from yelp_hpc.evaluation.metrics import softmax
 from yelp_hpc.inference.answers import answer_names
-from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.modes import refuse_foreign
-from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.task import TaskConfig
 
@@ -107,16 +104,9 @@ def require_complete(paths: RunPaths, config: Config, labelled: bool = True) -> 
     Raises:
         StageError: as `joined` does.
     """
-    if "tuned" in config.infer.models:
-        require_own_adapter(paths, config)
-    test = read_test_set(paths.split("test"), len(config.task.labels), labelled)
-    found = []
-    for model in config.infer.models:
-        made_with = wanted(paths, config, model)
-        coverage = Coverage(paths, model, config.infer.shards, test, made_with)
-        for _ in coverage.read():
-            pass
-        found.append(coverage)
+    found = coverages_of(paths, config, labelled)
+    for coverage in found:
+        coverage.check()
     refuse_unless_complete(found)
 
 

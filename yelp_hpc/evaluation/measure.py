@@ -12,7 +12,7 @@ import numpy as np
 
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation.counting import Counting
-from yelp_hpc.evaluation.coverage import Coverage, read_test_set, refuse_unless_complete
+from yelp_hpc.evaluation.coverage import coverages_of, refuse_unless_complete
 from yelp_hpc.evaluation.metrics import AVERAGES, majority, per_class
 from yelp_hpc.evaluation.significance import (
     bootstrap_intervals,
@@ -23,9 +23,7 @@ from yelp_hpc.evaluation.significance import (
     mcnemar,
     paired_statistics,
 )
-from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.changes import settings_of
-from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.task import YELP, TaskConfig
 
@@ -44,17 +42,13 @@ def measure(paths: RunPaths, config: Config) -> tuple[dict[str, Any], dict[str, 
             adapter or setting, the adapter is another run's; the message names them and the
             commands that mend it.
     """
-    if "tuned" in config.infer.models:
-        require_own_adapter(paths, config)
     task = config.task
-    test = read_test_set(paths.split("test"), len(task.labels))
-    counted: dict[str, Counting] = {}
-    for name in sorted(config.infer.models):
-        made_with = wanted(paths, config, name)
-        coverage = Coverage(paths, name, config.infer.shards, test, made_with)
-        counted[name] = Counting(coverage, config)
-        counted[name].read()
-    refuse_unless_complete([counting.coverage for counting in counted.values()])
+    coverages = sorted(coverages_of(paths, config), key=lambda coverage: coverage.model)
+    counted = {coverage.model: Counting(coverage, config) for coverage in coverages}
+    for counting in counted.values():
+        counting.read()
+    refuse_unless_complete(coverages)
+    test = coverages[0].test
     metrics: dict[str, Any] = {
         "models": {name: model_metrics(counting, config) for name, counting in counted.items()}
     }
@@ -100,7 +94,8 @@ def why_conventions_differ(task: TaskConfig) -> str:
 def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
     """One model's part of metrics.json."""
     tally, task = counting.tally(), config.task
-    values = {name: number(value) for name, value in headline(tally.counts, task.ordinal).items()}
+    found = headline(tally.counts, task.ordinal, report=True)
+    values = {name: number(value) for name, value in found.items()}
     outside = tally.counts[:, tally.classes + 1 :]
     confusion = tally.counts[:, : tally.classes + 1]
     columns = [*task.labels, "unparsed"]
@@ -136,6 +131,7 @@ def model_metrics(counting: Counting, config: Config) -> dict[str, Any]:
             ordinal=task.ordinal,
             resamples=config.collect.bootstrap,
             seed=config.seed,
+            report=True,
         ),
     }
 

@@ -32,8 +32,12 @@ _CELLS_AT_ONCE = 4_000_000
 """Bound on the size of one batch of resamples (32 MB), whatever the number of stray labels."""
 
 
-def headline(table: Table, ordinal: bool = True) -> dict[str, Floats]:
-    """The statistics that get an interval, `[..., K, columns]` -> `[...]`, by dotted name."""
+def headline(table: Table, ordinal: bool = True, report: bool = False) -> dict[str, Floats]:
+    """The statistics that get an interval, `[..., K, columns]` -> `[...]`, by dotted name.
+
+    Args:
+        report: F1 in the report's way, too, which is one model's and no two are compared by.
+    """
     flat = {"accuracy": accuracy(table)}
     if ordinal:
         flat |= {
@@ -42,17 +46,18 @@ def headline(table: Table, ordinal: bool = True) -> dict[str, Floats]:
             "kappa": quadratic_kappa(table),
         }
     flat |= {f"f1.{name}": value for name, value in f1_honest(table).items()}
-    return flat | {f"f1_report.{name}": value for name, value in f1_report(table).items()}
+    ours = f1_report(table) if report else {}
+    return flat | {f"f1_report.{name}": value for name, value in ours.items()}
 
 
 def headline_intervals(
-    counts: Counts, *, ordinal: bool, resamples: int, seed: int
+    counts: Counts, *, ordinal: bool, resamples: int, seed: int, report: bool = False
 ) -> dict[str, list[float] | None]:
     """Intervals of `headline` for one table `[K, columns]`, over its occupied cells alone."""
     truth, column = np.nonzero(counts)
 
     def statistics(drawn: Counts) -> Statistics:
-        return headline(cell_sums(drawn, truth, column, len(counts)), ordinal)
+        return headline(cell_sums(drawn, truth, column, len(counts)), ordinal, report)
 
     return bootstrap_intervals(counts[truth, column], statistics, resamples=resamples, seed=seed)
 
@@ -154,7 +159,7 @@ class Joint:
             headline(cell_sums(drawn, self.truth, column, self.classes), ordinal)
             for column in (self.base, self.tuned)
         )
-        return {n: tuned[n] - base[n] for n in tuned if not n.startswith("f1_report")}
+        return {name: tuned[name] - base[name] for name in tuned}
 
 
 def joint_table(labels: Counts, base: NDArray[Any], tuned: NDArray[Any], classes: int = 5) -> Joint:

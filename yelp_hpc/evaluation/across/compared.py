@@ -135,11 +135,7 @@ def model_figures(shared: Shared, entry: Entry, resamples: int) -> dict[str, Any
         "model": entry.model,
         "rows": int(counts.sum()),
         "unparsed": int(counts[:, shared.classes].sum()),
-        "metrics": {
-            name: {"value": value, "ci95": ends[name]}
-            for name, value in values.items()
-            if not name.startswith("f1_report")
-        },
+        "metrics": {name: {"value": value, "ci95": ends[name]} for name, value in values.items()},
     }
 
 

@@ -147,7 +147,6 @@ def _trial(
                 "ci95": percentiles(drawn[name]),
             }
             for name in test[0]
-            if not name.startswith("f1_report")
         },
         "cost": _sum([cost(study.run(run)) for run in runs]),
     }
@@ -219,8 +218,7 @@ def resample(
 
 def _statistics(shared: Shared, drawn: Counts, truth: Counts, column: Counts) -> Drawn:
     sums = cell_sums(drawn, truth, column, shared.classes)
-    found = headline(sums, shared.task.ordinal)
-    return {name: value for name, value in found.items() if not name.startswith("f1_report")}
+    return headline(sums, shared.task.ordinal)
 
 
 def _base(shared: Shared) -> dict[str, float | None] | None:
@@ -229,7 +227,7 @@ def _base(shared: Shared) -> dict[str, float | None] | None:
     if not bases or any(not np.array_equal(base.codes, bases[0].codes) for base in bases):
         return None
     values = headline(tally(shared, bases[0].codes), shared.task.ordinal)
-    return {k: number(v) for k, v in values.items() if not k.startswith("f1_report")}
+    return {name: number(value) for name, value in values.items()}
 
 
 def _sum(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
-from yelp_hpc.evaluation.coverage import Coverage, TestSet, read_test_set, refuse_unless_complete
+from yelp_hpc.evaluation.coverage import Coverage, TestSet, coverages_of, refuse_unless_complete
 from yelp_hpc.evaluation.metrics import Counts
-from yelp_hpc.inference.provenance import wanted
 from yelp_hpc.rundir.files import sha256_file
-from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.task import TaskConfig
 
@@ -59,10 +57,8 @@ class Shared:
         return len(self.task.labels)
 
 
-def read_shared(
-    runs: Sequence[tuple[RunPaths, Config]], models: Sequence[str] | None = None
-) -> Shared:
-    """Read every model of every run (or those of `models`) on the rows that all runs share.
+def read_shared(runs: Sequence[tuple[RunPaths, Config]]) -> Shared:
+    """Read every model of every run on the rows that all runs share.
 
     Raises:
         RequestError: the tasks differ, no row is shared, or one text has other labels elsewhere.
@@ -76,16 +72,9 @@ def read_shared(
         )
     found: list[tuple[RunPaths, Config, Coverage]] = []
     for run, config in runs:
-        if "tuned" in config.infer.models:
-            require_own_adapter(run, config)
-        test = read_test_set(run.split("test"), len(config.task.labels))
-        for model in config.infer.models:
-            if models is None or model in models:
-                made_with = wanted(run, config, model)
-                coverage = Coverage(run, model, config.infer.shards, test, made_with)
-                for _ in coverage.read():
-                    pass
-                found.append((run, config, coverage))
+        for coverage in coverages_of(run, config):
+            coverage.check()
+            found.append((run, config, coverage))
     refuse_unless_complete([coverage for *_, coverage in found])
     tests = {str(coverage.run.root): coverage.test for *_, coverage in found}
     places = shared_places(list(tests.values()))
