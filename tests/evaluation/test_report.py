@@ -13,7 +13,7 @@ import pytest
 
 from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.config import Config
-from yelp_hpc.evaluation import charts as charts
+from yelp_hpc.evaluation import charts
 from yelp_hpc.evaluation.outcome import outcome_rows, print_outcome
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect

@@ -5,6 +5,7 @@ Reads the content of metrics.json; the report page shows the same rows.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,14 @@ WIDE = 100
 """Columns from which the ends of an interval are shown, not half its width."""
 
 
-def figure(value: float | int | None, signed: bool = False) -> str:
+def is_number(value: Any) -> bool:
+    """Whether a value of a file that anybody may have changed is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def figure(value: Any, signed: bool = False) -> str:
     """A metric to three decimals, a count with thousands separated, a dash where undefined."""
-    if value is None:
+    if not is_number(value):
         return "–"
     if isinstance(value, int):
         return f"{value:,}"

@@ -17,11 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from yelp_hpc.errors import StageError
-from yelp_hpc.evaluation import charts as charts
+from yelp_hpc.evaluation import charts
 from yelp_hpc.evaluation.metrics import AVERAGES
 from yelp_hpc.evaluation.outcome import (
     baseline_sentence,
     figure,
+    is_number,
     mcnemar_sentence,
     outcome_rows,
     shows_study,
@@ -184,7 +185,7 @@ def training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Loss, learning rate and speed over the optimizer steps."""
 
     def series(key: str) -> list[tuple[float, float]]:
-        found = [line for line in log if _is_number(line.get("step")) and _is_number(line.get(key))]
+        found = [line for line in log if is_number(line.get("step")) and is_number(line.get(key))]
         return [(float(line["step"]), float(line[key])) for line in found]
 
     loss = series("loss")
@@ -203,10 +204,6 @@ def training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for (title, unit), lines in drawn.items()
         if (chart := charts.lines(title, lines, "optimizer step", unit, title == "Loss"))
     ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def jobs(
@@ -243,7 +240,7 @@ _SUBMISSION = ("name", "job", "executor", "command")
 
 
 def _clock(seconds: Any) -> str:
-    if not _is_number(seconds):
+    if not is_number(seconds):
         return "–"
     return time.strftime("%m-%d %H:%M:%S", time.gmtime(seconds))
 
@@ -251,7 +248,7 @@ def _clock(seconds: Any) -> str:
 def throughput(run: RunPaths) -> list[list[str]]:
     """Rows a second of training and of each model's inference, over whole jobs."""
     rows = []
-    log = [line for line in read_jsonl(run.train_log) if _is_number(line.get("seconds"))]
+    log = [line for line in read_jsonl(run.train_log) if is_number(line.get("seconds"))]
     seconds = sum(line["seconds"] for line in log)
     if seconds:
         examples, tokens = (
@@ -262,7 +259,7 @@ def throughput(run: RunPaths) -> list[list[str]]:
     progress = run.progress("").parent
     for model in sorted(progress.iterdir()) if progress.is_dir() else ():
         shards = [_read(path) for path in sorted(model.glob("*.json"))]
-        rates = [s["rows_per_second"] for s in shards if _is_number(s.get("rows_per_second"))]
+        rates = [s["rows_per_second"] for s in shards if is_number(s.get("rows_per_second"))]
         if rates:
             rows.append([f"infer {model.name}, a shard", f"{sum(rates) / len(rates):,.2f}", "–"])
     return rows

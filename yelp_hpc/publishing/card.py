@@ -6,7 +6,6 @@ from the clock or the machine.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from yelp_hpc.cache import DEMO_MODEL
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation.metrics import AVERAGES
-from yelp_hpc.evaluation.outcome import shows_study
+from yelp_hpc.evaluation.outcome import figure, interval, is_number, shows_study
 from yelp_hpc.publishing.snippet import article, snippet
 from yelp_hpc.rundir.attempts import GpuHours
 from yelp_hpc.task import YELP
@@ -108,7 +107,7 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
             metric_value=value,
         )
         for name, value in values.items()
-        if _is_number(value)
+        if is_number(value)
     ]
     card = ModelCardData(
         base_model=base_model_id(config),
@@ -168,8 +167,8 @@ def _results(metrics: Mapping[str, Any], config: Config) -> str:
             value: Any = models[name]
             for key in keys:
                 value = value.get(key) if isinstance(value, Mapping) else None
-            interval = (models[name].get("ci95") or {}).get(".".join(keys))
-            cells.append(_figure(value) + _interval(interval))
+            ends = (models[name].get("ci95") or {}).get(".".join(keys))
+            cells.append(f"{figure(value)} {interval(ends or None)}".rstrip())
         return f"| {label} | " + " | ".join(cells) + " |"
 
     rows = [
@@ -350,17 +349,3 @@ def _provenance(record: Mapping[str, Any]) -> str:
         "figure. `python -m yelp_hpc reproduce --from run.json --run NEW` prepares the same run.",
     ]
     return "## Provenance\n\n" + "\n".join(f"- {fact}" for fact in facts if fact)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _figure(value: Any) -> str:
-    if not _is_number(value):
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
-
-
-def _interval(value: Any) -> str:
-    return f" [{value[0]:.3f}, {value[1]:.3f}]" if value else ""

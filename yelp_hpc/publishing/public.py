@@ -13,6 +13,7 @@ from typing import Any
 from yelp_hpc.cache import cache_folder, repository
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.evaluation.outcome import is_number
 from yelp_hpc.models.local import TOKENIZER_FILES
 from yelp_hpc.publishing.card import base_model_id, data_id
 
@@ -47,12 +48,12 @@ def public_record(record: Mapping[str, Any], config: Config) -> dict[str, Any]:
             "fingerprint": _text(model.get("fingerprint")),
         },
         "data": {
-            **{key: data[key] for key in ("truncated", "duplicates") if _number(data.get(key))},
+            **{key: data[key] for key in ("truncated", "duplicates") if is_number(data.get(key))},
             **{
                 key: {
                     name: n
                     for name, n in _section(data, key).items()
-                    if _number(n) and _text(name) is not None
+                    if is_number(n) and _text(name) is not None
                 }
                 for key in ("rows", "tokens")
             },
@@ -158,7 +159,3 @@ def _text(value: Any) -> str | None:
     """A word such as a version or a digest; what holds more is no such word."""
     short = isinstance(value, str) and len(value) <= 100 and "/" not in value
     return value if short and value.isprintable() else None
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
