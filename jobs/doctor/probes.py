@@ -344,7 +344,7 @@ def data_columns(path: Path, header: bool) -> list[str] | None:
         RequestError: it cannot be read, or has no rows.
     """
     kind = path.suffix.lower()
-    if kind not in (*DELIMITERS, ".jsonl"):
+    if kind not in (*DELIMITERS, ".jsonl", ".ndjson"):
         return None
     if what := disguise(path, (kind, "")):
         raise RequestError(f"it is {what}")

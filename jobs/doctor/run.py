@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from yelp_hpc.data.formats.endings import ENDINGS
 from yelp_hpc.data.sense import warnings
 from yelp_hpc.errors import RequestError, in_shell, nearest
 from yelp_hpc.gpus import OLDEST_DRIVER
@@ -195,8 +196,7 @@ def _binds(found: Inputs, request: Request) -> Iterator[Finding]:
 def binds_line(request: Request, paths: Iterable[str]) -> str:
     """The config line that binds `paths` too: each by its folder, none within another."""
     # a model's folder may well end in .1
-    files = (".csv", ".jsonl", ".parquet")
-    folders = [str(Path(path).parent) if path.endswith(files) else path for path in paths]
+    folders = [str(Path(path).parent) if path.lower().endswith(ENDINGS) else path for path in paths]
     outer = [
         folder
         for folder in dict.fromkeys(folders)

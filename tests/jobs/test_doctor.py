@@ -30,7 +30,7 @@ from yelp_hpc.jobs.doctor import node
 from yelp_hpc.jobs.doctor.facts import Folder, Machine, NodeReport, NodeVisit
 from yelp_hpc.jobs.doctor.findings import Finding, command, lines, ok
 from yelp_hpc.jobs.doctor.machine import check_machine
-from yelp_hpc.jobs.doctor.probes import folder, quotas, seen
+from yelp_hpc.jobs.doctor.probes import data_columns, folder, quotas, seen
 from yelp_hpc.jobs.doctor.request import DataFile, Inputs, Request
 from yelp_hpc.jobs.doctor.run import binds_line, check_inputs, check_visit
 from yelp_hpc.rundir.files import MARKER, write_json
@@ -553,6 +553,14 @@ def test_what_is_not_bound_is_named_with_the_line_that_binds_it() -> None:
     assert [f.level for f in look("/usr/share:/else", "/usr/lib")] == ["failure"]
     empty = Request(ClusterConfig())
     assert binds_line(empty, ["/m/llama-3.1", "/m"]) == "container.binds: [/m]"
+    files = ["/a/r.tsv", "/b/r.csv.gz", "/c/R.NDJSON"]
+    assert binds_line(empty, files) == "container.binds: [/a, /b, /c]"
+
+
+def test_the_columns_of_lines_of_json_are_looked_at_by_either_ending(tmp_path: Path) -> None:
+    for name in ("r.jsonl", "r.ndjson"):
+        (tmp_path / name).write_text('{"review": "fine", "stars": 4}\n')
+        assert data_columns(tmp_path / name, header=True) == ["review", "stars"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from yelp_hpc.data.formats.endings import ENDINGS
 from yelp_hpc.errors import in_shell, nearest
 from yelp_hpc.rundir.paths import STAGES
 from yelp_hpc.synonyms import CLUSTER, COMMANDS, NO_KEY, OPTIONS, SBATCH, SHORT, key_of
@@ -113,7 +114,7 @@ def _option_of(word: str, command: click.Command) -> str | None:
     wanted = ["--run"]
     if word.endswith((".yaml", ".yml")):
         wanted = ["--config", "--cluster", "--run"]
-    elif Path(word).suffix in (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".gz", ".zip"):
+    elif word.lower().endswith(ENDINGS):
         wanted = ["--input", "--data", "--from"]
     options = _options(command)
     return next((option for option in wanted if option in options), None)

@@ -19,15 +19,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from yelp_hpc.data.formats.arrow_rows import BINARY_FORMATS, arrow_rows
+from yelp_hpc.data.formats.arrow_rows import arrow_rows
 from yelp_hpc.data.formats.csv_rows import DELIMITERS, csv_rows
+from yelp_hpc.data.formats.endings import BINARY_FORMATS, COMPRESSIONS, FORMATS, TEXT_FORMATS
 from yelp_hpc.data.formats.first_bytes import disguise
 from yelp_hpc.data.formats.json_rows import json_lines, json_rows
 from yelp_hpc.data.formats.record import Record
 from yelp_hpc.errors import RequestError, nearest_path
 
-TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zip": "zip"}
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -72,7 +71,7 @@ def _folder(path: Path) -> list[Path]:
     shown = [p for p in sorted(path.iterdir()) if p.name[0] not in "._"]
     found = [p for p in shown if p.is_file() and _formats(p)[0]]
     if not found:
-        raise RequestError(f"folder {path} holds no data file ({', '.join(_every())})")
+        raise RequestError(f"folder {path} holds no data file ({', '.join(FORMATS)})")
     sets: dict[str, Path] = {}
     for file in found:
         if (kind := re.split(r"[-_.]", file.name.lower())[0]) in _SPLITS:
@@ -85,15 +84,11 @@ def _folder(path: Path) -> list[Path]:
     return found
 
 
-def _every() -> tuple[str, ...]:
-    return (*TEXT_FORMATS, *BINARY_FORMATS)
-
-
 def _formats(path: Path) -> tuple[str, str]:
     """`(format, compression)` by the name's endings, each "" where there is none."""
     endings = [ending.lower() for ending in path.suffixes]
     compression = endings.pop() if endings and endings[-1] in COMPRESSIONS else ""
-    ending = endings[-1] if endings and endings[-1] in _every() else ""
+    ending = endings[-1] if endings and endings[-1] in FORMATS else ""
     if compression == ".zip" and not ending:  # the file in it has one
         with suppress(OSError, zipfile.BadZipFile):
             ending = next((p.suffix.lower() for p in map(Path, _members(path))), "")
@@ -117,7 +112,7 @@ def format_of(path: Path) -> str:
             if what := disguise(path, ("", compression)):
                 raise RequestError(f"data file {path} is {what}")
         raise RequestError(
-            f"data file {path} must end in {', '.join(_every())} (text also in {packed})"
+            f"data file {path} must end in {', '.join(FORMATS)} (text also in {packed})"
         )
     return found
 

@@ -17,6 +17,8 @@ from typing import Any
 from yelp_hpc.errors import RequestError
 from yelp_hpc.task import TaskConfig, label_text
 
+MOST_VALUES = 5000
+"""Different labels after which the label column must be another column."""
 _FLOAT = re.compile(r"([-+]?\d+)\.0+")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
 _STARS = re.compile(r"(\d+)(?:\.0+)?\s*(?:stars?|[★⭐])", re.IGNORECASE)

@@ -26,7 +26,14 @@ from yelp_hpc.data.files import data_files, records, text_fault, unescaped
 from yelp_hpc.data.formats.arrow_rows import class_names
 from yelp_hpc.data.formats.record import Record
 from yelp_hpc.data.hub import hub_error
-from yelp_hpc.data.labels import NO_LABEL, advice, classes_of, one_naming, value_text
+from yelp_hpc.data.labels import (
+    MOST_VALUES,
+    NO_LABEL,
+    advice,
+    classes_of,
+    one_naming,
+    value_text,
+)
 from yelp_hpc.data.sampling import text_key
 from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
 from yelp_hpc.task import YELP, TaskConfig
@@ -34,8 +41,6 @@ from yelp_hpc.task import YELP, TaskConfig
 Row = tuple[str, int]
 _BATCH = 4096
 _SHOWN = 10
-MOST_VALUES = 5000
-"""Different labels after which the label column must be another column."""
 
 
 class Table(Sequence[Row]):

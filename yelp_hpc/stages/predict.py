@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.files import format_of
-from yelp_hpc.data.formats.arrow_rows import BINARY_FORMATS, arrow_batches
+from yelp_hpc.data.formats.arrow_rows import arrow_batches
+from yelp_hpc.data.formats.endings import BINARY_FORMATS
 from yelp_hpc.data.labels import value_text
 from yelp_hpc.data.output import table_writer
 from yelp_hpc.data.prepared import Chunk, PreparedSets

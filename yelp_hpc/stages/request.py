@@ -9,7 +9,7 @@ from pathlib import Path
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.files import format_of
-from yelp_hpc.data.formats.arrow_rows import BINARY_FORMATS
+from yelp_hpc.data.formats.endings import BINARY_FORMATS
 from yelp_hpc.data.output import output_problems
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.inference.answers import answer_names

@@ -14,13 +14,12 @@ from typing import Any
 from yelp_hpc.data.files import data_files, records, text_fault, unescaped
 from yelp_hpc.data.formats.arrow_rows import class_names
 from yelp_hpc.data.formats.record import Record
-from yelp_hpc.data.labels import classes_of, value_text
+from yelp_hpc.data.labels import MOST_VALUES, classes_of, value_text
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.rundir.request import Request
 from yelp_hpc.task import TaskConfig
 
 _SHOWN = 10
-_MOST_VALUES = 5000
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ class Scan:
     """What an input holds."""
 
     rows: int
-    columns: tuple[str, ...]
     classes: Mapping[str, int] | None
     """Label as text → class; None where the rows have no labels that can be counted."""
     why_unlabelled: str = ""
@@ -79,7 +77,7 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
             without = without or place
         elif not many:
             values.setdefault(value, place)
-            many = len(values) > _MOST_VALUES
+            many = len(values) > MOST_VALUES
     if not rows:
         raise RequestError(f"{source} has no rows")
     if request.text_column not in columns:
@@ -102,14 +100,14 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
         if empty:
             why = f"{empty:,} of {rows:,} rows have none (first: {without})"
         elif many:
-            why = f"it holds over {_MOST_VALUES:,} different values"
+            why = f"it holds over {MOST_VALUES:,} different values"
         else:
             classes, why = _classes(values, task, request)
     elif request.label_needed:
         why = f"there is no such column (there are: {', '.join(columns)})"
     if why and request.label_needed:
         raise RequestError(f"{source}: --label-column {column} gives no metrics: {why}")
-    return Scan(rows, tuple(columns), classes, f"{column}: {why}" if why else "")
+    return Scan(rows, classes, f"{column}: {why}" if why else "")
 
 
 def _classes(

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.data.formats.endings import BINARY_FORMATS
 from yelp_hpc.data.formats.record import Record, check_names
 from yelp_hpc.data.labels import one_naming
-
-BINARY_FORMATS = (".parquet", ".arrow", ".feather")
 
 
 def arrow_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
