@@ -20,6 +20,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.local import run_chain
+from yelp_hpc.jobs.logs import last_words
 from yelp_hpc.jobs.preflight import require_sound_request
 from yelp_hpc.jobs.progress import stage_done
 from yelp_hpc.jobs.site.client import PATIENCE, require_clients
@@ -46,8 +47,8 @@ from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.modes import unwritable
-from yelp_hpc.rundir.paths import ADAPTER_FILES, STAGES, RunPaths
-from yelp_hpc.runtime import open_log, use_programs
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, STAGES, RunPaths
+from yelp_hpc.runtime import use_programs
 
 
 def plan(stage: str, config: Config, paths: RunPaths, cluster: ClusterConfig) -> list[Job]:
@@ -175,7 +176,7 @@ def refuse_unwritable(paths: RunPaths) -> None:
     """Raises RequestError when the run directory cannot be made or written, or is a model's."""
     if problem := unwritable(paths.root, folder=True):
         raise RequestError(f"--run: {problem}")
-    for file in ("config.json", ADAPTER_FILES[0]):
+    for file in ("config.json", ADAPTER_CONFIG):
         if (paths.root / file).is_file() and not paths.run_json.exists():
             raise RequestError(
                 f"{paths.root} holds a model ({file}); name a folder of the run's own"
@@ -203,16 +204,6 @@ def _undone(paths: RunPaths) -> Iterator[None]:
         raise
 
 
-def last_words(log: Path) -> str:
-    """What the last start of a stage said, without the line that the supervisor put before it."""
-    try:
-        with open_log(log) as file:
-            text = file.read().decode(errors="replace")
-    except OSError as error:
-        return f"{log}: {error.strerror}"
-    return text.rpartition("=== job ")[2].partition("\n")[2].rstrip()
-
-
 def checked_run(run_dir: str | Path) -> Path:
     """The absolute run directory, if its name can be used in job names and Slurm's patterns.
 
@@ -236,7 +227,7 @@ def _submit_slurm(
     say: Callable[[str], None],
 ) -> list[Submission]:
     frozen, code = freeze_all(paths, cluster)
-    ids = {item.name: item.job for item in live if not item.local and not item.cluster}
+    ids = ids_here(live)
     stages = dict.fromkeys(job.stage for job in planned)
     for line in dict.fromkeys(x for s in stages for x in of_the_shell(cluster, s, os.environ)):
         say(line)
@@ -252,6 +243,11 @@ def _submit_slurm(
             many = f", an array of {len(job.tasks)}" if len(job.tasks) > 1 else ""
             say(f"{job.name}: job {ids[job.name]}{many}")
     return submissions
+
+
+def ids_here(live: Sequence[Live]) -> dict[str, str]:
+    """Job name → id of what lives on this cluster."""
+    return {item.name: item.job for item in live if not item.local and not item.cluster}
 
 
 def submit_job(

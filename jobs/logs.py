@@ -19,6 +19,8 @@ from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.runtime import open_log
 
 TAIL_LINES = 25
+START = "=== job "
+"""Opens the line that the supervisor writes before each start of a stage."""
 
 
 @patiently
@@ -114,6 +116,16 @@ def tail(log: Path) -> str:
     except OSError:
         return f"(no log at {log})"
     return "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])
+
+
+def last_words(log: Path) -> str:
+    """What the last start of a stage said, without the line that the supervisor put before it."""
+    try:
+        with open_log(log) as file:
+            text = file.read().decode(errors="replace")
+    except OSError as error:
+        return f"{log}: {error.strerror}"
+    return text.rpartition(START)[2].partition("\n")[2].rstrip()
 
 
 def without_tail(reason: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv, stage_environment
 from yelp_hpc.jobs.image import ready_image
 from yelp_hpc.jobs.job import Job
-from yelp_hpc.jobs.logs import tail
+from yelp_hpc.jobs.logs import START, tail
 from yelp_hpc.jobs.progress import Fingerprint, digest, fingerprint, newest, shards_missing
 from yelp_hpc.jobs.site.client import NoAnswer
 from yelp_hpc.jobs.snapshot import private_pickles, read_settings, remove_torn_pickles
@@ -39,7 +38,7 @@ from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.modes import PATIENCE, is_full, room_again
-from yelp_hpc.rundir.node_faults import read_faults
+from yelp_hpc.rundir.node_faults import read_faults, this_node
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.rundir.study import take_shared
 from yelp_hpc.runtime import open_log, use_programs
@@ -149,7 +148,7 @@ def _attempt(
             verdict = _run(stop, paths, cluster, job, attempt, leader, limit)
     except YelpHpcError as error:
         verdict = Verdict("failed", str(error))
-    said = verdict.reason.rpartition("=== job ")[2]  # by this start
+    said = verdict.reason.rpartition(START)[2]  # by this start
     full = verdict.action == "failed" and leader and is_full(paths.root, said)
     if full and attempt.stalled < cluster.requeue_cap:
         room = stop.signal is None and room_again(paths.root, lambda: stop.signal is not None)
@@ -191,7 +190,7 @@ def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) 
     stalled = earlier[-1].stalled + 1 if same and earlier[-1].before == before else 1
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if on_slurm() else 1
     gpus = (cluster.resources(job.stage).gpus or 0) * nodes
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = this_node()
     return Attempt(
         *(job.name, job_id, restart, job.tasks[0], node, os.getpid(), gpus),
         stalled=stalled,
@@ -266,7 +265,7 @@ def _process(
 ) -> tuple[int, Verdict | None]:  # fmt: skip
     """Run one process to its end. Returns its exit code and, if it was ended here, why."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    head = f"=== job {attempt.job} restart {attempt.restart} on {attempt.node}: "
+    head = f"{START}{attempt.job} restart {attempt.restart} on {attempt.node}: "
     try:
         opened = open_log(log, "ab", head + shlex.join(argv))
     except OSError as error:

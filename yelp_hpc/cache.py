@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -72,6 +73,11 @@ def seen_hub(env: Mapping[str, str]) -> Path:
 def hub_home(env: Mapping[str, str]) -> Path:
     """Where the Hub's own client keeps what it fetches, and its login."""
     return Path(os.path.expanduser(env.get("HF_HOME") or _user_caches(env) / "huggingface"))  # noqa: PTH111
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's on the Hub, OWNER/NAME."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name))
 
 
 DEMO_MODEL = "demo:smollm2-135m"

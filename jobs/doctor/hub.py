@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 
+from yelp_hpc.data.hub import endpoint
 from yelp_hpc.errors import RequestError
 from yelp_hpc.jobs.doctor.facts import Hub
 from yelp_hpc.publishing.token import VARIABLES, find_token, login_file
@@ -14,16 +15,15 @@ from yelp_hpc.publishing.token import VARIABLES, find_token, login_file
 
 def hub(token_file: str | None, timeout: float = 8) -> Hub:
     """Reach the Hub with the token that a publication would use."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     secret, facts = _token(token_file)
-    facts |= {"endpoint": endpoint}
+    facts |= {"endpoint": endpoint()}
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Hub.model_validate({**facts, "offline": True})
     path = "/api/whoami-v2" if secret else "/api/models?limit=1"
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     accepted = None
     try:
-        request = urllib.request.Request(endpoint + path, headers=headers)
+        request = urllib.request.Request(endpoint() + path, headers=headers)
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout):
             accepted = True if secret else None
     except urllib.error.HTTPError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.cache import cache_folder, model_problem
+from yelp_hpc.cache import cache_folder, is_hub_id, model_problem
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, in_shell, nearest_path
 from yelp_hpc.jobs.cluster import ClusterConfig
@@ -115,7 +115,7 @@ def inputs(config: Config) -> Inputs:
         return Inputs(**found)
     if "://" not in config.model.path and (hinders := in_the_way(local)):
         return Inputs(problem=hinders, **found)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model.path) and not is_folder(local.parent):
+    if is_hub_id(config.model.path) and not is_folder(local.parent):
         return Inputs(remote=True, **found)
     if seen(local) == "file":
         return Inputs(problem="is a file; name its folder", near=str(local.parent), **found)

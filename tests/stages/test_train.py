@@ -37,8 +37,7 @@ from yelp_hpc.rundir.files import (
     write_marker,
 )
 from yelp_hpc.rundir.manifest import load_run, record_run
-from yelp_hpc.rundir.origin import WEIGHTS
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import WEIGHTS, RunPaths
 from yelp_hpc.stages import infer, train
 from yelp_hpc.training.checkpoint import read_checkpoint
 from yelp_hpc.training.data import f1_macro, read_rows

@@ -13,8 +13,8 @@ from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError
 from yelp_hpc.explain import dotted_keys
 from yelp_hpc.rundir.files import read_jsonl, read_marker, sha256_file
-from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.origin import foreign_adapter
+from yelp_hpc.rundir.paths import WEIGHTS, RunPaths
 from yelp_hpc.stages import train
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}

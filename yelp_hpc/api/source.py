@@ -6,21 +6,20 @@ no torch.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from yelp_hpc.cache import hub_folder
+from yelp_hpc.cache import hub_folder, is_hub_id
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, all_problems, in_shell
 from yelp_hpc.models.fetch import fetch_model
 from yelp_hpc.rundir.files import damaged_files
 from yelp_hpc.rundir.manifest import load_run, recorded_config
 from yelp_hpc.rundir.origin import require_own_adapter
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, RunPaths
 
 _RECORD = RunPaths("").run_json.name
-_ADAPTER, _MODEL = ADAPTER_FILES[0], "config.json"
+_MODEL = "config.json"
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ def find_source(
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        if not is_hub_id(str(source)):
             raise RequestError(
                 f"{source} is neither a folder here nor a Hub repository's id (OWNER/NAME)"
             )
         folder = fetch_model(str(source), revision, hub_folder())
-    adapter = folder if (folder / _ADAPTER).is_file() else None
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     if adapter is None and not (folder / _MODEL).is_file():
         config, adapter = _of_run(folder, tuned)
     else:

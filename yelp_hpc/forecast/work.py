@@ -105,15 +105,9 @@ def training_work(
     )  # fmt: skip
 
 
-def micro_batches(own: Sequence[int], max_tokens: int, prefix: int) -> list[int]:
-    """Tokens of each micro-batch that the engine makes of sequences under a budget."""
-    groups = plan_microbatches(own, max_tokens, prefix)
-    return [prefix + sum(own[i] for i in group) for group in groups]
-
-
 def computed(own: Sequence[int], max_tokens: int, prefix: int) -> int:
     """Tokens that the engine computes for sequences in micro-batches of at most `max_tokens`."""
-    return sum(micro_batches(own, max_tokens, prefix))
+    return prefix * len(plan_microbatches(own, max_tokens, prefix)) + sum(own)
 
 
 def forward_flops(shape: ModelShape, own: Sequence[int], tokens: int, prefix: int) -> float:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from yelp_hpc.config import Config
 from yelp_hpc.rundir.files import read_json, read_marker
 from yelp_hpc.rundir.manifest import chosen_precision, in_precision
-from yelp_hpc.rundir.origin import WEIGHTS
-from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.paths import WEIGHTS, RunPaths
 
 PREFIX = "yelp_hpc."
 """Of every metadata key of a shard."""

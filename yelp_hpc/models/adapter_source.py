@@ -5,20 +5,16 @@ Needs neither torch nor peft. A Hub repository is downloaded into the cache.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.cache import hub_folder
+from yelp_hpc.cache import hub_folder, is_hub_id
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.models.fetch import fetch_model
 from yelp_hpc.rundir.files import damaged_files, read_marker, read_object, sha256_file
 from yelp_hpc.rundir.modes import in_the_way
-from yelp_hpc.rundir.origin import WEIGHTS
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
-
-_ID = r"[\w-][\w.-]*/[\w.-]+"
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, WEIGHTS, RunPaths
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class AdapterSource:
     @property
     def settings(self) -> dict[str, Any]:
         """The content of adapter_config.json. Raises `StageError` where it cannot be read."""
-        return read_object(self.folder / ADAPTER_FILES[0])
+        return read_object(self.folder / ADAPTER_CONFIG)
 
     def record(self) -> dict[str, Any]:
         """What the adapter that is taken here is known by: name, hashes, who trained it on what."""
@@ -41,7 +37,7 @@ class AdapterSource:
         return {
             "from": self.name,
             "sha256": sha256_file(self.folder / WEIGHTS),
-            "config_sha256": sha256_file(self.folder / ADAPTER_FILES[0]),
+            "config_sha256": sha256_file(self.folder / ADAPTER_CONFIG),
             "trained": marker.get("fingerprint"),
             "step": marker.get("step"),
         }
@@ -66,7 +62,7 @@ def find_adapter(source: str, download: bool = True) -> AdapterSource | None:
             folder = run.adapter
             if problems := damaged_files(folder):
                 raise RequestError(all_problems(f"{source} has no finished adapter:", problems))
-    elif re.fullmatch(_ID, source) and not path.parent.is_dir():
+    elif is_hub_id(source) and not path.parent.is_dir():
         if not download:
             return None
         folder = fetch_model(source, None, hub_folder())
@@ -79,7 +75,7 @@ def find_adapter(source: str, download: bool = True) -> AdapterSource | None:
 
 
 def _unfit(found: AdapterSource) -> list[str]:
-    path = found.folder / ADAPTER_FILES[0]
+    path = found.folder / ADAPTER_CONFIG
     try:
         settings = found.settings
     except StageError:

@@ -13,10 +13,11 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.rundir.files import leads_out, parse_json
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -101,10 +102,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def has_tokenizer(folder: Path, native: bool) -> bool:
-    """Whether a file is there that a tokenizer can be read from; `native`: ChatGLM3's."""
+def tokenizer_missing(folder: Path, native: bool) -> str:
+    """The files that a tokenizer could be read from, "" if one is there; `native`: ChatGLM3's."""
     wanted = ("tokenizer.model",) if native else TOKENIZERS
-    return any((folder / name).is_file() for name in wanted)
+    return "" if any((folder / name).is_file() for name in wanted) else " or ".join(wanted)
 
 
 def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> dict[str, Any]:
@@ -122,9 +123,8 @@ def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> di
     config = read_config(folder)
     problems = list(config_problems(config))
     native = config["model_type"] == "chatglm"
-    if tokenizer and not has_tokenizer(folder, native):
-        wanted = ("tokenizer.model",) if native else TOKENIZERS
-        problems.append(f"it has no tokenizer: {' or '.join(wanted)} is missing")
+    if tokenizer and (missing := tokenizer_missing(folder, native)):
+        problems.append(f"it has no tokenizer: {missing} is missing")
     if len(problems) == 1:
         raise RequestError(f"{folder} cannot be used: {problems[0]}")
     if problems:
@@ -145,16 +145,16 @@ def check_kind(folder: Path) -> None:
     Raises:
         RequestError: it is an adapter, has one beside the model, or is GGUF.
     """
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter = (folder / ADAPTER_CONFIG).is_file()
     if adapter and (folder / "config.json").is_file():
         raise RequestError(
             f"{folder} holds an adapter beside a model, which would be loaded into it unasked: "
-            "move adapter_config.json and its weights to a folder of their own (train.adapter)"
+            f"move {ADAPTER_CONFIG} and its weights to a folder of their own (train.adapter)"
         )
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
     if adapter:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
         raise RequestError(
             f"{folder} is an adapter, not a model: set model.path to the model that it was trained "
             f"on ({base})"
@@ -188,7 +188,7 @@ def config_problems(config: dict[str, Any]) -> Iterator[str]:
         yield quantised(str(method or "quantization_config"))
 
 
-def is_size(value: object) -> bool:
+def is_size(value: object) -> TypeGuard[int]:
     """Whether a value is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -358,9 +358,7 @@ def _quantised(path: Path) -> str | None:
     """A type or a tensor by which a whole safetensors file shows that its weights are quantised."""
     if path.suffix != ".safetensors":
         return None
-    with path.open("rb") as file:
-        header = parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))
-    for name, tensor in _entries(header).items():
+    for name, tensor in tensor_entries(path).items():
         kind = str(tensor.get("dtype", ""))
         if kind.startswith(("F8", "F6", "F4")):
             return kind
@@ -369,8 +367,14 @@ def _quantised(path: Path) -> str | None:
     return None
 
 
+def tensor_entries(path: Path) -> dict[str, Any]:
+    """What the head of a safetensors file that is whole says of each tensor."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return _entries(parse_json(file.read(min(length, LONGEST_HEADER))))
+
+
 def _entries(header: dict[str, Any]) -> dict[str, Any]:
-    """What a safetensors header says of each tensor."""
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 

@@ -22,10 +22,10 @@ from yelp_hpc.errors import RequestError, first_line
 from yelp_hpc.models.chatglm3.model import ChatGLMConfig
 from yelp_hpc.models.chatglm3.tokenizer import ChatGLMTokenizer
 from yelp_hpc.models.checkpoint import (
-    TOKENIZERS,
     check_family,
     read_config,
     read_json,
+    tokenizer_missing,
     weight_files,
 )
 from yelp_hpc.models.weights import (
@@ -118,9 +118,8 @@ def load_tokenizer(path: str | Path) -> Any:
     folder = Path(path)
     config = check_native(folder)
     native = config["model_type"] == ChatGLMConfig.model_type
-    wanted = ("tokenizer.model",) if native else TOKENIZERS
-    if not any((folder / name).is_file() for name in wanted):
-        raise RequestError(f"{folder} has no tokenizer: {' or '.join(wanted)} is missing")
+    if missing := tokenizer_missing(folder, native):
+        raise RequestError(f"{folder} has no tokenizer: {missing} is missing")
     try:
         kind: Any = ChatGLMTokenizer if native else AutoTokenizer
         options: dict[str, Any] = {} if native else {"trust_remote_code": False}

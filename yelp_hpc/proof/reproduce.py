@@ -32,8 +32,7 @@ from yelp_hpc.rundir.manifest import (
     recorded_config,
     update_run,
 )
-from yelp_hpc.rundir.origin import WEIGHTS
-from yelp_hpc.rundir.paths import SPLITS, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, SPLITS, WEIGHTS, RunPaths
 
 CONFIG_NAME = "reproduce.yaml"
 
@@ -152,7 +151,7 @@ def compare(first: RunPaths, second: RunPaths) -> Comparison:
     names = [RunPaths("").split(name).name for name in SPLITS] + [tokens]
     _compare_marked(first.prepare, second.prepare, names, found)
     _compare_marked(first.adapter, second.adapter, [WEIGHTS], found)
-    _note(found, "adapter/adapter_config.json", *map(_shape, (first, second)))
+    _note(found, f"adapter/{ADAPTER_CONFIG}", *map(_shape, (first, second)))
     for model in config.infer.models:
         _compare_predictions(first, second, config, other, model, found)
     _compare_metrics(first, second, found)
@@ -177,7 +176,7 @@ def _compare_marked(first: Path, second: Path, names: list[str], found: Comparis
 
 def _shape(run: RunPaths) -> str | None:
     """SHA-256 of what adapter_config.json says, but for where the base model lies."""
-    path = run.adapter / "adapter_config.json"
+    path = run.adapter / ADAPTER_CONFIG
     if not path.is_file():
         return None
     values = {k: v for k, v in read_json(path).items() if k != "base_model_name_or_path"}

@@ -21,8 +21,8 @@ from yelp_hpc.rundir.changes import differences, dotted
 from yelp_hpc.rundir.collected import as_written
 from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, read_object, sha256_file
 from yelp_hpc.rundir.manifest import recorded_config
-from yelp_hpc.rundir.origin import WEIGHTS, foreign_adapter
-from yelp_hpc.rundir.paths import SPLITS, RunPaths, shard_of
+from yelp_hpc.rundir.origin import foreign_adapter
+from yelp_hpc.rundir.paths import SPLITS, WEIGHTS, RunPaths, shard_of
 from yelp_hpc.rundir.request import adapter_sha256, read_request
 from yelp_hpc.rundir.study import Study
 from yelp_hpc.settings import check_values
@@ -103,15 +103,8 @@ def _recorded(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
         if new is None and key not in told:
             continue  # of a later version than the run's: its default is in force
         # Local paths are made absolute; publish may be set later, for it changes no result.
-        made_absolute = key in (
-            "data.train",
-            "data.test",
-            "model.path",
-            "train.adapter",
-            "train.from",
-        )
         if key.startswith("publish.") or (
-            made_absolute and old and Path(str(new)).name == Path(str(old)).name
+            key in _PATHS and old and Path(str(new)).name == Path(str(old)).name
         ):
             continue
         yield f"{run.run_json}: {key} is {new!r} in force, but {old!r} was given"

@@ -26,7 +26,7 @@ from yelp_hpc.progress import say
 from yelp_hpc.rundir.changes import differences, dotted, refused_changes
 from yelp_hpc.rundir.files import read_json, read_marker, read_object, sweep, write_json
 from yelp_hpc.rundir.locks import locked
-from yelp_hpc.rundir.paths import ADAPTER_FILES, MODELS, SPLITS, RunPaths
+from yelp_hpc.rundir.paths import MODELS, SPLITS, WEIGHTS, RunPaths
 from yelp_hpc.rundir.record import Record
 from yelp_hpc.settings import check_values
 
@@ -61,7 +61,7 @@ def require_fetched(run: RunPaths) -> None:
         RequestError: naming the first of them.
     """
     shards = (next(run.predictions(model).glob("*.parquet"), None) for model in MODELS)
-    weights = run.adapter / ADAPTER_FILES[1]
+    weights = run.adapter / WEIGHTS
     for path in filter(None, (*map(run.split, SPLITS), weights, *shards)):
         with suppress(OSError), path.open("rb") as file:
             if file.read(len(_POINTER)) == _POINTER:

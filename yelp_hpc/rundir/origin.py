@@ -10,9 +10,7 @@ from yelp_hpc.errors import StageError, all_problems, in_shell
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import MARKER, read_json, read_marker, sha256_file
 from yelp_hpc.rundir.manifest import chosen_precision, in_precision
-from yelp_hpc.rundir.paths import RunPaths
-
-WEIGHTS = "adapter_model.safetensors"
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, WEIGHTS, RunPaths
 
 
 def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
@@ -56,7 +54,7 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
     ):
         if path.is_file() and hashes.get(name) != sha256_file(path):
             yield f"{path}: is not what the adapter was trained on (SHA-256 differs)"
-    shape_path = run.adapter / "adapter_config.json"
+    shape_path = run.adapter / ADAPTER_CONFIG
     if shape_path.is_file():
         shape = read_json(shape_path)
         for key, mine in (("r", config.lora.rank), ("lora_alpha", config.lora.alpha)):
@@ -76,7 +74,7 @@ def _another(run: RunPaths, config: Config, marker: dict[str, Any]) -> Iterator[
     ):
         if mine != old:
             yield f"{run.run_json}: {what} is {mine!r}, the adapter was taken for {old!r}"
-    for name, key in ((WEIGHTS, "sha256"), ("adapter_config.json", "config_sha256")):
+    for name, key in ((WEIGHTS, "sha256"), (ADAPTER_CONFIG, "config_sha256")):
         if marker["files"].get(name) != taken.get(key):
             yield f"{place}: {name} is not the one that was taken (SHA-256 differs)"
 

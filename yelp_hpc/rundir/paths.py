@@ -10,7 +10,7 @@ STAGES = ("prepare", "train", "infer", "collect", "publish")
 MODELS = ("base", "tuned")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 SPLITS = ("train", "validation", "test")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, WEIGHTS = ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Task = tuple[int, ...]
 """The shards of one array task; () for a job without shards."""

@@ -28,7 +28,7 @@ from yelp_hpc.rundir.files import (
 )
 from yelp_hpc.rundir.manifest import Asked
 from yelp_hpc.rundir.modes import unwritable
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_FILES, WEIGHTS, RunPaths
 
 
 @dataclass(frozen=True)
@@ -160,4 +160,4 @@ def answered(paths: RunPaths) -> bool:
 def adapter_sha256(run: RunPaths) -> str:
     """SHA-256 of the adapter's weights by its marker; "" where there is none."""
     files: dict[str, Any] = (read_marker(run.adapter) or {"files": {}})["files"]
-    return str(files.get(ADAPTER_FILES[1], ""))
+    return str(files.get(WEIGHTS, ""))

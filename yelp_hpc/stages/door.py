@@ -19,7 +19,7 @@ from typing import Any
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError, YelpHpcError, all_problems
 from yelp_hpc.forecast.model_shape import model_shape
-from yelp_hpc.models.checkpoint import check_folder, has_tokenizer
+from yelp_hpc.models.checkpoint import check_folder, tokenizer_missing
 from yelp_hpc.models.packed.batch import Way
 
 SLACK = 1000
@@ -62,7 +62,7 @@ def admit(
     except RequestError as error:
         problems.append(str(error))
     try:
-        if tokenizer or has_tokenizer(folder, kind == "chatglm"):
+        if tokenizer or not tokenizer_missing(folder, kind == "chatglm"):
             _bind(config, folder)
     except RequestError as error:
         problems.append(str(error))

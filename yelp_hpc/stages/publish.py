@@ -7,7 +7,6 @@ tokenizer files; writes `published.json`. The token never leaves this process's 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.hub import endpoint
 from yelp_hpc.errors import RequestError, StageError, all_problems, in_shell
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
+from yelp_hpc.models.checkpoint import LONGEST_HEADER
 from yelp_hpc.models.local import TOKENIZER_FILES
 from yelp_hpc.progress import plain, say
 from yelp_hpc.publishing.card import base_model_id, model_card
@@ -45,7 +46,7 @@ from yelp_hpc.rundir.files import (
     temporary_name,
     write_json,
 )
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, ADAPTER_FILES, RunPaths
 
 
 def run(
@@ -155,7 +156,7 @@ def collect_files(paths: RunPaths, config: Config, stack: ExitStack) -> list[Hub
         content |= {p.name: p for p in merged.iterdir() if p.is_file() and p.name != MARKER}
     else:
         content |= {name: paths.adapter / name for name in ADAPTER_FILES}
-        content["adapter_config.json"] = portable_adapter_config(paths, config)
+        content[ADAPTER_CONFIG] = portable_adapter_config(paths, config)
     content["metrics.json"] = paths.metrics
     content["run.json"] = json_bytes(public_record(record, config))
     diff = (record.get("code") or {}).get("diff")
@@ -202,7 +203,7 @@ def base_folder(record: Mapping[str, Any], config: Config) -> Path:
 
 def portable_adapter_config(paths: RunPaths, config: Config) -> bytes:
     """adapter_config.json with the base model's Hub id in place of a path of this machine."""
-    values = read_json(paths.adapter / "adapter_config.json")
+    values = read_json(paths.adapter / ADAPTER_CONFIG)
     path = config.model.path
     values["base_model_name_or_path"] = base_model_id(config) or Path(path).name
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
@@ -256,7 +257,7 @@ def _text_of(file: HubFile) -> bytes:
     if file.name.endswith(".safetensors") and isinstance(file.content, Path):
         with file.content.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            return opened.read(min(length, 100_000_000))
+            return opened.read(min(length, LONGEST_HEADER))
     return _bytes_of(file)
 
 
@@ -290,7 +291,6 @@ def preview(config: Config, files: Sequence[HubFile]) -> str:
     where = publish.repo_id or "nowhere (publish.repo_id is not set)"
     kind = "private" if publish.private else "public"
     how = "a pull request" if publish.pull_request else f"branch {publish.branch or 'main'}"
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     width = max(len(f.name) for f in files)
     lines = [f"  {f.name:<{width}}  {f.size:>14,} bytes  sha256:{f.sha256}" for f in files]
     made = [
@@ -304,7 +304,7 @@ def preview(config: Config, files: Sequence[HubFile]) -> str:
             card.decode().rstrip(),
             "",
             *made,
-            f"{len(files)} files to {where} at {endpoint} ({kind}, {how}):",
+            f"{len(files)} files to {where} at {endpoint()} ({kind}, {how}):",
             *lines,
             f"  {'total':<{width}}  {total:>14,} bytes",
         ]

@@ -31,9 +31,10 @@ from yelp_hpc.rundir.files import (
     write_marker,
     write_synced,
 )
-from yelp_hpc.rundir.paths import ADAPTER_FILES, step_of
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, step_of
 
-FILES = (*ADAPTER_FILES, "optimizer.safetensors", "state.json")
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+FILES = (*ADAPTER_FILES, OPTIMIZER, STATE)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def write_adapter(
     folder: Path, adapter: Mapping[str, Tensor], config: dict[str, Any], **extra: Any
 ) -> None:
     """Write a PEFT adapter into `folder` with its marker; `extra` goes into the marker."""
-    write_json(folder / ADAPTER_FILES[0], config)
-    write_bytes(folder / ADAPTER_FILES[1], tensor_bytes(adapter))
+    write_json(folder / ADAPTER_CONFIG, config)
+    write_bytes(folder / WEIGHTS, tensor_bytes(adapter))
     write_marker(folder, list(ADAPTER_FILES), **extra)
 
 
@@ -121,10 +122,10 @@ def read_checkpoint(folder: Path) -> Snapshot:
     """Read a checkpoint that `CheckpointStore.newest` found whole."""
     return Snapshot(
         step=int(step_of(folder) or 0),
-        adapter=load((folder / "adapter_model.safetensors").read_bytes()),
-        adapter_config=read_json(folder / "adapter_config.json"),
-        optimizer=load((folder / "optimizer.safetensors").read_bytes()),
-        state=read_json(folder / "state.json"),
+        adapter=load((folder / WEIGHTS).read_bytes()),
+        adapter_config=read_json(folder / ADAPTER_CONFIG),
+        optimizer=load((folder / OPTIMIZER).read_bytes()),
+        state=read_json(folder / STATE),
     )
 
 
@@ -205,10 +206,10 @@ class CheckpointStore:
         target = self.folder / f"step-{snapshot.step:06d}"
         # what stands there is damaged, or of the same step: either way this one is as good
         with atomic_folder(target) as temporary:
-            write_synced(temporary / FILES[0], _json_bytes(snapshot.adapter_config))
-            write_synced(temporary / FILES[1], tensor_bytes(snapshot.adapter))
-            write_synced(temporary / FILES[2], tensor_bytes(snapshot.optimizer))
-            write_synced(temporary / FILES[3], _json_bytes(snapshot.state))
+            write_synced(temporary / ADAPTER_CONFIG, _json_bytes(snapshot.adapter_config))
+            write_synced(temporary / WEIGHTS, tensor_bytes(snapshot.adapter))
+            write_synced(temporary / OPTIMIZER, tensor_bytes(snapshot.optimizer))
+            write_synced(temporary / STATE, _json_bytes(snapshot.state))
             write_marker(temporary, list(FILES), step=snapshot.step)
         self.sweep()
         self.damaged.discard(target)

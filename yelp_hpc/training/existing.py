@@ -6,21 +6,21 @@ was taken from where, and what its own makers recorded of its training.
 
 from __future__ import annotations
 
-import json
-import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from yelp_hpc.cache import is_hub_id
 from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, all_problems
 from yelp_hpc.models.adapter_source import AdapterSource, find_adapter
+from yelp_hpc.models.checkpoint import tensor_entries
 from yelp_hpc.models.local import folder_fingerprint
 from yelp_hpc.rundir.files import is_complete, read_object, write_bytes, write_marker
-from yelp_hpc.rundir.origin import WEIGHTS, require_own_adapter
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
+from yelp_hpc.rundir.origin import require_own_adapter
+from yelp_hpc.rundir.paths import ADAPTER_FILES, WEIGHTS, RunPaths
 
 Shapes = Mapping[str, tuple[int, ...]]
 _NAMED = 5
@@ -74,7 +74,7 @@ def check_base(found: AdapterSource, paths: RunPaths, config: Config, model_path
     elif named and Path(named).expanduser().is_dir():
         theirs = folder_fingerprint(Path(named).expanduser())
     other = bool(theirs) and theirs != mine
-    if not theirs and _is_hub_id(named) and _is_hub_id(config.model.path):
+    if not theirs and is_hub_id(named) and is_hub_id(config.model.path):
         other = named.lower() != config.model.path.lower()
     if other:
         raise RequestError(
@@ -87,10 +87,6 @@ def check_base(found: AdapterSource, paths: RunPaths, config: Config, model_path
             "here: that its modules and shapes fit this model is all that could be checked",
             file=sys.stderr,
         )
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name))
 
 
 def check_shapes(found: AdapterSource, model_path: Path) -> None:
@@ -147,9 +143,6 @@ def file_shapes(path: Path) -> Shapes:
         StageError: it is torn.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            head = json.loads(file.read(min(length, 100_000_000)))
-        return {name: tuple(x["shape"]) for name, x in head.items() if name != "__metadata__"}
+        return {name: tuple(entry["shape"]) for name, entry in tensor_entries(path).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise StageError(f"{path} is torn or no safetensors file") from None

@@ -20,7 +20,7 @@ from yelp_hpc.data.packing import DataPlan
 from yelp_hpc.errors import RequestError, all_problems
 from yelp_hpc.models.adapter_source import AdapterSource, find_adapter
 from yelp_hpc.rundir.files import damaged_files, read_marker, write_bytes, write_marker
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_FILES, WEIGHTS, RunPaths
 from yelp_hpc.training.existing import check_base, check_shapes, described
 
 LENGTH = ("epochs", "max_steps", "from", "warmup_steps")
@@ -75,7 +75,7 @@ def start_weights(paths: RunPaths) -> dict[str, Tensor]:
     """The tensors of the adapter that this training begins with."""
     from safetensors.torch import load
 
-    return load((paths.start / ADAPTER_FILES[1]).read_bytes())
+    return load((paths.start / WEIGHTS).read_bytes())
 
 
 def _unlike(found: AdapterSource, config: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ as they are. Reads and writes tensors only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -45,6 +45,14 @@ class Band:
 def _near(query: Tensor, key: Tensor, size: int, chunked: bool) -> Tensor:
     """Whether positions lie in one chunk, or a key at most `size - 1` before a query."""
     return query // size == key // size if chunked else key > query - size
+
+
+def depths_of(tree: Sequence[int]) -> list[int]:
+    """How deep each node stands, 0 for one without a parent; `tree`: each node's parent or -1."""
+    depths: list[int] = []
+    for parent in tree:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return depths
 
 
 class Layout:
@@ -97,9 +105,7 @@ class Layout:
             return self.masks
         key = (band.size, band.chunked)
         if key not in self._seen:
-            depths: list[int] = []
-            for parent in self.tree:
-                depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            depths = depths_of(self.tree)
             found: list[Tensor | None] = []
             for group, mask in zip(self.grouped, self.masks, strict=True):
                 width = self.prefix_length + self.lengths[group[0]]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from yelp_hpc.models.packed.attention import IMPLEMENTATION, Layout, register, use_layout
+from yelp_hpc.models.packed.attention import IMPLEMENTATION, Layout, depths_of, register, use_layout
 from yelp_hpc.models.packed.fused import FusedDecoder
 from yelp_hpc.models.packed.fused_gpu import GpuDecoder
 from yelp_hpc.models.packed.linear import frozen_linear, speed_up_linears
@@ -85,9 +85,7 @@ def pack(
     wanted = [last] * len(sequences) if isinstance(last, int) else list(last)
     if min(wanted) < 1:
         raise ValueError(f"last must be at least 1, not {min(wanted)}")
-    depths: list[int] = []
-    for parent in tree:
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    depths = depths_of(tree)
     prefix = list(sequences[0][:prefix_length])
     ids, positions = list(prefix), list(range(prefix_length))
     lengths: list[int] = []

@@ -8,11 +8,12 @@ rows too, one that they keep is kept. Reads no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from yelp_hpc.models.checkpoint import is_size
 from yelp_hpc.models.load import attention_of
 
 VOCABULARY = 96
@@ -81,15 +82,11 @@ _SMALL = {
 
 def limits(values: Mapping[str, Any]) -> dict[str, int]:
     """How many tokens a token sees at most, by each key of a config that bounds it."""
-    found = {key: values[key] for key in LIMITS if _positive(values.get(key))}
+    found = {key: values[key] for key in LIMITS if is_size(values.get(key))}
     block, blocks = values.get("index_block_size"), values.get("index_topk_blocks")
-    if _positive(block) and _positive(blocks):
+    if is_size(block) and is_size(blocks):
         found["index_topk_blocks"] = int(block) * int(blocks)
     return found
-
-
-def _positive(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def twins(config: Any, longest: int, changes: Mapping[str, Any] | None = None) -> Iterator[Any]:
