@@ -31,8 +31,7 @@ from yelp_hpc.jobs.site.client import (
     client,
     no_client,
 )
-from yelp_hpc.jobs.site.refusals import refusal as refusal
-from yelp_hpc.jobs.site.refusals import user_defaults
+from yelp_hpc.jobs.site.refusals import refusal, user_defaults
 from yelp_hpc.jobs.snapshot import check_line, freeze_settings, private_pickles, require_frozen
 from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
@@ -151,7 +150,7 @@ def parameters(
             f"export PYTHONPATH={shlex.quote(str(code))}{_INHERITED}",
             "export PYTHONSAFEPATH=1",  # else the checkout one submits from would win over it
             "export PYTHONDONTWRITEBYTECODE=1",  # the snapshot stays what its digest says
-            *([check_line(cluster.python or _this_python(), code, frozen)] if frozen else []),
+            *([check_line(cluster.python or sys.executable, code, frozen)] if frozen else []),
             _PLAIN_SRUN,
         ],
         "additional_parameters": extra,
@@ -166,7 +165,7 @@ def sbatch_text(
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = paths.logs / "slurm"
-    python = shlex.quote(cluster.python or _this_python())
+    python = shlex.quote(cluster.python or sys.executable)
     call = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     array: dict[str, Any] = {"map_count": len(job.tasks)} if len(job.tasks) > 1 else {}
     return str(_make_sbatch_string(command=call, folder=folder, **params, **array))
@@ -344,7 +343,3 @@ def _environment(stage: str, **changes: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
-
-
-def _this_python() -> str:
-    return sys.executable

@@ -19,8 +19,6 @@ from typing import Any
 
 from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.site.client import PATIENCE, NoAnswer, client, no_client, user_name
-from yelp_hpc.jobs.site.reasons import never_starts as never_starts
-from yelp_hpc.jobs.site.reasons import reason_in_words as reason_in_words
 
 _FIELDS = (
     *("JobArrayID", "State", "Reason", "NodeList", "TimeUsed", "TimeLimit", "RestartCnt"),
@@ -127,16 +125,11 @@ def _squeue(which: Sequence[str], patience: float) -> list[Row]:
     # with a header, so that an empty queue differs from a script that prints something else
     if text.strip() and not any(line.count("|") >= 7 for line in text.splitlines()):
         raise no_client("squeue", text)
-    return _rows(text)
+    return parse_queue(text)
 
 
 def parse_queue(text: str) -> list[Row]:
-    """Rows of `squeue --Format` that have not ended; see `queue`."""
-    return [row for row in _rows(text) if row.live]
-
-
-def _rows(text: str) -> list[Row]:
-    """Every row; what a site's banner or the header says is left out."""
+    """Rows of `squeue --Format`; what a site's banner or the header says is left out."""
     rows = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")]

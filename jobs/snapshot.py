@@ -107,7 +107,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     content = read_object(path)
     digest = path.stem.partition("-")[2]
     if len(digest) != LETTERS or not _text_digest(content).startswith(digest):
-        raise StageError(f"{path} is not what was submitted, so nothing is run; submit again")
+        raise _altered(path)
     return content
 
 
@@ -119,7 +119,11 @@ def require_frozen(code: Path, settings: Path) -> None:
     """
     read_settings(settings)
     if len(code.name) != LETTERS or not (code_digest(code) or "").startswith(code.name):
-        raise StageError(f"{code} is not what was submitted, so nothing is run; submit again")
+        raise _altered(code)
+
+
+def _altered(what: Path) -> StageError:
+    return StageError(f"{what} is not what was submitted, so nothing is run; submit again")
 
 
 def check_line(python: str, code: Path, settings: Path) -> str:

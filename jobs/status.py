@@ -1,6 +1,7 @@
 """The state of a run: from the markers first, then squeue, then sacct where it answers.
 
-`gather` reads the run directory and asks Slurm once; `summarise` is pure; `show_status` prints.
+`watch.facts.gather` reads the run directory and asks Slurm once; `summarise` is pure; `show_status`
+prints.
 A controller that is down or an sacct that is absent only takes columns away.
 """
 
@@ -17,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.config import Config
-from yelp_hpc.jobs import slurm
+from yelp_hpc.jobs.site.reasons import reason_in_words
 from yelp_hpc.jobs.slurm import Row
-from yelp_hpc.jobs.watch.facts import Facts as Facts
-from yelp_hpc.jobs.watch.facts import gather as gather
-from yelp_hpc.jobs.watch.facts import total_steps as total_steps
+from yelp_hpc.jobs.watch.facts import Facts, gather
 from yelp_hpc.progress import clock, plain
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
@@ -32,6 +31,8 @@ if TYPE_CHECKING:  # loaded when a table is drawn
     from rich.text import Text
 
 WATCH_SECONDS = 5.0
+WORST_FIRST = ("failed", "cancelled", "stopped", "running", "waiting", "unknown", "partial")
+"""States of a stage that is not done, in the order in which they name a whole run's."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class JobStatus:
 
     name: str
     state: str
-    """done, running, waiting, failed, cancelled, stopped, partial or absent."""
+    """done, absent, one of `WORST_FIRST`, or in a study shared."""
     job: str = ""
     node: str = ""
     elapsed: str = ""
@@ -150,7 +151,7 @@ def _state(fact: Facts, last: dict[Task, Attempt]) -> tuple[str, str]:
         )
         return "running", "suspended by Slurm" if suspended else ""
     if fact.rows:
-        words = slurm.reason_in_words(fact.rows[0].reason)
+        words = reason_in_words(fact.rows[0].reason)
         return "waiting", words
     if fact.unseen:
         if any(not attempt.verdict for attempt in last.values()):

@@ -53,6 +53,12 @@ def all_problems(headline: str, problems: Sequence[str], limit: int = 20) -> str
     return "\n".join([headline, *lines])
 
 
+def problems_in(error: BaseException) -> list[str]:
+    """The lines of a message of `all_problems` without its headline; of any other all lines."""
+    lines = str(error).splitlines()
+    return [line.removeprefix("  - ") for line in lines[1:] or lines]
+
+
 def in_shell(path: object) -> str:
     """A path as it is typed in a command: in quotes where a shell would read it otherwise."""
     return shlex.quote(str(path))

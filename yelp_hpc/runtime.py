@@ -114,6 +114,11 @@ def open_log(path: Path, mode: Literal["rb", "ab"] = "rb", head: str = "") -> Bi
     return os.fdopen(descriptor, mode)
 
 
+def in_image() -> bool:
+    """Whether this process runs inside an image."""
+    return "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
+
+
 _programs: dict[str, str] = {}
 
 

@@ -199,12 +199,9 @@ def _lines(path: Path, section: str) -> dict[str, str]:
     return {k.removeprefix(inside): at for k, at in origin.items() if k.startswith(inside)}
 
 
-def parse_value(text: str, key: str = "", as_written: Collection[str] = ()) -> Any:
-    """The value of `key` as YAML reads it: numbers, true, null, [a, b] or plain text.
-
-    `as_written`: see `Frozen`.
-    """
-    return _load(text, Path(), {}, as_written, key)[0]
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it: numbers, true, null, [a, b] or plain text."""
+    return _load(text, Path(), {}, ())[0]
 
 
 def _load(
@@ -236,7 +233,7 @@ def read_yaml(
 ) -> tuple[Any, dict[str, str], list[str]]:
     """A YAML file's content of any shape, the place of each key, and each key written twice.
 
-    `as_written`: see `Frozen`.
+    `as_written`: see `Section`.
 
     Raises:
         RequestError: it is not there, cannot be read, is too large, no UTF-8 or no YAML.

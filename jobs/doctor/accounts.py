@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from yelp_hpc.config import Config
 from yelp_hpc.errors import nearest
-from yelp_hpc.jobs.cluster import ClusterConfig, Resources, minutes, time_text
+from yelp_hpc.jobs.cluster import ClusterConfig, Resources, time_text
 from yelp_hpc.jobs.doctor.findings import Finding, Level, advice, config_line, listed
 from yelp_hpc.jobs.site.slurm_facts import Partition, Qos, SlurmFacts
 
@@ -122,7 +122,7 @@ def _limits(
     qos: Qos, whose: str, cluster: ClusterConfig, config: Config | None, stage: str
 ) -> Iterator[Finding]:
     want = cluster.resources(stage)
-    asked = minutes(want.time or "60")
+    asked = want.seconds // 60
     if qos.max_minutes is not None and asked > qos.max_minutes:
         where = key(cluster, stage, "time")
         text = f"{where} is {time_text(asked)}, but {whose} allows {time_text(qos.max_minutes)}"

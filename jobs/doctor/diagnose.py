@@ -52,15 +52,10 @@ from yelp_hpc.progress import say as tell
 from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import lock_hashes, recorded_config
 from yelp_hpc.rundir.paths import STAGES, RunPaths
-from yelp_hpc.runtime import use_programs
+from yelp_hpc.runtime import in_image, use_programs
 
 SUM_SECONDS = 200.0
 """Longer than `ranks.allreduce` gives itself: it ends its ranks, a kill would leave them."""
-
-
-def in_image() -> bool:
-    """Whether this process runs inside an Apptainer image."""
-    return "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
 
 
 def diagnose(

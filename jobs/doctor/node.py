@@ -36,6 +36,7 @@ from yelp_hpc.jobs.doctor.probes import (
     whole,
 )
 from yelp_hpc.jobs.doctor.request import Request, visible
+from yelp_hpc.jobs.site.reasons import reason_in_words
 from yelp_hpc.own_files import own_module
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.paths import RunPaths
@@ -73,8 +74,9 @@ def visit(
     Raises:
         RequestError: there is no sbatch here.
     """
-    from yelp_hpc.jobs.executor import refusal, sbatch
+    from yelp_hpc.jobs.executor import sbatch
     from yelp_hpc.jobs.job import Job
+    from yelp_hpc.jobs.site.refusals import refusal
 
     parent = disk(request.run)
     try:
@@ -138,9 +140,9 @@ def _wait(files: _Exchange, job: str, wait_seconds: float, say: Callable[[str], 
             if time.monotonic() - asked > 2:
                 asked = time.monotonic()
                 rows = _rows(job)
-                state = f"{rows[0].state}: {slurm.reason_in_words(rows[0].reason)}" if rows else ""
+                state = f"{rows[0].state}: {reason_in_words(rows[0].reason)}" if rows else ""
                 if rows and rows[0].state == "PENDING" and state != shown:
-                    say(f"job {job} waits: {slurm.reason_in_words(rows[0].reason)}")
+                    say(f"job {job} waits: {reason_in_words(rows[0].reason)}")
                     shown = state
                 if "requeue" not in facts and rows:
                     facts["requeue"] = _requeue(job)

@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.config import LoadedConfig, load_config
-from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.config import load_config
+from yelp_hpc.errors import RequestError, all_problems, problems_in
 from yelp_hpc.explain import shown
 from yelp_hpc.rundir.changes import readers
 from yelp_hpc.rundir.manifest import Asked
@@ -25,6 +25,7 @@ from yelp_hpc.settings import read_yaml
 Values = dict[str, Any]
 MOST = 500
 """More runs than this are taken for a mistake."""
+_UNTRAINED = "infer.models: a study ranks trained models, so it must name tuned"
 _READ_FOR = {"prepare": ("prepare",), "base": ("prepare", "infer")}
 
 
@@ -53,10 +54,11 @@ def plan_study(
         try:
             loaded = load_config(config_file, changes)
         except RequestError as error:
-            said = [line.replace("--set: ", f"{file}: ", 1) for line in str(error).splitlines()[1:]]
+            said = [line.replace("--set: ", f"{file}: ", 1) for line in problems_in(error)]
             problems += [line for line in said if line not in problems]
             continue
-        problems += [line for line in _unfit(loaded) if line not in problems]
+        if "tuned" not in loaded.config.infer.models and _UNTRAINED not in problems:
+            problems.append(_UNTRAINED)
         asked[run.name] = Asked(loaded, config_file, changes)
         runs.append(run)
     known = [run.name for run in before.runs]  # first: what they made is there already
@@ -64,11 +66,11 @@ def plan_study(
     gone = {*known} - {run.name for run in runs}
     if gone and not problems:
         problems.append(
-            f"  - {before.root} holds {', '.join(sorted(gone))}, which {file} does not ask for: "
+            f"{before.root} holds {', '.join(sorted(gone))}, which {file} does not ask for: "
             "name another --out, or move study.json and these runs away"
         )
     if problems:
-        raise RequestError(all_problems(f"{file} cannot be used:", _bare(problems)))
+        raise RequestError(all_problems(f"{file} cannot be used:", problems))
     record = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "file": str(file),
@@ -186,12 +188,3 @@ def shared(runs: Sequence[StudyRun], asked: Mapping[str, Asked]) -> Iterator[Stu
 
 def _assignment(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
-
-
-def _unfit(loaded: LoadedConfig) -> Iterator[str]:
-    if "tuned" not in loaded.config.infer.models:
-        yield "  - infer.models: a study ranks trained models, so it must name tuned"
-
-
-def _bare(problems: Sequence[str]) -> list[str]:
-    return [line.removeprefix("  - ") for line in problems]

@@ -8,7 +8,15 @@ from collections.abc import Container
 from dataclasses import asdict, replace
 from functools import partial
 
-from yelp_hpc.jobs.status import WATCH_SECONDS, JobStatus, collect_status, plain_text, screen
+from yelp_hpc.jobs.status import (
+    UNFOLDED,
+    WATCH_SECONDS,
+    WORST_FIRST,
+    JobStatus,
+    collect_status,
+    plain_text,
+    screen,
+)
 from yelp_hpc.jobs.study.submit import PARTS
 from yelp_hpc.progress import plain
 from yelp_hpc.rundir import attempts
@@ -41,7 +49,7 @@ def _taken(line: JobStatus, parts: Container[str]) -> JobStatus:
 
 def state_of(lines: list[JobStatus]) -> tuple[str, str]:
     """A run's state in one word, and the stage that it is at."""
-    for word in ("failed", "cancelled", "stopped", "running", "waiting", "partial", "unknown"):
+    for word in WORST_FIRST:
         for line in lines:
             if line.state == word:
                 detail = f": {line.detail}" if line.detail else ""
@@ -74,7 +82,7 @@ def render(
         notes.append(f"leaderboard: {where}{study.paths.report}")
     if problem:
         notes.append(f"from the run directories alone, Slurm did not answer: {plain(problem)}")
-    return "\n".join([plain_text(table, width or 10_000), *notes])
+    return "\n".join([plain_text(table, width or UNFOLDED), *notes])
 
 
 def show_study(study: Study, as_json: bool = False, watch: bool = False) -> None:

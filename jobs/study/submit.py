@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, all_problems, first_line
+from yelp_hpc.errors import (
+    RequestError,
+    SavedForRequeue,
+    StageError,
+    all_problems,
+    first_line,
+    problems_in,
+)
 from yelp_hpc.jobs import chain
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
@@ -90,9 +97,7 @@ def submit_study(
             require_sound_request(one.planned(), wanted.loaded.config, own, executor)
             runs.append(one)
         except RequestError as error:
-            said = str(error).splitlines()
-            said = [line.removeprefix("  - ") for line in said[1:] or said]  # without its headline
-            problems += [line for line in said if line not in problems]
+            problems += [line for line in problems_in(error) if line not in problems]
     if problems:
         raise RequestError(all_problems(f"the study {study.root} cannot be made:", problems))
     if executor == "slurm":
@@ -182,7 +187,7 @@ def _on_slurm(
             for one in runs
             if planned[one.study.name]
         }
-        ids = {one.study.name: _live_ids(one) for one in runs}
+        ids = {one.study.name: chain.ids_here(one.live) for one in runs}
 
         def queue(one: _Run, job: Job) -> None:
             name = one.study.name
@@ -222,10 +227,6 @@ def _on_slurm(
         submissions.append(chain.submit_job(job, study.paths, cluster, known, frozen, code))
         say(f"{len(submissions)} jobs submitted; the leaderboard is job {submissions[-1].job}")
     return submissions
-
-
-def _live_ids(one: _Run) -> dict[str, str]:
-    return {item.name: item.job for item in one.live if not item.local and not item.cluster}
 
 
 def _trainings(

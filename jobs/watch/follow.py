@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
+from yelp_hpc.jobs.site.reasons import never_starts, reason_in_words
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import YOUNG_SECONDS, Submission
 from yelp_hpc.jobs.verdict import AGAIN, REFUSED
@@ -85,21 +86,18 @@ def follow(paths: RunPaths, submissions: Sequence[Submission], say: Callable[[st
 def _states(rows: Sequence[Row]) -> str:
     states = sorted(row.state.lower() for row in rows)
     text = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    reasons = {
-        row.reason for row in rows if row.state == "PENDING" and slurm.never_starts(row.reason)
-    }
-    return text + "".join(f": {slurm.reason_in_words(reason)}" for reason in sorted(reasons))
+    reasons = {row.reason for row in rows if row.state == "PENDING" and never_starts(row.reason)}
+    return text + "".join(f": {reason_in_words(reason)}" for reason in sorted(reasons))
 
 
 def _stuck(submissions: Sequence[Submission], rows: Sequence[Row], before: str) -> str:
     """What can never start, when nothing else goes on; said twice in a row it ends the wait."""
     live = [row for row in rows if row.live]
     names = {item.job: item.name for item in submissions}
-    blocked = [row for row in live if row.state == "PENDING" and slurm.never_starts(row.reason)]
+    blocked = [row for row in live if row.state == "PENDING" and never_starts(row.reason)]
     others = [row for row in live if row not in blocked and row.reason.strip("()") != "Dependency"]
     text = "; ".join(
-        f"{names[row.parent]} (job {row.job}): {slurm.reason_in_words(row.reason)}"
-        for row in blocked[:5]
+        f"{names[row.parent]} (job {row.job}): {reason_in_words(row.reason)}" for row in blocked[:5]
     )
     if text and text == before and not others:
         raise StageError(

@@ -19,8 +19,8 @@ from yelp_hpc.errors import RequestError, StageError
 from yelp_hpc.jobs.chain import plan, submit
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import command, stage_argv, stage_environment, with_inputs
-from yelp_hpc.jobs.executor import refusal
 from yelp_hpc.jobs.job import Job, pack
+from yelp_hpc.jobs.site.refusals import refusal
 from yelp_hpc.rundir.attempts import task_of, task_text
 from yelp_hpc.rundir.paths import RunPaths
 

@@ -14,6 +14,7 @@ from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.cluster import Resources
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.site.client import PATIENCE, NoAnswer, client, own_environment, user_name
+from yelp_hpc.jobs.site.reasons import never_starts, reason_in_words
 from yelp_hpc.jobs.site.refusals import refusal, user_defaults
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import by_cluster
@@ -178,8 +179,8 @@ def test_the_name_of_the_cluster(
     ],
 )  # fmt: skip
 def test_why_a_job_waits(reason: str, words: str, never: bool) -> None:
-    assert slurm.reason_in_words(reason) == words
-    assert slurm.never_starts(reason) is never
+    assert reason_in_words(reason) == words
+    assert never_starts(reason) is never
 
 
 def test_a_job_id_alone_is_nobody() -> None:
@@ -476,8 +477,8 @@ def test_a_task_that_the_controller_has_forgotten_alone(
     ],
 )
 def test_what_no_waiting_mends(reason: str) -> None:
-    assert slurm.never_starts(reason)
-    assert slurm.reason_in_words(reason) != reason.strip("()")
+    assert never_starts(reason)
+    assert reason_in_words(reason) != reason.strip("()")
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_what_no_waiting_mends(reason: str) -> None:
                "QOSMaxJobsPerUserLimit", "ReqNodeNotAvail, UnavailableNodes:g1"]
 )  # fmt: skip
 def test_what_waiting_mends(reason: str) -> None:
-    assert not slurm.never_starts(reason)
+    assert not never_starts(reason)
 
 
 def test_one_of_several_clusters_that_the_shell_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +514,5 @@ def test_what_slurm_does_not_say_is_not_made_up() -> None:
     assert (row.submitted, row.user, row.what) == (170.0, "me", "")
     (row,) = slurm.parse_queue("7|PENDING|(Odd_Reason)||0:00|1:00|N/A|\n")
     assert row == Row("7", "PENDING", "(Odd_Reason)", "", "0:00", "1:00", 0)
-    assert slurm.reason_in_words(row.reason) == "Odd_Reason"
-    assert slurm.reason_in_words("(ReqNodeNotAvail, May be reserved)").startswith(
-        "the nodes it asks"
-    )
+    assert reason_in_words(row.reason) == "Odd_Reason"
+    assert reason_in_words("(ReqNodeNotAvail, May be reserved)").startswith("the nodes it asks")

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from yelp_hpc.config import Config
-from yelp_hpc.jobs.slurm import Row, parse_accounting, parse_queue, reason_in_words
-from yelp_hpc.jobs.status import Facts, JobStatus, render, summarise, total_steps
+from yelp_hpc.jobs.site.reasons import reason_in_words
+from yelp_hpc.jobs.slurm import Row, parse_accounting, parse_queue
+from yelp_hpc.jobs.status import JobStatus, render, summarise
+from yelp_hpc.jobs.watch.facts import Facts, total_steps
 from yelp_hpc.rundir.attempts import Attempt, GpuHours, gpu_hours
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +99,7 @@ def test_squeue_and_sacct_are_read() -> None:
     )
     rows = parse_queue(text)
     assert rows[0] == Row("7_3", "RUNNING", "None", "g1", "1:02", "10:00", 2)
-    assert [row.job for row in rows] == ["7_3", "8"]
+    assert [row.job for row in rows if row.live] == ["7_3", "8"]
     assert "ahead" in reason_in_words(rows[1].reason)
     (row,) = parse_accounting("7_[4-9]|PENDING|None|0|1\n7_1|CANCELLED by 0|g1|00:01:00|00:10:00\n")
     assert (row.job, row.state, row.node) == ("7_1", "CANCELLED", "g1")

@@ -12,7 +12,7 @@ from yelp_hpc.config import Config, LoadedConfig, load_config
 from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.jobs import chain
 from yelp_hpc.jobs.cluster import ClusterConfig, load_cluster
-from yelp_hpc.jobs.status import JobStatus, collect_status, render
+from yelp_hpc.jobs.status import WORST_FIRST, JobStatus, collect_status, render
 from yelp_hpc.jobs.submission import Submission
 from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import say
@@ -20,8 +20,6 @@ from yelp_hpc.rundir import manifest
 from yelp_hpc.rundir.manifest import Asked
 from yelp_hpc.rundir.paths import STAGES, RunPaths
 from yelp_hpc.settings import check_values
-
-_ENDED = ("failed", "cancelled", "stopped", "running", "waiting", "unknown", "partial", "absent")
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +34,7 @@ class Status:
     def state(self) -> str:
         """`done`, or the worst of the stages: failed, cancelled, stopped, running, waiting."""
         states = {stage.state for stage in self.stages}
-        return next((state for state in _ENDED if state in states), "done")
+        return next((state for state in (*WORST_FIRST, "absent") if state in states), "done")
 
     def __repr__(self) -> str:
         return render(self.stages, self.slurm)

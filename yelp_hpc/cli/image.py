@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from yelp_hpc.cli.meant import Commands
-from yelp_hpc.cli.options import Place
+from yelp_hpc.cli.options import JSON, Place
 from yelp_hpc.progress import plain
 from yelp_hpc.runtime import use_programs
 
@@ -84,7 +84,7 @@ def check(image: Path) -> None:
 @image.command()
 @IMAGE
 @CLUSTER
-@click.option("--json", "as_json", is_flag=True, help="print JSON for programs")
+@JSON
 def info(image: Path, as_json: bool) -> None:
     """Show what IMAGE is: version, commit, lock, SHA-256.
 

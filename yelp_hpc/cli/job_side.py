@@ -18,7 +18,7 @@ from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.image.file import why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES
-from yelp_hpc.runtime import program, use_programs
+from yelp_hpc.runtime import in_image, program, use_programs
 
 
 def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoReturn:
@@ -31,7 +31,7 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     name = (error.name or "").partition(".")[0]
     if name not in JOB_MODULES:
         raise error
-    container = None if _in_image() else named_container(arguments)
+    container = None if in_image() else named_container(arguments)
     if (
         container is None
         or why_no_image(Path(container.image))
@@ -57,10 +57,6 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
         os.execvpe(argv[0], argv, stage_environment(cluster, stage, os.environ, token))
     except OSError as fault:
         raise StageError(f"{argv[0]} cannot be started: {fault.strerror}") from None
-
-
-def _in_image() -> bool:
-    return "APPTAINER_CONTAINER" in os.environ or "SINGULARITY_CONTAINER" in os.environ
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
