@@ -119,15 +119,6 @@ def no_end(folder: Path) -> None:
     path.write_text(json.dumps(values))
 
 
-def digits_merge(folder: Path) -> None:
-    """A tokenizer for which every character is a letter of one word."""
-    path = folder / "tokenizer.json"
-    values = json.loads(path.read_text())
-    values["model"]["vocab"] |= {" 0": len(values["model"]["vocab"])}
-    values["pre_tokenizer"] = None
-    path.write_text(json.dumps(values))
-
-
 @dataclass(frozen=True)
 class Broken:
     name: str

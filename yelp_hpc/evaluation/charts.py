@@ -54,9 +54,9 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def thin(points: Points, limit: int = 300) -> list[tuple[float, float]]:
-    """At most `limit` points: each the middle and the mean of a run of neighbours."""
-    run = math.ceil(len(points) / limit) or 1
+def thin(points: Points) -> list[tuple[float, float]]:
+    """At most 300 points: each the middle and the mean of a run of neighbours."""
+    run = math.ceil(len(points) / 300) or 1
     chunks = [points[i : i + run] for i in range(0, len(points), run)]
     return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
 
@@ -119,7 +119,7 @@ def lines(
         share = (scale(y) - scale(y0)) / (scale(y1) - scale(y0))
         return bottom - share * (bottom - top)
 
-    body = [_upright(11, (top + bottom) / 2, f"{y_name} (log scale)" if log else y_name)]
+    body = [_upright((top + bottom) / 2, f"{y_name} (log scale)" if log else y_name)]
     for y in log_ticks(y0, y1) if log else ticks(y0, y1):
         body.append(f'<path class="grid" d="M{left} {py(y):.1f}H{right}"/>')
         body.append(_text(left - 5, py(y) + 4, short(y), "tick", "end"))
@@ -142,9 +142,10 @@ def lines(
     return _svg(228, f"{title}: {y_name} over {x_name}. {last}", body)
 
 
-def _upright(x: float, y: float, text: str) -> str:
+def _upright(y: float, text: str) -> str:
     """The name of a y axis, read from below."""
-    return f'<g transform="rotate(-90 {x:.1f} {y:.1f})">{_text(x, y, text, "tick")}</g>'
+    x = 11.0
+    return f'<g transform="rotate(-90 {x} {y:.1f})">{_text(x, y, text, "tick")}</g>'
 
 
 def _cut_apart(texts: Sequence[str], most: int) -> list[str]:
@@ -243,7 +244,7 @@ def _cut(text: str, longest: int) -> str:
 def calibration(name: str, summary: Mapping[str, Any]) -> str:
     """A reliability diagram: accuracy a bin of confidence, against the diagonal."""
     left, right, top, bottom = 52.0, 350.0, 10.0, 200.0
-    body = [_upright(11, (top + bottom) / 2, "accuracy")]
+    body = [_upright((top + bottom) / 2, "accuracy")]
 
     def px(x: float) -> float:
         return left + x * (right - left)

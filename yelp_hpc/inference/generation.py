@@ -164,8 +164,8 @@ def decode(
             break
 
 
-def generation_way(model: nn.Module, new_tokens: int = 6) -> Way:
-    """How a prepared model's greedy answers are those that it gives alone: its own way, or rows.
+def generation_way(model: nn.Module) -> Way:
+    """How a prepared model's first six tokens are those that it gives alone: its own way, or rows.
 
     Raises:
         RequestError: it writes nothing even alone.
@@ -173,7 +173,7 @@ def generation_way(model: nn.Module, new_tokens: int = 6) -> Way:
     texts, device = rows(), next(model.parameters()).device
 
     def answers(way: Way) -> list[list[int]]:
-        decoder = GreedyDecoder(model, PREFIX, (), new_tokens, lambda _: False, device, way)
+        decoder = GreedyDecoder(model, PREFIX, (), 6, lambda _: False, device, way)
         return decoder.generate(texts)
 
     try:

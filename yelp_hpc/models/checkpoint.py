@@ -108,11 +108,10 @@ def tokenizer_missing(folder: Path, native: bool) -> str:
     return "" if any((folder / name).is_file() for name in wanted) else " or ".join(wanted)
 
 
-def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> dict[str, Any]:
+def check_folder(folder: Path, tokenizer: bool = True) -> dict[str, Any]:
     """The config of a folder that can hold a causal LM, as far as its files tell.
 
     Args:
-        whole: read the `.bin` files for their checksums, too.
         tokenizer: there must be one.
 
     Raises:
@@ -133,7 +132,7 @@ def check_folder(folder: Path, whole: bool = True, tokenizer: bool = True) -> di
         raise RequestError(f"{folder / 'config.json'} cannot be used: {'; '.join(sizes)}")
     if native:
         check_family(folder, config)
-    files = weight_files(folder, whole)
+    files = weight_files(folder, whole=False)
     if form := next((form for file in files if (form := _quantised(file))), None):
         raise RequestError(f"{folder} cannot be used: {quantised(form)}")
     return config

@@ -68,7 +68,7 @@ def check_model(config: Config) -> tuple[str, ...]:
 def ask(config: Config, folder: Path) -> Answer:
     """Judge the model in `folder` for a run; starts no child where torch is not installed."""
     try:
-        check_folder(folder, whole=False)
+        check_folder(folder)
     except RequestError as error:
         return Answer(str(error))
     if not all(map(importlib.util.find_spec, NEEDED)):

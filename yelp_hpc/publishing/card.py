@@ -59,7 +59,6 @@ def model_card(
     pictures: Sequence[str] = (),
     gpu_hours: GpuHours | None = None,
     native: bool = False,
-    published_as: str | None = None,
 ) -> str:
     """README.md of the published model.
 
@@ -68,9 +67,8 @@ def model_card(
         record: the content of run.json.
         pictures: names of pictures beside the card (loss.png, confusion.png).
         native: the architecture is loaded by this package's own classes (ChatGLM3).
-        published_as: the repository's id on the Hub, for the snippet.
     """
-    repo = published_as or config.publish.repo_id or "OWNER/NAME"
+    repo = config.publish.repo_id or "OWNER/NAME"
     sections = [
         f"# {repo.split('/')[-1]}",
         _opening(config),

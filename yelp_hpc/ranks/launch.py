@@ -298,11 +298,12 @@ def _report(path: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
-def _tail(log: Path, lines: int = 5) -> str:
+def _tail(log: Path) -> str:
+    """The last five lines of what this start wrote."""
     with suppress(OSError), open_log(log) as file:
         content = file.read().decode(errors="replace").splitlines()
         started = max((i for i, x in enumerate(content) if x.startswith("--- started")), default=-1)
-        return "\n".join("  | " + line for line in content[started + 1 :][-lines:])
+        return "\n".join("  | " + line for line in content[started + 1 :][-5:])
     return ""
 
 

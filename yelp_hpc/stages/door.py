@@ -53,7 +53,7 @@ def admit(
     from yelp_hpc.models.load import model_config
     from yelp_hpc.models.weights import check_shapes
 
-    written = check_folder(folder, whole=False, tokenizer=tokenizer)
+    written = check_folder(folder, tokenizer=tokenizer)
     kind = written["model_type"]
     values = model_config(folder)
     problems, notes = [], []

@@ -76,7 +76,7 @@ def run(paths: RunPaths, config: Config) -> None:
     from yelp_hpc.models.local import model_folder
 
     folder = model_folder(config.model)
-    check_folder(folder, whole=False, tokenizer=False)
+    check_folder(folder, tokenizer=False)
     payload = {
         "run": str(paths.root),
         "config": config.model_dump(mode="json"),
