@@ -190,8 +190,13 @@ def without_packages(python: str, missing: Sequence[str]) -> str:
     return (
         f"jobs would run on {python}, which has no {', '.join(missing)} → name an image: "
         "container.image in the --cluster file (python -m yelp_hpc image build yelp_hpc.sif), or "
-        f"install the job side: {python} -m pip install 'yelp-hpc[job,demo]'"
+        f"install the job side: {install_command(python)}"
     )
+
+
+def install_command(python: str) -> str:
+    """What installs the job side for a Python."""
+    return f"{python} -m pip install 'yelp-hpc[job,demo]'"
 
 
 @functools.cache

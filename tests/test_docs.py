@@ -11,7 +11,6 @@ source file.
 
 from __future__ import annotations
 
-import ast
 import csv
 import importlib.util
 import os
@@ -32,6 +31,7 @@ import pytest
 from pydantic import BaseModel
 
 import yelp_hpc
+from tests.test_texts import texts
 from tests.tiny import SIF, make_model, reviews
 from yelp_hpc.cli.main import cli
 from yelp_hpc.config import Config
@@ -225,24 +225,12 @@ def test_examples_print_what_the_page_shows(page: str, finished: Path) -> None:
 # --- looked up ----------------------------------------------------------------------------------
 
 
-def texts(source: Path) -> str:
-    """Every string of a Python file, what an f-string fills in as `…`, white space as one space."""
-    found = []
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.JoinedStr):
-            found.append(
-                "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
-            )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
-    return " ".join(" ".join(text.split()) for text in found)
-
-
 @pytest.mark.parametrize(
     "block", [b for b in ALL if b.marker.startswith("in ")], ids=lambda b: f"{b.page}:{b.line}"
 )
 def test_messages_stand_in_the_source(block: Block) -> None:
-    source = texts(ROOT / block.marker.removeprefix("in "))
+    found = texts(ROOT / block.marker.removeprefix("in "))
+    source = " ".join(" ".join(text.split()) for text in found)
     fragments = [" ".join(part.split()) for part in block.text.split("…")]
     for fragment in filter(None, (part.strip(" .:;,-") for part in fragments)):
         assert fragment in source, f"{block.page}:{block.line}: {fragment!r}"

@@ -81,6 +81,14 @@ def is_hub_id(name: str) -> bool:
 
 
 DEMO_MODEL = "demo:smollm2-135m"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where the demo's model stands on the Hub; here it is made of a package."""
+
+
+def check_demo(path: str) -> None:
+    """Raise RequestError for a model path `demo:NAME` that is not the demo's."""
+    if path.startswith("demo:") and path != DEMO_MODEL:
+        raise RequestError(f"model.path {path} is unknown; the demo's is {DEMO_MODEL}")
 
 
 def demo_model_place() -> Path:

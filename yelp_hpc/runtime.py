@@ -26,9 +26,11 @@ DEFAULTS = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""What the Hub's client reads a token from."""
 TOKENS = tuple(
     prefix + name
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
+    for name in (*TOKEN_VARIABLES, "HUGGINGFACEHUB_API_TOKEN")
     for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_")
 )
 """The Hub's tokens, also as they are handed into an image: publish alone gets one."""

@@ -10,7 +10,8 @@ from contextlib import suppress
 from yelp_hpc.data.hub import endpoint
 from yelp_hpc.errors import RequestError
 from yelp_hpc.jobs.doctor.facts import Hub
-from yelp_hpc.publishing.token import VARIABLES, find_token, login_file
+from yelp_hpc.publishing.token import find_token, login_file
+from yelp_hpc.runtime import TOKEN_VARIABLES
 
 
 def hub(token_file: str | None, timeout: float = 8) -> Hub:
@@ -43,7 +44,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _token(token_file: str | None) -> tuple[str, dict[str, object]]:
     facts: dict[str, object] = {}
-    if token_file or any(os.environ.get(name, "").strip() for name in VARIABLES):
+    if token_file or any(os.environ.get(name, "").strip() for name in TOKEN_VARIABLES):
         try:
             token = find_token(token_file)
         except RequestError as error:

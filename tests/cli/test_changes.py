@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from tests.cli.test_mistakes import typed
 from tests.tiny import HEAD, TAIL, make_model, reviews
-from yelp_hpc.cli.main import main
 from yelp_hpc.config import load_config
 from yelp_hpc.errors import StageError
 from yelp_hpc.jobs.chain import plan
@@ -80,17 +79,6 @@ def finished(whole: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
     shutil.rmtree(whole / "other", ignore_errors=True)
     monkeypatch.chdir(whole)
     return RunPaths(whole / "run")
-
-
-def typed(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str]:
-    """Exit code and output of a command line."""
-    monkeypatch.setattr(sys, "argv", ["yelp_hpc", *line.split()])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out + captured.err
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.test_pipeline import yelp_hpc
 from yelp_hpc.cli.main import interrupted, main
 from yelp_hpc.config import Config, load_config
 from yelp_hpc.errors import RequestError
@@ -20,11 +20,6 @@ from yelp_hpc.rundir.manifest import load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
 
 GOOD = "model: {path: somewhere}\ndata: {source: file, train: reviews.csv, test_rows: 5}\n"
-
-
-def yelp_hpc(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "yelp_hpc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.mark.parametrize(

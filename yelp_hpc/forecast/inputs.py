@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from statistics import NormalDist
 
-from yelp_hpc.cache import DEMO_MODEL, cached_folders
+from yelp_hpc.cache import cached_folders, check_demo
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import answer_tree, answers_of, scored_answers
 from yelp_hpc.errors import RequestError
@@ -46,8 +46,7 @@ def read_shape(config: Config) -> ModelShape:
             return model_shape(values, str(file))
     if path in KNOWN:
         return model_shape(KNOWN[path], path)
-    if path.startswith("demo:"):
-        raise RequestError(f"model.path {path} is unknown; the demo's is {DEMO_MODEL}")
+    check_demo(path)
     raise RequestError(
         f"model.path {path} is no folder here and is not in the cache, so its sizes are not known: "
         "run `python -m yelp_hpc fetch --config FILE` first"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from yelp_hpc.cache import DEMO_MODEL, hub_folder
+from yelp_hpc.cache import DEMO_MODEL, check_demo, hub_folder
 from yelp_hpc.config import ModelConfig
 from yelp_hpc.data import demo
-from yelp_hpc.errors import RequestError
 
 TOKENIZER_FILES = (
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json",
@@ -27,9 +26,8 @@ def model_folder(model: ModelConfig) -> Path:
         RequestError: the demo model's name is unknown, or the folder or Hub id cannot be used.
         StageError: it could not be fetched.
     """
-    if model.path.startswith("demo:"):
-        if model.path != DEMO_MODEL:
-            raise RequestError(f"model.path {model.path} is unknown; the demo's is {DEMO_MODEL}")
+    check_demo(model.path)
+    if model.path == DEMO_MODEL:
         return demo.model_folder()
     local = Path(model.path).expanduser()
     if local.is_dir():  # before the slow import of what downloads

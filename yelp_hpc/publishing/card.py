@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from yelp_hpc.cache import DEMO_MODEL
+from yelp_hpc.cache import DEMO_HUB_ID, DEMO_MODEL
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation.metrics import AVERAGES
 from yelp_hpc.evaluation.outcome import figure, interval, is_number, shows_study
@@ -20,7 +20,6 @@ from yelp_hpc.rundir.attempts import GpuHours
 from yelp_hpc.task import YELP
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w-][\w.-]*)?")
-DEMO_MODELS = {DEMO_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 MATRIX_CLASSES = 12
 """The most classes whose confusion matrix is a table in the card."""
 
@@ -28,7 +27,9 @@ MATRIX_CLASSES = 12
 def base_model_id(config: Config) -> str | None:
     """The Hub id of the base model; None for a local folder, whose path is nobody's business."""
     path = config.model.path
-    return DEMO_MODELS.get(path) or (path if "/" in path and _is_hub_id(path) else None)
+    if path == DEMO_MODEL:
+        return DEMO_HUB_ID
+    return path if "/" in path and _is_hub_id(path) else None
 
 
 def data_id(config: Config) -> str | None:
@@ -307,7 +308,7 @@ def _limits(config: Config, metrics: Mapping[str, Any], record: Mapping[str, Any
         )
     if twins:
         facts.append(f"{twins:,} test {noun}s also stand in the training data.")
-    if config.model.path in DEMO_MODELS and not config.publish.merged:
+    if config.model.path == DEMO_MODEL and not config.publish.merged:
         facts.append(
             "The adapter was trained and tested on the base model's packaged GGUF weights. The "
             "Hub's own, which the snippet loads, may differ from them, and so may the answers."

@@ -18,8 +18,8 @@ from urllib.parse import quote
 
 from yelp_hpc.cache import hub_home
 from yelp_hpc.errors import RequestError
+from yelp_hpc.runtime import TOKEN_VARIABLES
 
-VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 HIDDEN = "[token]"
 # What a token of the Hub looks like, wherever it came from.
 _SHAPE = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9._-]{8,}|(?<=Bearer )[^\s'\"]+")
@@ -43,7 +43,7 @@ def find_token(token_file: str | None = None) -> Token | None:
         RequestError: the token file is missing, readable by others or empty, or what was found
             cannot be a token (spaces, control or non-ASCII characters in it).
     """
-    for name in VARIABLES:
+    for name in TOKEN_VARIABLES:
         if value := os.environ.get(name, "").strip():
             return _checked(value, f"the environment variable {name}")
     if token_file is not None:
@@ -68,7 +68,7 @@ def hub_token(env: Mapping[str, str], token_file: str | None = None) -> str | No
     Raises:
         RequestError: the token file cannot be used.
     """
-    if token_file or any(env.get(name) for name in VARIABLES):
+    if token_file or any(env.get(name) for name in TOKEN_VARIABLES):
         token = find_token(token_file)
         return token.secret if token else None
     with suppress(OSError):
@@ -105,7 +105,7 @@ def _checked(text: str, source: str) -> Token:
 def redact(text: Any, *secrets: str) -> str:
     """`text` without tokens: the given ones, the environment's, and all that look like one."""
     result = str(text)
-    known = {*secrets, *(os.environ.get(name, "").strip() for name in VARIABLES)} - {""}
+    known = {*secrets, *(os.environ.get(name, "").strip() for name in TOKEN_VARIABLES)} - {""}
     for secret in sorted(known, key=len, reverse=True):
         for form in (secret, quote(secret, safe="")):
             result = result.replace(form, HIDDEN)

@@ -230,18 +230,19 @@ def _relay(stream: IO[bytes], log: int) -> None:
 def _watch(ranks: list[_Rank], stopped: Flag) -> None:
     """Wait for all ranks; at the first that fails give the verdict and leave the rest to `_end`."""
     ended: float | None = None
+    kept = SavedForRequeue("the training state is saved; run the same command again")
     while True:
         codes = [rank.process.poll() for rank in ranks]
         if all(code is not None for code in codes) and set(codes) <= {0, SAVED}:
             if SAVED in codes:
-                raise SavedForRequeue("the training state is saved; run the same command again")
+                raise kept
             return
         now = time.monotonic()
         if any(code not in (None, 0) for code in codes):
             ended = ended or now
             saved = stopped.is_set() and SAVED in codes
             if saved and now - ended > SAVE_GRACE:
-                raise SavedForRequeue("the training state is saved; run the same command again")
+                raise kept
             failed = [
                 rank
                 for rank, code in zip(ranks, codes, strict=True)
@@ -251,7 +252,7 @@ def _watch(ranks: list[_Rank], stopped: Flag) -> None:
             if failed and not saved and (alone or now - ended > FAILURE_GRACE):
                 raise verdict([(rank, rank.process.returncode) for rank in failed])
             if alone and saved:
-                raise SavedForRequeue("the training state is saved; run the same command again")
+                raise kept
         time.sleep(0.02)
 
 
