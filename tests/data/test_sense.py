@@ -30,6 +30,12 @@ def test_what_makes_no_sense_is_said(
     assert expected in said
 
 
+def test_balance_of_rows_that_are_not_drawn_is_said() -> None:
+    values = {"model": {"path": "m"}, "data": {"source": "demo", "balanced": True}}
+    (said,) = warnings(Config.model_validate(values), 900, 500)
+    assert "set data.train_rows" in said
+
+
 def test_the_default_warm_up_is_a_tenth_of_the_steps_at_most() -> None:
     assert [TrainConfig().warmup(steps) for steps in (1, 9, 10, 95, 200, 5000)] == [
         0,

@@ -185,3 +185,16 @@ def test_an_altered_leaderboard_is_found(study: Study, monkeypatch: pytest.Monke
 
 def test_the_spread_of_one_seed_is_not_known() -> None:
     assert spread([0.5]) == {"mean": 0.5, "sd": None, "values": [0.5]}
+
+
+def test_what_is_undefined_without_answers_is_null(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "study")
+    for run in study.runs[:2]:
+        paths = study.run(run)
+        labels = pq.read_table(paths.split("test"))["label"].to_pylist()
+        write_shards(paths, "tuned", labels, [None] * len(labels), 3)
+        collect(paths, load_run(paths.root)[1])
+    line = next(one for one in rank(study)["trials"] if one["trial"] == 1)
+    assert line["test"]["accuracy"]["mean"] == 0
+    assert line["test"]["mae"] == {"mean": None, "sd": None, "values": [None] * 2, "ci95": None}
+    assert line["minus_chosen"]["mae"] == {"value": None, "ci95": None}

@@ -14,11 +14,15 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
+from tokenizers import processors
+from transformers import AutoTokenizer
 
+from tests.tiny import HEAD, TAIL, make_model, reviews
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.evaluation.confusion_plot import draw_confusion
 from yelp_hpc.publishing.card import load_snippet, model_card
 from yelp_hpc.rundir.attempts import GpuHours
+from yelp_hpc.task import YELP
 from yelp_hpc.training.loss_plot import draw_loss
 
 METRICS: dict[str, Any] = {
@@ -175,6 +179,40 @@ def test_every_snippet_is_python(merged: bool, native: bool) -> None:
     assert ("PeftModel" in snippet) is not merged
     assert ("yelp_hpc" in snippet) is native
     assert 'revision="run-1"' in snippet
+
+
+@pytest.mark.parametrize("labels", [("0", "1", "2", "3", "4"), ("good", "nice", "best")])
+def test_what_a_tokenizer_appends_is_no_part_of_an_answer(
+    tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    model = make_model(tmp_path / "model", initializer_range=0.3)
+    written: dict[str, dict[str, Any]] = {
+        "publish": {"merged": True},
+        "prompt": {"template": HEAD + "{review}" + TAIL + "{label}"},
+        "infer": {"precision": "fp32"},
+    }
+    if labels != YELP.labels:
+        written["task"] = {"labels": labels}
+    snippet = load_snippet(config(**written), str(model)).replace("\nprint(", "\n# print(")
+    found = []
+    for appended in (False, True):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if appended:
+            end = [("<eos>", tokenizer.eos_token_id)]
+            single = processors.TemplateProcessing(single="$A <eos>", special_tokens=end)
+            tokenizer.backend_tokenizer.post_processor = single
+            tokenizer.save_pretrained(model)
+        names: dict[str, Any] = {}
+        exec(snippet, names)
+        ask = names["rating" if labels == YELP.labels else "answer"]
+        found.append([ask(text) for text, _ in reviews(12)])
+    assert found[0] == found[1] and len(set(found[0])) > 1
+
+
+def test_a_language_is_claimed_of_the_data_that_are_known() -> None:
+    assert head(model_card(config(), METRICS, RECORD))["language"] == "en"
+    other = config(data={"path": "me/german"})
+    assert "language" not in head(model_card(other, METRICS, RECORD))
 
 
 def test_odd_values_stay_valid_yaml() -> None:

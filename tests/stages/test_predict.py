@@ -170,6 +170,15 @@ def test_every_column_is_kept_and_every_row_is_answered_in_order(
     assert any("altered since it was written" in problem for problem in verify(asked.folder))
 
 
+def test_a_file_without_rows_is_one_of_a_folder(finished: RunPaths, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    table = pa.table({"text": TEXTS})
+    pq.write_table(table, tmp_path / "new/a.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "new/b.parquet")
+    out = asking(finished, tmp_path / "new", tmp_path / "out.parquet", model="base").answer()
+    assert pq.read_table(out)["text"].to_pylist() == TEXTS
+
+
 def labelled(path: Path, labels: list[Any], column: str = "label") -> Path:
     frame = pandas.DataFrame({"text": TEXTS, column: labels})
     frame.to_csv(path, index=False)

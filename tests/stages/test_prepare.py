@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.tiny import make_model, reviews
 from yelp_hpc.config import Config, load_config
@@ -129,6 +132,19 @@ def test_labels_longer_than_what_may_be_written_are_said(
     overrides = [f"task.labels={labels}", "infer.mode=generate", f"infer.max_new_tokens={most}"]
     prepare.run(*new_run(tmp_path, model, *overrides))
     assert ("the longest label has" in capsys.readouterr().err) is warned
+
+
+def test_positions_are_counted_to_the_end_of_the_longest_label(tmp_path: Path, model: Path) -> None:
+    labels = "task.labels=[bad, poor, fine, good, a wonderful one]"
+    (tmp_path / "counted").mkdir()
+    run, config = new_run(tmp_path / "counted", model, labels)
+    prepare.run(run, config)
+    longest = max(max(pq.read_table(run.split(name))["length"].to_pylist()) for name in SPLITS)
+    learnt = Path(shutil.copytree(model, tmp_path / "learnt"))
+    sizes: dict[str, Any] = {"vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(n_positions=longest + 1, **sizes)).save_pretrained(learnt)
+    with pytest.raises(RequestError, match=f"{longest + 1} learnt positions, and rows have up to"):
+        prepare.run(*new_run(tmp_path, learnt, labels))
 
 
 def test_a_faulty_source_leaves_nothing_behind(tmp_path: Path, model: Path) -> None:

@@ -69,7 +69,12 @@ class Prompt:
     @cached_property
     def _room(self) -> int:
         """Tokens behind a prompt: the longest answer and the end of the sequence."""
-        return max(map(len, self.answers)) + 1
+        return self.longest_answer + 1
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer."""
+        return max(map(len, self.answers))
 
     @cached_property
     def answers(self) -> list[list[int]]:

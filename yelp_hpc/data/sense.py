@@ -21,7 +21,12 @@ def warnings(
         test_rows: likewise.
         limit: time limit of the training's job, minutes.
     """
-    train = config.train
+    train, data = config.train, config.data
+    if data.balanced and data.train_rows is None:
+        yield (
+            "data.balanced balances rows that are drawn, and without data.train_rows all are taken "
+            "for training: set data.train_rows"
+        )
     if "tuned" in config.infer.models and train_rows:
         plan = DataPlan(train_rows, train.global_batch, train.epochs, config.seed, train.max_steps)
         warm = train.warmup(plan.steps)

@@ -14,7 +14,7 @@ from typing import Any
 from yelp_hpc.cache import DEMO_HUB_ID, DEMO_MODEL
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation.metrics import AVERAGES
-from yelp_hpc.evaluation.outcome import figure, interval, is_number, shows_study
+from yelp_hpc.evaluation.outcome import STUDY_DATA, figure, interval, is_number, shows_study
 from yelp_hpc.publishing.snippet import article, snippet
 from yelp_hpc.rundir.attempts import GpuHours
 from yelp_hpc.task import YELP
@@ -112,7 +112,7 @@ def _metadata(config: Config, metrics: Mapping[str, Any], repo: str) -> str:
         base_model=base_model_id(config),
         base_model_relation="finetune" if publish.merged else "adapter",
         datasets=[data_set] if data_set else None,
-        language=None if data.source == "file" else "en",
+        language="en" if data.source == "demo" or data.path in STUDY_DATA else None,
         library_name="transformers" if publish.merged else "peft",
         license=publish.license,
         metrics=["accuracy", "f1"],

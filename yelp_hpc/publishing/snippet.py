@@ -7,6 +7,8 @@ import json
 from yelp_hpc.config import DTYPES, Config
 from yelp_hpc.task import YELP
 
+_WITHOUT_END = "[one[: len(one) - (one[-1] == tokenizer.eos_token_id)] for one in ids]"
+"""What some tokenizers append is no part of an answer."""
 _RATING = (
     "",
     "",
@@ -15,6 +17,7 @@ _RATING = (
     '    """0 (one star) to 4 (five stars)."""',
     '    texts = [before + review + after + label for label in "01234"]',
     '    ids = [tokenizer(text)["input_ids"] for text in texts]',
+    f"    ids = {_WITHOUT_END}",
     "    logits = model(input_ids=torch.tensor([ids[0][:-1]])).logits[0, -1]",
     "    return int(logits[[one[-1] for one in ids]].argmax())",
     "",
@@ -34,6 +37,7 @@ def _answering(config: Config) -> list[str]:
         "def answer(text: str) -> str:",
         '    """The label whose tokens are the most probable."""',
         '    ids = [tokenizer(before + text + after + label)["input_ids"] for label in labels]',
+        f"    ids = {_WITHOUT_END}",
         "    start = len(os.path.commonprefix(ids))",
         "    if any(a is not b and b[: len(a)] == a for a in ids for b in ids):",
         "        ids = [one + [tokenizer.eos_token_id] for one in ids]",

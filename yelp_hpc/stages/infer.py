@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.answer_tree import answers_of
 from yelp_hpc.errors import (
     NodeFault,
     RequestError,
@@ -109,7 +110,7 @@ def run(
     @cache
     def predictor() -> Predictor:
         adapter = paths.adapter if model == "tuned" else None
-        longest = max(lengths) + 1
+        longest = max(lengths) + max(map(len, answers_of(tokens)))
         return load_predictor(
             config,
             adapter,

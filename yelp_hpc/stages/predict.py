@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.files import format_of
-from yelp_hpc.data.formats.arrow_rows import arrow_batches
+from yelp_hpc.data.formats.arrow_rows import arrow_batches, arrow_schema
 from yelp_hpc.data.formats.endings import BINARY_FORMATS
 from yelp_hpc.data.labels import value_text
 from yelp_hpc.data.output import table_writer
@@ -109,7 +109,7 @@ def prepare(paths: RunPaths, config: Config) -> None:
 
     with sets.writing("test", alpaca=False) as part:
         part.add(chunks())
-    check_lengths(config, folder, sets.longest + 1)
+    check_lengths(config, folder, sets.longest + prompt.longest_answer)
     write_json(paths.tokens, tokens_of(config, prompt, tokenizer, end, sets.prefix()))
     update_run(
         paths,
@@ -228,7 +228,7 @@ def _input_chunks(request: Request) -> tuple[pa.Schema, Iterator[pa.Table | list
 
 
 def _tables_of(paths: list[Path]) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    schemas = [next(arrow_batches(path)).schema.remove_metadata() for path in paths]
+    schemas = [arrow_schema(path).remove_metadata() for path in paths]
     schema = pa.unify_schemas(schemas, promote_options="permissive")
 
     def tables() -> Iterator[pa.Table]:

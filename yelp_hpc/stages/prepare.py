@@ -96,7 +96,7 @@ def run(paths: RunPaths, config: Config) -> None:
     twins = duplicates(trained, np.concatenate(keys["test"]))
     labels = train_rows.labels[[*splits.train, *splits.validation]]
     conflicts = int(conflicting(trained, labels).sum())
-    check_lengths(config, folder, sets.longest + 1)
+    check_lengths(config, folder, sets.longest + prompt.longest_answer)
     sets.write_info()
     prefix = sets.prefix()
     write_json(paths.tokens, tokens_of(config, prompt, tokenizer, end, prefix))
@@ -129,7 +129,7 @@ def run(paths: RunPaths, config: Config) -> None:
     say(f"prepare: {counts} rows, {mean:.0f} tokens each, {len(prefix)} of them shared by all")
     for warning in warnings(config, summary["rows"]["train"], summary["rows"]["test"]):
         say(f"prepare: warning: {warning}")
-    longest, most = max(map(len, prompt.answers)), config.infer.max_new_tokens
+    longest, most = prompt.longest_answer, config.infer.max_new_tokens
     if config.infer.mode == "generate" and longest > most:
         say(
             f"prepare: warning: the longest label has {longest} tokens, but a model may write "

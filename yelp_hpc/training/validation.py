@@ -43,9 +43,9 @@ class Validation:
         groups = plan_microbatches(own, max_tokens, data.prefix_length)
         shares = deal([sum(own[i] for i in group) for group in groups], self.world.size)
         count = len(data.answers)
-        mine = torch.zeros(
-            max(map(len, shares)), count * count + 2, dtype=torch.float64, device=device
-        )
+        mine = torch.zeros(max(map(len, shares)), 2, dtype=torch.float64, device=device)
+        # exact in any order; of a thousand labels too large for one a micro-batch
+        confusion = torch.zeros(count * count, dtype=torch.float64, device=device)
         self.model.eval()
         with torch.no_grad():
             for sums, piece in zip(mine, shares[self.world.rank], strict=False):
@@ -61,17 +61,17 @@ class Validation:
                 with autocast(device, self.precision):
                     logits = forward_selected(self.model, batch).float()
                 targets = data.targets(group).to(device)
-                sums[-2] = F.cross_entropy(logits, targets, reduction="sum").double()
+                sums[0] = F.cross_entropy(logits, targets, reduction="sum").double()
                 truth = torch.tensor([data.labels[row] for row in group], device=device)
-                sums[: count * count] = torch.bincount(
+                confusion += torch.bincount(
                     truth * count + self._predicted(group, logits), minlength=count * count
                 )
         self.model.train()
         parts, asked = self.world.in_order(mine, shares)
+        confusion = self.world.sum(confusion)
         if asked[:, -1].any():
             return None
-        total: list[float] = tree_sum(parts).tolist()
-        return total
+        return [*confusion.tolist(), *tree_sum(parts).tolist()]
 
     def _predicted(self, rows: list[int], logits: Tensor) -> Tensor:
         """The best label of each row, `[len(rows)]`.

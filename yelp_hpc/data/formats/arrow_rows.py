@@ -41,17 +41,28 @@ def arrow_rows(path: Path) -> Iterator[Record]:
         raise ValueError(str(error).splitlines()[0]) from None
 
 
-def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
-    """The record batches of an Arrow file or stream, in small slices."""
+def arrow_schema(path: Path) -> Any:
+    """The columns of a parquet or Arrow file, of one without rows, too."""
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(path) if path.suffix.lower() == ".parquet" else _ipc(path).schema
+
+
+def _ipc(path: Path) -> Any:
+    """The reader of an Arrow file or stream."""
     import pyarrow as pa
 
-    source = pa.memory_map(str(path))
     try:
-        reader: Any = pa.ipc.open_file(source)
-        found = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        return pa.ipc.open_file(pa.memory_map(str(path)))
     except pa.ArrowInvalid:
-        found = iter(pa.ipc.open_stream(pa.memory_map(str(path))))
-    for batch in found:
+        return pa.ipc.open_stream(pa.memory_map(str(path)))
+
+
+def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
+    """The record batches of an Arrow file or stream, in small slices."""
+    reader = _ipc(path)
+    whole = hasattr(reader, "num_record_batches")
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if whole else reader:
         for start in range(0, batch.num_rows, rows):
             yield batch.slice(start, rows)
 
@@ -66,15 +77,13 @@ def class_names(paths: Sequence[Path], column: str) -> list[str] | None:
 
 
 def _class_names(path: Path, column: str) -> list[str] | None:
-    kind = path.suffix.lower()
-    if kind not in BINARY_FORMATS:
+    if path.suffix.lower() not in BINARY_FORMATS:
         return None
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(path) if kind == ".parquet" else next(_ipc_batches(path)).schema
-    except (pa.ArrowException, OSError, StopIteration):
+        schema = arrow_schema(path)
+    except (pa.ArrowException, OSError):
         return None  # said when its rows are read
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = ((about.get("info") or {}).get("features") or {}).get(column) or {}

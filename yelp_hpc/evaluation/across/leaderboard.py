@@ -153,9 +153,12 @@ def _trial(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (null of one value) and the values themselves."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": deviation, "values": [*values]}
+    """Mean, sample standard deviation and the values themselves.
+
+    Null where one is undefined (no answer was parsed), and the deviation of one value, too.
+    """
+    deviation = number(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": number(np.mean(values)), "sd": deviation, "values": [*map(number, values)]}
 
 
 def _rank(line: Mapping[str, Any], criterion: str) -> tuple[bool, float, int]:
@@ -176,13 +179,12 @@ def _difference(
     line: Mapping[str, Any], chosen: Mapping[str, Any], drawn: Mapping[int, Drawn]
 ) -> dict[str, Any]:
     mine, best = drawn[line["trial"]], drawn[chosen["trial"]]
-    return {
-        name: {
-            "value": line["test"][name]["mean"] - chosen["test"][name]["mean"],
-            "ci95": percentiles(mine[name] - best[name]),
-        }
-        for name in line["test"]
-    }
+    found = {}
+    for name, test in line["test"].items():
+        means = test["mean"], chosen["test"][name]["mean"]
+        value = None if None in means else means[0] - means[1]
+        found[name] = {"value": value, "ci95": percentiles(mine[name] - best[name])}
+    return found
 
 
 def resample(
