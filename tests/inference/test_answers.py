@@ -162,6 +162,8 @@ SCRIPTS = TaskConfig(labels=("खेल", "好", "caf\u00e9", "👍", "👍🏽"
         (LEVELS, "middle", 1),
         (TENS, "1", None),
         (TENS, "20", 1),
+        (TaskConfig(labels=("10", "2")), "1", None),
+        (TaskConfig(labels=("room 10", "hall")), "room", 0),
         (RATED, "good", 1),
         (RATED, "2 stars", 1),
         (SPAM, "1", 1),

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "everywhere": {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"},
     "rslora": {"r": 5, "lora_alpha": 7, "target_modules": ["down_proj"], "use_rslora": True},
+    "bias": {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "lora_bias": True},
     "dora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "use_dora": True},
 }
 

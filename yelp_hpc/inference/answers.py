@@ -10,7 +10,8 @@ sports", "The category is sports"), without quotes and Markdown around it, must
    else; or
 2. open with one, of several the longest, before something that no word goes on with ("sports,
    because …"); not where a second one follows as a choice ("sports or business"); or
-3. be the beginning of exactly one label ("card arri", cut by `infer.max_new_tokens`).
+3. be the beginning of exactly one label ("card arri", cut by `infer.max_new_tokens`), which cuts no
+   number in two ("1" of a label 10).
 
 **Labels that are whole numbers, of an ordinal task** (the prompt asks for a label, 0 to 4; a model
 may answer with the label, in words, or, where the task's names are stars, in stars). In the line
@@ -157,10 +158,16 @@ def _stated(line: str, task: TaskConfig) -> int | None:
             for said, texts in ((bare, exact), (_folded(bare), folded)):
                 if (found := _opens(said, texts)) is not None:
                     return found if found >= 0 else None
-            begun = {i for text, i in folded.items() if text.startswith(_folded(bare))}
+            begun = {i for text, i in folded.items() if _begins(_folded(bare), text)}
             if len(begun) == 1:
                 return begun.pop()
     return None
+
+
+def _begins(said: str, text: str) -> bool:
+    """Whether what was said is the beginning of a text, no number of which is cut in two."""
+    number = said[-1:].isdigit() and text[len(said) : len(said) + 1].isdigit()
+    return text.startswith(said) and not number
 
 
 def _goes_on(said: str, at: int) -> bool:
