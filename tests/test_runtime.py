@@ -27,6 +27,7 @@ try:
 except SystemExit:
     pass
 import torch
+assert torch.get_float32_matmul_precision() == "highest"
 kept = torch.ones(2**25)
 print(os.environ["GOMP_SPINCOUNT"], open("/proc/self/smaps_rollup").read())
 """
@@ -60,5 +61,6 @@ def test_large_tensors_lie_in_huge_pages_where_the_kernel_gives_them_on_request(
         assert child(run, THP_MEM_ALLOC_ENABLE="0")[1] == 0
 
 
-def test_what_the_user_set_stays(run: Any) -> None:
+def test_what_the_user_set_stays_but_what_makes_fp32_another_format(run: Any) -> None:
+    child(run, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1")
     assert child(run, GOMP_SPINCOUNT="7")[0] == "7"

@@ -37,7 +37,12 @@ TOKENS = tuple(
 
 
 def set_runtime_defaults() -> None:
-    """Set what the user's environment does not; a process started later inherits it."""
+    """Set what the user's environment does not; a process started later inherits it.
+
+    What would have fp32 computed as TF32, which run.json does not say, is taken out of it.
+    """
+    for name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"):
+        os.environ.pop(name, None)
     older = "PYTORCH_CUDA_ALLOC_CONF"  # the name before torch 2.9: who set it meant it
     for name, value in DEFAULTS.items():
         if name == "PYTORCH_ALLOC_CONF" and older in os.environ:
