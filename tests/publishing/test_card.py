@@ -209,6 +209,14 @@ def test_what_a_tokenizer_appends_is_no_part_of_an_answer(
     assert found[0] == found[1] and len(set(found[0])) > 1
 
 
+@pytest.mark.parametrize(
+    ("start", "named"), [("/home/me/runs/first", "first"), ("me/adapter", "me/adapter")]
+)
+def test_an_adapter_that_training_goes_on_from_is_named(start: str, named: str) -> None:
+    text = model_card(config(train={"from": start}), METRICS, RECORD)
+    assert f"Goes on from the adapter `{named}`" in text and "/home/me" not in text
+
+
 def test_a_language_is_claimed_of_the_data_that_are_known() -> None:
     assert head(model_card(config(), METRICS, RECORD))["language"] == "en"
     other = config(data={"path": "me/german"})

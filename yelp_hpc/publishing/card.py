@@ -284,6 +284,9 @@ def _training(config: Config, record: Mapping[str, Any], gpu_hours: GpuHours | N
         f"Base weights in {config.model.precision}, computed in {train.precision}; "
         f"loss on the answer only; seed {config.seed}",
     ]
+    if train.start is not None:
+        named = train.start if _is_hub_id(train.start) else Path(train.start).name
+        facts.insert(1, f"Goes on from the adapter `{named}`: its first weights are not fresh ones")
     if gpu_hours is not None:
         facts.append(str(gpu_hours))
     return "## Training\n\n" + "\n".join(f"- {fact}" for fact in facts)

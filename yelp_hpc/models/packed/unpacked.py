@@ -132,7 +132,7 @@ def generate_rows(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(eos_ids) or [-1],  # None would be filled in from the model's own
+        eos_token_id=sorted(eos_ids) or [2**31 - 1],  # None would be filled in from the model's own
         pad_token_id=min(eos_ids, default=0),
     )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
