@@ -179,6 +179,15 @@ def test_a_file_without_rows_is_one_of_a_folder(finished: RunPaths, tmp_path: Pa
     assert pq.read_table(out)["text"].to_pylist() == TEXTS
 
 
+def test_two_files_of_one_name_are_two(finished: RunPaths, tmp_path: Path) -> None:
+    for name, texts in (("a", TEXTS[:9]), ("b", TEXTS[9:])):
+        (tmp_path / name).mkdir()
+        pandas.DataFrame({"text": texts}).to_csv(tmp_path / name / "rows.csv", index=False)
+    given = tmp_path / "[ab]/rows.csv"
+    out = asking(finished, given, tmp_path / "out.csv", model="base").answer()
+    assert pandas.read_csv(out)["text"].tolist() == TEXTS
+
+
 def labelled(path: Path, labels: list[Any], column: str = "label") -> Path:
     frame = pandas.DataFrame({"text": TEXTS, column: labels})
     frame.to_csv(path, index=False)

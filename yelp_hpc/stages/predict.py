@@ -55,7 +55,7 @@ from yelp_hpc.rundir.files import (
 from yelp_hpc.rundir.manifest import update_run
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.request import Request, read_request
-from yelp_hpc.stages.rows import input_files, read_input, scan, text_of
+from yelp_hpc.stages.rows import input_files, named_inputs, read_input, scan, text_of
 
 Record = dict[Any, Any]
 CHUNK = 500  # texts a call of the tokenizer
@@ -144,8 +144,8 @@ def require_input(request: Request) -> None:
         RequestError: a file is gone.
         StageError: a file has other bytes.
     """
-    for path in input_files(request.input):
-        if request.sha256.get(path.name) != sha256_file(path):
+    for name, path in named_inputs(request.input).items():
+        if request.sha256.get(name) != sha256_file(path):
             raise StageError(
                 f"{path} has changed since it was asked for: give the same `predict` command again"
             )

@@ -19,7 +19,7 @@ from yelp_hpc.rundir.modes import refuse_foreign
 from yelp_hpc.rundir.origin import require_own_adapter
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.request import Request, adapter_sha256, read_request
-from yelp_hpc.stages.rows import input_files, scan
+from yelp_hpc.stages.rows import named_inputs, scan
 
 _LARGE = 50e6  # bytes that take seconds to read
 
@@ -68,8 +68,8 @@ def make_request(
             require_own_adapter(run, config)
     if problems:
         raise RequestError(all_problems("nothing was submitted or written:", problems))
-    files = input_files(source)
-    size = sum(path.stat().st_size for path in files)
+    files = named_inputs(source)
+    size = sum(path.stat().st_size for path in files.values())
     if size > _LARGE:
         say(f"predict: looking at every row of {source} ({size / 1e6:,.0f} MB)")
     own = config.data.source == "file"
@@ -80,7 +80,7 @@ def make_request(
         adapter_sha256=adapter_sha256(run) if model == "tuned" else "",
         base_fingerprint=str((record.get("model") or {}).get("fingerprint") or ""),
         input=str(Path(source).expanduser().absolute()),
-        sha256={path.name: sha256_file(path) for path in files},
+        sha256={name: sha256_file(path) for name, path in files.items()},
         text_column=text_column or (config.data.text_column if own else "text"),
         label_column=label_column or (config.data.label_column if own else "label"),
         label_needed=label_column is not None,
@@ -97,7 +97,7 @@ def make_request(
         if found.why_unlabelled:
             note = f"no metrics: {found.why_unlabelled}"
     except ModuleNotFoundError:
-        if all(format_of(path) not in BINARY_FORMATS for path in files):
+        if all(format_of(path) not in BINARY_FORMATS for path in files.values()):
             raise
         note = "the input is looked at on the node: pyarrow is not installed here"
     for path in (Path(request.out), request.metrics):

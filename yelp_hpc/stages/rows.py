@@ -128,3 +128,10 @@ def _classes(
 def input_files(place: str) -> list[Path]:
     """The files of an input, each there. Raises RequestError as `data_files` does."""
     return data_files(str(Path(place).expanduser().absolute()))
+
+
+def named_inputs(place: str) -> dict[str, Path]:
+    """The files of an input by name, by path where two have one. Raises as `input_files` does."""
+    paths = input_files(place)
+    named = {path.name: path for path in paths}
+    return named if len(named) == len(paths) else {str(path): path for path in paths}
