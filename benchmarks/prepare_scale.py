@@ -4,11 +4,11 @@
 
 Makes up csv files of reviews of Yelp's lengths (the demo's vocabulary) in a temporary folder, then
 times, one after the other: `prepare` as a job runs it, and LLaMA-Factory 0.9.5 with the same rows
-as records of its own form, in as many processes as there are processors. Both read all training
-rows, draw `--draw` of them and tokenise these and the test rows with the demo's tokenizer, cutoff
-1,024; start-up of Python included, caches empty. Memory is the largest sum of the proportional set
-sizes (PSS) of the command's processes, looked at four times a second; processor time is that of all
-of them. Needs 3 GB of disk.
+as records of its own form, in as many processes as there are processors and in 16, as its examples
+and its board have it. All read all training rows, draw `--draw` of them and tokenise these and the
+test rows with the demo's tokenizer, cutoff 1,024; start-up of Python included, caches empty. Memory
+is the largest sum of the proportional set sizes (PSS) of the command's processes, looked at four
+times a second; processor time is that of all of them. Needs 3 GB of disk.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ def main() -> None:
             write_reviews(work / name, rows, seed)
         size = sum((work / f"{name}.csv").stat().st_size for name in ("train", "test"))
         print(f"{args.train:,} + {args.test:,} rows of csv, {size / 1e6:.0f} MB", flush=True)
-        measured = {
-            "yelp_hpc": measure(*ours(work, args)),
-            "LLaMA-Factory": measure(*peers(work, args, python)),
-        }
-    for who, (seconds, busy, memory) in measured.items():
-        print(f"{who:14} {seconds:7.1f} s {busy:7.1f} CPU s {memory / 2**20:8.0f} MiB")
-    (mine, my_busy, my_memory), (theirs, their_busy, their_memory) = measured.values()
-    print(
-        f"{theirs / mine:.1f} times faster, {their_busy / my_busy:.1f} times less processor time, "
-        f"{their_memory / my_memory:.1f} times less memory"
-    )
+        own = measure(*ours(work, args))
+        say("yelp_hpc", own, own)
+        for processes in dict.fromkeys((os.cpu_count() or 1, 16)):
+            peer = measure(*peers(work, args, python, processes))
+            say(f"LLaMA-Factory in {processes} processes", peer, own)
+
+
+def say(who: str, measured: tuple[float, float, int], own: tuple[float, float, int]) -> None:
+    """A line of the table: the figures, and in times of ours."""
+    seconds, busy, memory = measured
+    times = "  ".join(f"{a / b:5.2f}" for a, b in zip(measured, own, strict=True))
+    line = f"{who:29} {seconds:7.1f} s {busy:7.1f} CPU s {memory / 2**20:6.0f} MiB   {times}"
+    print(line, flush=True)
 
 
 def write_reviews(base: Path, rows: int, seed: int) -> None:
@@ -104,7 +106,9 @@ def ours(work: Path, args: argparse.Namespace) -> tuple[list[str], dict[str, str
     return command, {**os.environ}
 
 
-def peers(work: Path, args: argparse.Namespace, python: Path) -> tuple[list[str], dict[str, str]]:
+def peers(
+    work: Path, args: argparse.Namespace, python: Path, processes: int
+) -> tuple[list[str], dict[str, str]]:
     """The command and its environment."""
     from yelp_hpc.data.demo import model_folder
 
@@ -114,10 +118,10 @@ def peers(work: Path, args: argparse.Namespace, python: Path) -> tuple[list[str]
         **{"model_name_or_path": str(model_folder()), "stage": "sft", "do_train": True},
         **{"finetuning_type": "lora", "template": "default", "cutoff_len": 1024},
         **{"dataset": "train", "eval_dataset": "test", "dataset_dir": str(work)},
-        **{"max_samples": args.draw, "preprocessing_num_workers": os.cpu_count()},
+        **{"max_samples": args.draw, "preprocessing_num_workers": processes},
         **{"output_dir": str(work / "peer"), "use_cpu": True, "report_to": "none"},
     }
-    environment = {**GIVEN, "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {**GIVEN, "HF_HOME": str(work / f"hf{processes}"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     return [str(python), __file__, "--peer-worker", json.dumps(flags)], environment
 

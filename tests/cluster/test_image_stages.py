@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -23,7 +26,7 @@ from tests.cluster.conftest import Cluster, copy_run, read, wait_ended, wait_for
 from tests.cluster.test_interruptions import write_config
 from tests.hub.server import serving
 from tests.hub.state import Hub
-from tests.test_task import write_task
+from tests.test_task import predictions, write_task
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.container import with_inputs
 from yelp_hpc.jobs.executor import freeze_cluster
@@ -140,6 +143,15 @@ def test_a_task_of_twenty_labels_gives_in_the_image_what_it_gives_here(outcome: 
     made = read(on_slurm.metrics)
     assert len(made["models"]["tuned"]["confusion"]) == 20
     assert made["models"] == read(here.metrics)["models"]
+
+    given, alone = folder / "new.csv", folder / "alone.csv"
+    pa.csv.write_csv(pq.read_table(on_slurm.split("test"), columns=["row", "text"]), given)
+    asked = ["--input", str(given), "--out", str(alone), "--answers-only", "--shards", "2"]
+    yelp_hpc("predict", "--run", str(on_slurm.root), *asked, "--executor", "slurm", *place)
+    scored = {row["row"]: row["prediction"] for row in predictions(on_slurm, "tuned")}
+    labels = read(on_slurm.tokens)["labels"]
+    found = {row["row"]: row["answer"] for row in pa.csv.read_csv(alone).to_pylist()}
+    assert found == {row: labels[best] for row, best in scored.items()}
 
 
 def test_the_token_is_written_nowhere(outcome: Outcome) -> None:
