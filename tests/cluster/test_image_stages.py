@@ -146,7 +146,8 @@ def test_a_task_of_twenty_labels_gives_in_the_image_what_it_gives_here(outcome: 
 
     given, alone = folder / "new.csv", folder / "alone.csv"
     pa.csv.write_csv(pq.read_table(on_slurm.split("test"), columns=["row", "text"]), given)
-    asked = ["--input", str(given), "--out", str(alone), "--answers-only", "--shards", "2"]
+    asked = ["--input", str(given), "--text-column", "text", "--out", str(alone)]
+    asked += ["--answers-only", "--shards", "2"]
     yelp_hpc("predict", "--run", str(on_slurm.root), *asked, "--executor", "slurm", *place)
     scored = {row["row"]: row["prediction"] for row in predictions(on_slurm, "tuned")}
     labels = read(on_slurm.tokens)["labels"]
