@@ -1,4 +1,4 @@
-"""The measurements that docs/measured.md quotes, each from nothing: `make bench`.
+"""The measurements that the README quotes, each from nothing: `make bench`.
 
     python benchmarks/bench.py [--work build/bench] [NAME …]
 
