@@ -131,7 +131,7 @@ def _survey(place: str, paths: list[Path], header: bool) -> Survey:
                     columns.setdefault(str(name), Column()).take(value)
     if not rows:
         raise RequestError(f"{place} has no rows")
-    named = {name: class_names(paths, name) for name in columns}
+    named = {name: class_names(paths, name) for name, column in columns.items() if column.values}
     return Survey(place, rows, header, columns, {n: found for n, found in named.items() if found})
 
 
