@@ -50,6 +50,7 @@ class _Data(_Part):
     tokens: dict[str, int] | None = None
     truncated: int | None = None
     duplicates: int | None = None
+    class_names: list[str] | None = None
     fingerprint: str | None = None
 
 
