@@ -40,7 +40,7 @@ from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.runtime import use_programs
 
 _JOB = re.compile(r"(local-)?[0-9]{1,18}(_[0-9]{1,9})?")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,15 @@ def records(paths: RunPaths) -> list[dict[str, Any]]:
         if all(isinstance(line.get(key), str) for key in ("name", "job", "executor")):
             if not _JOB.fullmatch(line["job"]) or not _NAME.fullmatch(line["name"]):
                 continue
+            if not isinstance(line.get("tasks", []), list) or not _is_time(line.get("time", 0)):
+                continue
             key = (line["name"], line["job"], str(line.get("time", number)))
             found[key] = line
     return list(found.values())
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e11
 
 
 def taken_back(paths: RunPaths, jobs: Container[str]) -> None:

@@ -81,6 +81,49 @@ def test_what_a_run_directory_says_of_itself(
     assert {name: after.get(name) for name in before} == before
 
 
+RECORDS: dict[str, dict[str, object]] = {
+    "submissions.jsonl": {
+        "time": 1.0, "name": "train", "job": "7", "executor": "slurm", "tasks": [""], "host": "h",
+        "user": "u", "slurm_cluster": "lab", "job_name": "n", "script": "s", "submitted": 1.0,
+    },
+    "train/log.jsonl": {
+        "step": 5, "epoch": 0.5, "loss": 1.0, "tokens_per_second": 10.0, "seconds": 1.0,
+        "eta_seconds": 5.0, "memory_bytes": 10,
+    },
+    "logs/attempts/train/7-0.json": {
+        "name": "train", "job": "7", "restart": 0, "shards": "", "node": "n", "started": 1.0,
+        "ended": 2.0, "verdict": "failed", "reason": "r", "stalled": 1, "lost": 0.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", RECORDS)
+@pytest.mark.parametrize("value", ["x", [], {}, 10**30, "x" * 2000, True], ids=str)
+def test_one_value_of_another_kind_in_a_record(
+    file: str,
+    value: object,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    record_run(folder / "run", load_config("good.yaml"), "good.yaml", [])
+    write(folder, {"run/plan.json": "{}"})
+    wrong = [{**RECORDS[file], key: value} for key in RECORDS[file]]
+    for name, record in RECORDS.items():
+        write(folder, {f"run/{name}": json.dumps(record) + "\n"})
+    if file.endswith(".jsonl"):
+        write(folder, {f"run/{file}": "".join(f"{json.dumps(line)}\n" for line in wrong)})
+    for n, line in enumerate([] if file.endswith(".jsonl") else wrong):
+        write(folder, {f"run/logs/attempts/train/7-{n}.json": json.dumps(line)})
+    for command in (
+        *COMMANDS,
+        "plan --compare --run run",
+        "submit train --config good.yaml --run run --dry-run",
+    ):
+        code, output = call(command.split(" "), monkeypatch, capfd)
+        check(output, code)
+
+
 @pytest.mark.parametrize("kind", [k for k in JSON if k not in ("wrong kinds", "half a character")])
 def test_what_stages_read_before_they_work(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -236,6 +236,11 @@ CASES = [
     arguments("completion powershell", "powershell"),
     arguments("plan --config good.yaml --gpu voodoo2", "voodoo2"),
     arguments("plan --config good.yaml --tokens 0", "--tokens"),
+    *(
+        arguments(f"plan --config good.yaml {option} {value}", option, "is no finite number")
+        for option in ("--tokens", "--mtbf")
+        for value in ("nan", "inf", "1e400")
+    ),
     arguments("image build x.sif --lock gone.lock", "gone.lock"),
     # data files
     data("r.csv", "", "no rows"),

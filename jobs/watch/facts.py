@@ -19,9 +19,9 @@ from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_programs, unseen
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
-from yelp_hpc.rundir.files import read_jsonl
 from yelp_hpc.rundir.modes import patiently
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
         except YelpHpcError as error:
             problems.append(f"no accounts: {error}")
     absent = [ln for ln in gone if not any(attempts.within(r.job, ln["job"]) for r in shown or ())]
-    log = read_jsonl(paths.train_log)
+    log = training_log(paths)
     facts = []
     for name in names:
         stage, _, model = name.partition("-")

@@ -241,3 +241,12 @@ def test_a_checkout_without_its_large_files_is_told_to_fetch_them(tmp_path: Path
         code, _, said = typed("submit", "all", *local, "--run", str(run.root))
         assert code == 2 and f"{path} is a pointer of Git LFS" in said, said
         assert sorted(run.root.rglob("*")) == before
+
+
+def test_a_tilde_that_no_shell_expands_is_the_home_folder(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    options = ("submit", "all", "--config=demo", "--run=~/r", "--dry-run")
+    code, output, _ = typed(*options, cwd=tmp_path, HOME=str(home))
+    assert code == 0
+    assert f"--run {home}/r" in output

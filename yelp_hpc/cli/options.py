@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,19 +31,33 @@ class Place(click.Path):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
-        """As click does; fails with what hinders."""
+        """As click does, with the home folder for a `~`; fails with what hinders."""
         from yelp_hpc.rundir.modes import in_the_way, unwritable
 
         if not str(value).strip():
             self.fail("it is empty (a variable that is not set?); write a name", param, ctx)
-        found = super().convert(value, param, ctx)
-        try:
-            path = Path(expanded(os.fsdecode(found)))
+        try:  # no shell does so in `--run=~/x`
+            value = expanded(os.fsdecode(value))
         except ValueError as error:
             self.fail(f"{value}: {error}", param, ctx)
+        found = super().convert(value, param, ctx)
+        path = Path(os.fsdecode(found))
         problem = unwritable(path, not self.file_okay) if self.writes else in_the_way(path)
         if problem:
             self.fail(problem, param, ctx)
+        return found
+
+
+class Number(click.FloatRange):
+    """A number of a range; neither nan nor infinity is one."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As click does; fails with what is no number."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no finite number", param, ctx)
         return found
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yelp_hpc.cli.completion import complete_cards
-from yelp_hpc.cli.options import JSON, SET, Place
+from yelp_hpc.cli.options import JSON, SET, Number, Place
 from yelp_hpc.progress import plain
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     help="a card of the table, e.g. rtx3090, a100, h100",
 )
 @click.option("--probe", is_flag=True, help="measure 20 steps on this machine first (minutes)")
-@click.option("--tokens", type=click.FloatRange(8), help="mean tokens of a prompt, where not known")
+@click.option("--tokens", type=Number(8), help="mean tokens of a prompt, where not known")
 @click.option(
     "--efficiency",
-    type=click.FloatRange(0.01, 1),
+    type=Number(0.01, 1),
     help="share of the card's rate of matrix products (default 0.7)",
 )
-@click.option("--mtbf", type=click.FloatRange(0.1), help="hours between failures of a node")
+@click.option("--mtbf", type=Number(0.1), help="hours between failures of a node")
 @click.option("--compare", is_flag=True, help="put the forecast beside what happened in --run")
 @JSON
 def plan(
@@ -174,17 +174,16 @@ def _happened(run: RunPaths, config: Config) -> Happened:
 
 def _kept(run: RunPaths) -> Forecast | None:
     """The forecast that a run directory holds; None for none, or one of another version."""
+    from pydantic import TypeAdapter, ValidationError
+
     from yelp_hpc.forecast.forecast import Forecast
-    from yelp_hpc.forecast.memory import Memory
     from yelp_hpc.rundir.files import read_json
 
     if not run.plan.is_file():
         return None
-    values = read_json(run.plan)
     try:
-        memories = {key: Memory(**values[key]) for key in ("train_memory", "infer_memory")}
-        return Forecast(**{**values, **memories})
-    except (TypeError, KeyError):
+        return TypeAdapter(Forecast).validate_python(read_json(run.plan))
+    except ValidationError:
         return None
 
 

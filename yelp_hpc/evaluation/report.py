@@ -31,6 +31,7 @@ from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
 from yelp_hpc.rundir.files import read_json, read_jsonl
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 
 Examples = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 _LISTED = 200
@@ -62,7 +63,7 @@ def report_page(run: RunPaths, metrics: Mapping[str, Any], examples: Examples) -
         outcome=outcome(metrics, shows_study(metrics, resolved.get("data") or {})),
         classes=per_class(metrics),
         pictures=pictures(metrics),
-        training=training(read_jsonl(run.train_log)),
+        training=training(training_log(run)),
         jobs=jobs(attempts.of_run(run), read_jsonl(run.submissions)),
         throughput=throughput(run),
         mistakes=[mistakes(model, found, metrics["task"]) for model, found in examples.items()],
@@ -248,7 +249,7 @@ def _clock(seconds: Any) -> str:
 def throughput(run: RunPaths) -> list[list[str]]:
     """Rows a second of training and of each model's inference, over whole jobs."""
     rows = []
-    log = [line for line in read_jsonl(run.train_log) if is_number(line.get("seconds"))]
+    log = [line for line in training_log(run) if is_number(line.get("seconds"))]
     seconds = sum(line["seconds"] for line in log)
     if seconds:
         examples, tokens = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from yelp_hpc.config import Config
 from yelp_hpc.forecast.page import Happened
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.files import read_jsonl
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 
 
 def what_happened(run: RunPaths, config: Config) -> Happened:
@@ -15,7 +15,7 @@ def what_happened(run: RunPaths, config: Config) -> Happened:
     Times are those of the jobs, from start to end. A stage that was run by hand has none: then the
     training's is the sum of its steps.
     """
-    log = read_jsonl(run.train_log)
+    log = training_log(run)
     training = attempts.read(run, "train")
     scoring = [a for m in config.infer.models for a in attempts.read(run, f"infer-{m}")]
     steps = [line for line in log if line.get("seconds") and line.get("tokens_per_second")]

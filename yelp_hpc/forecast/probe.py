@@ -26,9 +26,10 @@ from yelp_hpc.forecast.machine import Probe
 from yelp_hpc.forecast.work import Lengths, training_work
 from yelp_hpc.own_files import own_module
 from yelp_hpc.progress import say
-from yelp_hpc.rundir.files import read_json, read_jsonl
+from yelp_hpc.rundir.files import read_json
 from yelp_hpc.rundir.manifest import chosen_precision, in_precision, load_run, record_run
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 from yelp_hpc.runtime import set_runtime_defaults, without_tokens
 from yelp_hpc.training.budget import read_budgets
 
@@ -65,7 +66,7 @@ def measure(config: Config, run: RunPaths | None = None) -> tuple[Probe, Lengths
         seconds = _stage(trial, "train")
         say(f"probe: scoring {SCORED} reviews")
         scored = _score(trial)
-        lines = read_jsonl(trial.train_log)
+        lines = training_log(trial)
         kept = lines[WARM_UP:] or lines
         tokens = [line["tokens_per_second"] * line["seconds"] for line in kept]
         # what the probe's own training took, not what was asked for

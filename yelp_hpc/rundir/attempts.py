@@ -226,7 +226,7 @@ def killed(paths: RunPaths, name: str, job: str, task: Task) -> list[Attempt]:
 def _plausible(attempt: Attempt) -> bool:
     """Whether the numbers are numbers: a damaged record must not take the table away."""
     whole = (attempt.restart, attempt.gpus, attempt.pid, attempt.stalled)
-    times = (attempt.started, attempt.lost, attempt.ended or 0.0)
+    times = (attempt.started, attempt.lost, 0.0 if attempt.ended is None else attempt.ended)
     texts = (attempt.name, attempt.job, attempt.node, attempt.verdict, attempt.reason)
     return (
         all(isinstance(n, int) for n in whole)

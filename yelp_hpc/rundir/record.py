@@ -1,15 +1,31 @@
-"""The shape of run.json beside its configuration: what its readers may rely on.
+"""The shape of run.json beside its configuration, and of train/log.jsonl: what readers may rely on.
 
-Anybody may have changed the file. A section that is there is a section, a digest a text, a count a
+Anybody may have changed the files. A section that is there is a section, a digest a text, a count a
 number; what a later version adds is let pass.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ConfigDict
 
 from yelp_hpc.config import Precision
+from yelp_hpc.rundir.files import read_jsonl
+from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.settings import Frozen
+
+_MOST = 1e15
+
+
+def training_log(run: RunPaths) -> list[dict[str, Any]]:
+    """The lines of train/log.jsonl with a step, of those whose values are all numbers or null."""
+
+    def sound(value: Any) -> bool:
+        return value is None or (type(value) in (int, float) and abs(value) < _MOST)
+
+    lines = read_jsonl(run.train_log)
+    return [x for x in lines if type(x.get("step")) is int and all(map(sound, x.values()))]
 
 
 class _Part(Frozen):

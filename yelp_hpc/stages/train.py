@@ -22,7 +22,6 @@ from yelp_hpc.ranks.rank import StopRequest, run_rank
 from yelp_hpc.rundir.files import (
     is_complete,
     read_json,
-    read_jsonl,
     read_marker,
     sha256_file,
     sweep,
@@ -30,6 +29,7 @@ from yelp_hpc.rundir.files import (
 from yelp_hpc.rundir.manifest import settle_precision
 from yelp_hpc.rundir.node_faults import recorded_faults
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 
 if TYPE_CHECKING:
     from yelp_hpc.ranks.world import World
@@ -178,7 +178,7 @@ def _draw(paths: RunPaths) -> None:
         return
     from yelp_hpc.training.loss_plot import draw_loss
 
-    draw_loss(read_jsonl(log), picture)
+    draw_loss(training_log(paths), picture)
 
 
 # --- a rank -------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from yelp_hpc.progress import clock
-from yelp_hpc.rundir.files import read_jsonl, write_bytes
+from yelp_hpc.rundir.files import write_bytes
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 
 
 def progress_line(line: dict[str, Any], steps: int) -> str:
@@ -33,6 +34,6 @@ def truncate_log(paths: RunPaths, step: int, pending: bool) -> None:
     if not paths.train_log.exists():
         return
     last = step - 1 if pending else step
-    kept = [line for line in read_jsonl(paths.train_log) if line.get("step", 0) <= last]
+    kept = [line for line in training_log(paths) if line.get("step", 0) <= last]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
     write_bytes(paths.train_log, text.encode())

@@ -19,8 +19,9 @@ from typing import Any, get_args
 
 from yelp_hpc.config import Config, Tracker
 from yelp_hpc.errors import RequestError, StageError, all_problems, first_line
-from yelp_hpc.rundir.files import read_json, read_jsonl, remove, write_json
+from yelp_hpc.rundir.files import read_json, remove, write_json
 from yelp_hpc.rundir.paths import TRACKERS, RunPaths
+from yelp_hpc.rundir.record import training_log
 
 Line = Mapping[str, float]
 Writer = Callable[[Path, str, str, Config, Sequence[tuple[int, Line]]], None]
@@ -55,7 +56,7 @@ def track(run: RunPaths, config: Config, names: Sequence[str]) -> Iterator[str]:
     """
     if problems := missing(names):
         raise RequestError(all_problems("these trackers cannot be written:", problems))
-    lines = scalars(read_jsonl(run.train_log))
+    lines = scalars(training_log(run))
     if not lines:
         raise RequestError(f"{run.train_log} has no step yet; training writes one at a time")
     title = f"{config.name} {run.root.name}"

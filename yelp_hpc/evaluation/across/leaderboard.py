@@ -20,9 +20,10 @@ from yelp_hpc.evaluation.measure import number
 from yelp_hpc.evaluation.metrics import Counts, Floats, cell_sums
 from yelp_hpc.evaluation.significance import headline, percentiles
 from yelp_hpc.rundir.collected import collected
-from yelp_hpc.rundir.files import read_jsonl, read_marker, sha256_file
+from yelp_hpc.rundir.files import read_marker, sha256_file
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.paths import RunPaths
+from yelp_hpc.rundir.record import training_log
 from yelp_hpc.rundir.study import Study, StudyRun
 
 VALIDATION = ("validation_loss", "validation_accuracy", "validation_f1_macro")
@@ -116,7 +117,7 @@ def _prepared(paths: RunPaths) -> str:
 
 def validation(run: RunPaths) -> dict[str, float]:
     """The last figures on all validation rows of a training; {} where there are no such rows."""
-    lines = [line for line in read_jsonl(run.train_log) if VALIDATION[0] in line]
+    lines = [line for line in training_log(run) if VALIDATION[0] in line]
     return {key: float(lines[-1][key]) for key in VALIDATION if key in lines[-1]} if lines else {}
 
 
