@@ -250,3 +250,11 @@ def test_a_tilde_that_no_shell_expands_is_the_home_folder(tmp_path: Path) -> Non
     code, output, _ = typed(*options, cwd=tmp_path, HOME=str(home))
     assert code == 0
     assert f"--run {home}/r" in output
+
+
+def test_what_only_reads_a_colleagues_run_is_said(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    record_run(run, load_config("demo"), "demo", [])
+    run.chmod(0o555)
+    code, _, said = typed("collect", "--run", run)
+    assert code == 2 and "`verify`, `compare`, `predict` and `export` only read a run" in said

@@ -13,6 +13,7 @@ import click
 from yelp_hpc.cli.completion import complete_settings
 from yelp_hpc.cli.meant import Words
 from yelp_hpc.own_files import expanded
+from yelp_hpc.rundir.paths import RunPaths
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,6 +44,8 @@ class Place(click.Path):
         found = super().convert(value, param, ctx)
         path = Path(os.fsdecode(found))
         problem = unwritable(path, not self.file_okay) if self.writes else in_the_way(path)
+        if problem and self.writes and RunPaths(path).run_json.is_file():  # a colleague's
+            problem += "; `verify`, `compare`, `predict` and `export` only read a run"
         if problem:
             self.fail(problem, param, ctx)
         return found
