@@ -235,10 +235,10 @@ _PAIRS = re.compile(r"(?:^|\s)([A-Z][\w/:]*)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
 def held(job: str) -> bool | None:
     """Whether the controller itself holds a job that has not ended; None: no answer."""
     try:
-        told = facts_of(job)
+        state = facts_of(job).get("JobState", "GONE")
     except (StageError, RequestError):
         return None
-    return bool(told) and told.get("JobState") not in FINISHED
+    return state not in {"GONE", *FINISHED}
 
 
 def state_of(job: str) -> str:
