@@ -48,8 +48,7 @@ def check_image(container: Container, expected: str | None) -> None:
     if shutil.which(program("apptainer")) is None:
         problems.append(no_apptainer())
     image = Path(container.image)
-    missing = None if image.exists() else f"the image {image} is missing"
-    if problem := missing or why_no_image(image):
+    if problem := why_no_image(image):
         problems.append(f"{problem}: python -m yelp_hpc image build {in_shell(image)}")
     for bind in container.binds:
         if not os.path.exists(bind.split(":")[0]):  # noqa: PTH110 - never raises

@@ -236,6 +236,7 @@ CASES = [
     arguments("completion powershell", "powershell"),
     arguments("plan --config good.yaml --gpu voodoo2", "voodoo2"),
     arguments("plan --config good.yaml --tokens 0", "--tokens"),
+    arguments("reproduce --from nope --run new", "--from nope: there is no run.json; name one"),
     arguments(f"collect --run {'9' * 400}", "is too long a name"),
     *(
         arguments(f"plan --config good.yaml {option} {value}", option, "is no finite number")

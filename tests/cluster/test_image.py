@@ -180,7 +180,12 @@ def test_jobs_refuse_an_image_that_is_missing_or_another(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StageError) as error:
         check_image(wrong, None)
-    for part in ("apptainer is not on", "no.sif is missing", "/no/such:/data", "container.cache"):
+    for part in (
+        "apptainer is not on",
+        "no.sif does not exist",
+        "/no/such:/data",
+        "container.cache",
+    ):
         assert part in str(error.value)
 
 

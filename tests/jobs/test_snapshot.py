@@ -14,8 +14,9 @@ import pytest
 from tests.jobs.fake_run import FakeRun
 from yelp_hpc.errors import StageError
 from yelp_hpc.jobs.chain import submit
-from yelp_hpc.jobs.cluster import ClusterConfig
+from yelp_hpc.jobs.cluster import ClusterConfig, Container
 from yelp_hpc.jobs.executor import freeze_cluster
+from yelp_hpc.jobs.image import check_image
 from yelp_hpc.jobs.snapshot import check_line, exposed, freeze, require_frozen
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -144,3 +145,9 @@ def test_the_token_reaches_no_local_process_but_publishs(
     submit("all", run.root, run.config, run.cluster, "local", say=look)
     assert not seen
     assert os.environ["HF_TOKEN"] == "hf_sentinelSENTINELsentinel"
+
+
+def test_an_image_that_cannot_be_looked_at_is_one_message(tmp_path: Path) -> None:
+    container = Container(image=str(tmp_path / ("a" * 300)), cache=str(tmp_path))
+    with pytest.raises(StageError, match="cannot be read: File name too long"):
+        check_image(container, None)

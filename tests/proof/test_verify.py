@@ -260,7 +260,7 @@ def test_reproduce_says_which_local_files_it_needs(run: RunPaths, tmp_path: Path
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(RequestError, match=r"no run\.json"):
         reproduce(tmp_path / "x.json", tmp_path / "again")
-    with pytest.raises(RequestError, match="is missing"):
+    with pytest.raises(RequestError, match="there is no run"):
         reproduce(tmp_path / "y.json", tmp_path / "again")
 
 

@@ -80,6 +80,8 @@ def reproduce(run_json: str | Path, new_run_dir: str | Path) -> Reproduction:
     """
     source = Path(run_json)
     source = source / "run.json" if source.is_dir() else source
+    if not source.is_file():
+        raise RequestError(f"--from {run_json}: there is no run.json; name one, or a run directory")
     config = recorded_config(source)
     record = read_json(source)
     config = config.model_copy(
