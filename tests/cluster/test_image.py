@@ -129,9 +129,11 @@ def test_nothing_of_the_host_leaks_in(
     argv = ["apptainer", "--silent", "exec", str(image_sif), "python", "-c", code]
     if how == "as a job":
         leaks["HF_TOKEN"] = leaks["APPTAINERENV_HF_TOKEN"] = "hf_leaked"
+        leaks |= {"APPTAINER_BIND": "/leaked", "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1"}
         argv = inside(container, tmp_path, ["python", "-c", code], {**os.environ, **leaks})
         leaks = stage_environment(ClusterConfig(container=container), "train", leaks, None)
     variables, path = json.loads(sh(argv, **leaks))
+    assert variables.get("NCCL_IB_HCA") == leaks.get("NCCL_IB_HCA")
     assert "leaked" not in str(variables)
     assert str(packages) not in path
     assert not variables.get("PYTHONPATH")
