@@ -43,7 +43,7 @@ from yelp_hpc.jobs.submission import (
 from yelp_hpc.jobs.watch.follow import follow
 from yelp_hpc.progress import plain
 from yelp_hpc.progress import say as tell
-from yelp_hpc.rundir.files import write_bytes
+from yelp_hpc.rundir.files import read_object, write_json
 from yelp_hpc.rundir.locks import Busy, locked
 from yelp_hpc.rundir.manifest import Asked, check_asked, update_run
 from yelp_hpc.rundir.modes import unwritable
@@ -191,7 +191,7 @@ def stages_of(live: Sequence[Live]) -> dict[str, str]:
 @contextmanager
 def _undone(paths: RunPaths) -> Iterator[None]:
     """When the request is refused after all, the run directory is as it was before."""
-    before = paths.run_json.read_bytes() if paths.run_json.exists() else None
+    before = read_object(paths.run_json) if paths.run_json.exists() else None
     lock = paths.lock("submit").name  # made a moment ago
     new = not any(p != paths.logs and lock not in p.name for p in paths.root.rglob("*"))
     try:
@@ -200,7 +200,12 @@ def _undone(paths: RunPaths) -> Iterator[None]:
         if new and not records(paths):  # nothing but what this submission wrote
             shutil.rmtree(paths.root, ignore_errors=True)
         elif before is not None:
-            write_bytes(paths.run_json, before)
+            with locked(paths.lock("run.json")):  # what a stage wrote meanwhile stays
+                now = read_object(paths.run_json)
+                own = ["config", "seed", "snapshot", "image"]
+                own += ["model", "data"] if now.get("data") is None else []
+                of = {key: before if key in own else now for key in (*before, *now)}
+                write_json(paths.run_json, {k: whole[k] for k, whole in of.items() if k in whole})
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from yelp_hpc.jobs.site.client import user_name
 from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.jobs.watch import follow
 from yelp_hpc.rundir import attempts
-from yelp_hpc.rundir.files import append_jsonl
+from yelp_hpc.rundir.files import append_jsonl, read_object
 from yelp_hpc.rundir.paths import RunPaths
 
 HEAD = 'echo "JOBID|STATE|REASON|NODELIST|TIME|LIMIT|RESTARTS|SUBMIT|USER|NAME|COMMAND|"\n'
@@ -330,6 +331,20 @@ def test_a_refusal_leaves_what_lay_in_the_folder_before(
             submit("prepare", place, run.config, run.cluster, say=lambda text: None)
     assert note.read_text() == "mine"
     assert not new.exists()
+
+
+def test_a_refusal_leaves_what_a_stage_wrote_meanwhile(
+    play: Callable[[dict[str, str]], Path], run: FakeRun
+) -> None:
+    paths = RunPaths(run.root)
+    before = read_object(paths.run_json)
+    wrote = {**before, "precision": {"chosen": "bf16"}, "snapshot": "code/abc"}
+    (run.root.parent / "wrote").write_text(json.dumps(wrote))
+    no = "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1"
+    play({"sbatch": f"cat {run.root.parent}/wrote >{paths.run_json}; {no}"})
+    with pytest.raises(RequestError, match="Invalid account"):
+        submit("all", run.root, run.config, run.cluster, say=lambda text: None)
+    assert read_object(paths.run_json) == {**before, "precision": {"chosen": "bf16"}}
 
 
 def test_ctrl_c_between_two_jobs_leaves_none_of_them(
