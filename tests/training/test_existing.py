@@ -189,6 +189,8 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path: Path, model:
         write_json(folder / "adapter_config.json", {**settings, **change})
         refused(folder, said)
     write_json(folder / "adapter_config.json", settings)
+    output = {**good, "target_modules": ["lm_head"]}
+    refused(peft_folder(tmp_path / "d", model, **output), "save_embedding_layers=False")
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     refused(folder, "torn or no safetensors")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

@@ -106,6 +106,11 @@ def _differences(wanted: Shapes, there: Shapes) -> Iterator[str]:
     for name in sorted({*wanted, *there}):
         if name not in there:
             yield f"{name} is missing"
+        elif name not in wanted and name.endswith(".base_layer.weight"):  # as peft saves embeddings
+            yield (
+                f"{name} is a weight of the base model, which no adapter may replace: where it is "
+                "unchanged, save the adapter with `save_pretrained(…, save_embedding_layers=False)`"
+            )
         elif name not in wanted:
             yield f"{name} belongs to no module of the model"
         elif wanted[name] != there[name]:
