@@ -19,7 +19,7 @@ import pytest
 from yelp_hpc.config import load_config
 from yelp_hpc.own_files import IMPORT_ROOT, PACKAGE
 from yelp_hpc.rundir.manifest import record_run
-from yelp_hpc.rundir.paths import ADAPTER_FILES, RunPaths
+from yelp_hpc.rundir.paths import WEIGHTS, RunPaths
 
 RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]
 """Takes from root what lets it write anywhere; nobody else has it."""
@@ -227,7 +227,7 @@ def test_a_checkout_without_its_large_files_is_told_to_fetch_them(tmp_path: Path
         record_run(run.root, load_config(config), str(config), ())
         path = {
             "split": run.split("test"),
-            "weights": run.adapter / ADAPTER_FILES[1],
+            "weights": run.adapter / WEIGHTS,
             "shard": run.shard("tuned", 0, 2),
         }[name]
         path.parent.mkdir(parents=True)

@@ -26,7 +26,7 @@ from yelp_hpc.progress import say
 from yelp_hpc.ranks.device import precision_here, usable_gpus
 from yelp_hpc.rundir.files import read_object
 from yelp_hpc.rundir.manifest import in_precision
-from yelp_hpc.rundir.paths import ADAPTER_FILES
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG
 from yelp_hpc.task import YELP, TaskConfig
 
 _FEW = 16
@@ -86,7 +86,7 @@ def load(
     loaded = load_model(folder, TORCH_DTYPES[config.infer.precision])
     if adapter is not None:
         # a bias of LoRA's own has no place in a layer without one
-        own_bias = read_object(adapter / ADAPTER_FILES[0]).get("lora_bias")
+        own_bias = read_object(adapter / ADAPTER_CONFIG).get("lora_bias")
         merge = config.infer.precision == "fp32" and not own_bias
         loaded = with_adapter(loaded, adapter, merge=merge)
     # frozen, as peft leaves the tuned model: only frozen weights get the faster arithmetic

@@ -61,8 +61,8 @@ def _ipc(path: Path) -> Any:
 def _ipc_batches(path: Path, rows: int = 1024) -> Iterator[Any]:
     """The record batches of an Arrow file or stream, in small slices."""
     reader = _ipc(path)
-    whole = hasattr(reader, "num_record_batches")
-    for batch in map(reader.get_batch, range(reader.num_record_batches)) if whole else reader:
+    count = getattr(reader, "num_record_batches", None)  # a stream does not tell
+    for batch in reader if count is None else map(reader.get_batch, range(count)):
         for start in range(0, batch.num_rows, rows):
             yield batch.slice(start, rows)
 
