@@ -1,6 +1,7 @@
 """What many labels of several tokens cost: one pass over the tree, against a pass a label.
 
     python -m benchmarks.label_tree [--rows 50] [--one-by-one 50] [--rounds 3] [--wide]
+        [--scores-only]
 
 The demo's model and reviews. 5 one-token labels are the Yelp task's; 5, 20, 77 and 150 labels are
 random words of 2 to 5 tokens. All ways see the same prompts, in turn; the least time of the rounds
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--one-by-one", type=int, default=50, help="rows of the pass a label")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wide", action="store_true", help="1.1B random weights; 12 GB of memory")
+    parser.add_argument("--scores-only", action="store_true", help="leave out the answers alone")
     arguments = parser.parse_args()
     folder = model_folder()
     tokenizer = load_tokenizer(folder)
@@ -173,8 +175,10 @@ def main() -> None:
             f"{name:10} 1-{longest:<5} {len(tree.tokens):5} {min(seconds[name]):7.2f} "
             f"{cost:6.2f} {bound:6.2f} {cost / bound:8.2f}"
         )
-    print("answers alone, in times of their scores; rows scored after all")
-    for name in [name for name in tasks if answer_tree(answers[name]).tokens]:
+    searched = [] if arguments.scores_only else [x for x in tasks if answer_tree(answers[x]).tokens]
+    if searched:
+        print("answers alone, in times of their scores; rows scored after all")
+    for name in searched:
         for what, texts_of in (("", prompts), ("sure", sure)):
             found = [alone(name, texts_of[name]) for _ in range(arguments.rounds)]
             ratio = min(one[0] for one in found) / min(one[1] for one in found)

@@ -64,7 +64,7 @@ def classes_of(
     best: dict[str, int | None] = {}
     rules = _rules(task, names, counted)
     for place, rule in enumerate(rules):
-        found = {value: rule(value) for value in values}
+        found = {value: rule(value) for value in sorted(values)}
         if not best or _known(found) > _known(best):
             best = found
         if _known(best) == len(best):
