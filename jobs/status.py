@@ -75,7 +75,7 @@ def _summarise(fact: Facts) -> JobStatus:
     latest = mine[-1] if mine else None
     elapsed = shown.elapsed
     if not elapsed and latest:
-        elapsed = clock(max(0.0, attempts.last_seen(latest) - latest.started))
+        elapsed = clock(attempts.lasted(latest))
     shards, rows = {}, {}
     if fact.shards:
         failed = {shard for task, a in last.items() if a.verdict == "failed" for shard in task}

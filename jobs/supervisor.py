@@ -189,10 +189,11 @@ def _begin(paths: RunPaths, cluster: ClusterConfig, job: Job, now: Fingerprint) 
     same = earlier and (on_slurm() or earlier[-1].verdict == "again") and _leads()
     stalled = earlier[-1].stalled + 1 if same and earlier[-1].before == before else 1
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if on_slurm() else 1
-    gpus = (cluster.resources(job.stage).gpus or 0) * nodes
-    node = this_node()
+    # the cluster file's `sbatch` may ask for them in other words, as gpus-per-task
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0") if on_slurm() else "0"
+    gpus = (cluster.resources(job.stage).gpus or int(given)) * nodes
     return Attempt(
-        *(job.name, job_id, restart, job.tasks[0], node, os.getpid(), gpus),
+        *(job.name, job_id, restart, job.tasks[0], this_node(), os.getpid(), gpus),
         stalled=stalled,
         before=before,
     )

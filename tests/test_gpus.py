@@ -55,6 +55,16 @@ def test_every_card_is_found_by_the_names_that_people_slurm_and_cuda_give_it() -
             assert find_card(form).name == name
 
 
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [("T4", 15360), ("L4", 23034), ("A10", 23028), ("A40", 46068), ("L40S", 46068),
+     ("RTX 3090", 24576), ("A100", 40960), ("RTX A6000", 49140)],
+)  # fmt: skip
+def test_a_cards_memory_is_what_nvidia_smi_shows_of_it(name: str, mebibytes: int) -> None:
+    """Error correction takes a sixteenth of GDDR6 where it is on as delivered."""
+    assert find_card(name).memory == pytest.approx(mebibytes * 2**20, rel=0.001)
+
+
 @pytest.mark.parametrize("name", ["", *ABSENT.split()])
 def test_no_absent_card_is_taken_for_one_of_the_table(name: str) -> None:
     assert card_named(name) is None

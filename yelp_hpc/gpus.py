@@ -32,10 +32,12 @@ def auto_precision(capability: tuple[int, int] | None) -> Literal["fp32", "bf16"
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU; `memory` in bytes, rates in TFLOP/s, None where the card cannot."""
+    """One GPU; `memory` in bytes that CUDA gives, rates in TFLOP/s, None where the card cannot."""
 
     name: str
     memory: int
+    sold: int
+    """GiB that its name and its box say."""
     fp16: float
     bf16: float | None
     fp32: float
@@ -49,7 +51,7 @@ class Card:
     @property
     def label(self) -> str:
         """Its name with its memory as it is sold: `RTX A4000 (16 GB)`."""
-        return self.name if "GB" in self.name else f"{self.name} ({self.memory >> 30} GB)"
+        return self.name if "GB" in self.name else f"{self.name} ({self.sold} GB)"
 
     def rate(self, precision: str) -> float | None:
         """FLOP/s at best in a number format."""
@@ -65,11 +67,16 @@ def _card(
     gigabytes: int,
     capability: tuple[int, int],
     forms: str = "",
+    ecc: bool = False,
 ) -> Card:
-    """`gigabytes`: that its memory gives in a second."""
+    """`gigabytes`: that its memory gives in a second.
+
+    `ecc`: error correction, on as delivered, takes a sixteenth of its GDDR6 (nvidia-smi: 15,360 MiB
+    of a T4, 23,034 of an L4, 46,068 of an L40S); HBM has room of its own for it.
+    """
     bf16 = sixteen if capability >= BF16_SINCE else None
     rates = (sixteen, bf16, fp32, gigabytes * 1e9)
-    return Card(name, gib * 2**30, *rates, capability, tuple(forms.split()))
+    return Card(name, gib * 2**30 * (16 - ecc) // 16, gib, *rates, capability, tuple(forms.split()))
 
 
 CARDS = (
@@ -78,22 +85,22 @@ CARDS = (
     _card("H100 PCIe", 80, 756, 51, 2000, (9, 0), "pcie"),
     _card("A100", 40, 312, 19.5, 1555, (8, 0), "sxm sxm4 pcie"),
     _card("A100 80GB", 80, 312, 19.5, 2039, (8, 0), "sxm sxm4 pcie"),
-    _card("A40", 48, 149.7, 37.4, 696, (8, 6), "pcie"),
+    _card("A40", 48, 149.7, 37.4, 696, (8, 6), "pcie", ecc=True),
     _card("A30", 24, 165, 10.3, 933, (8, 0), "pcie"),
-    _card("A10", 24, 125, 31.2, 600, (8, 6), "pcie"),
+    _card("A10", 24, 125, 31.2, 600, (8, 6), "pcie", ecc=True),
     _card("RTX A6000", 48, 154.8, 38.7, 768, (8, 6)),
     _card("RTX A5000", 24, 111.1, 27.8, 768, (8, 6)),
     _card("RTX A4000", 16, 76.7, 19.2, 448, (8, 6)),
-    _card("L40S", 48, 362, 91.6, 864, (8, 9), "pcie"),
-    _card("L40", 48, 181, 90.5, 864, (8, 9), "pcie"),
-    _card("L4", 24, 121, 30.3, 300, (8, 9), "pcie"),
+    _card("L40S", 48, 362, 91.6, 864, (8, 9), "pcie", ecc=True),
+    _card("L40", 48, 181, 90.5, 864, (8, 9), "pcie", ecc=True),
+    _card("L4", 24, 121, 30.3, 300, (8, 9), "pcie", ecc=True),
     _card("RTX 6000 Ada", 48, 364.2, 91.1, 960, (8, 9)),
     _card("RTX 4090", 24, 165.2, 82.6, 1008, (8, 9)),
     _card("RTX 3090", 24, 71, 35.6, 936, (8, 6)),
     _card("Quadro RTX 8000", 48, 130.5, 16.3, 672, (7, 5)),
     _card("Quadro RTX 6000", 24, 130.5, 16.3, 672, (7, 5)),
     _card("RTX 2080 Ti", 11, 53.8, 13.4, 616, (7, 5)),
-    _card("T4", 16, 65, 8.1, 320, (7, 5), "pcie"),
+    _card("T4", 16, 65, 8.1, 320, (7, 5), "pcie", ecc=True),
     _card("V100", 16, 125, 15.7, 900, (7, 0), "sxm sxm2"),
     _card("V100 32GB", 32, 125, 15.7, 900, (7, 0), "sxm sxm2 sxm3"),
     _card("V100 PCIe", 16, 112, 14, 900, (7, 0), "pcie"),
@@ -135,7 +142,7 @@ def card_named(name: str) -> Card | None:
     forms = {word for word in words if word in _FORMS}
     core = tuple(word for word in words if word not in _FORMS)
     for card in CARDS:
-        fits = all(size << 30 == card.memory for size in sizes) and forms <= {*card.forms}
+        fits = all(size == card.sold for size in sizes) and forms <= {*card.forms}
         if fits and len(sizes) <= 1 and core in _SPELLINGS[card.name]:
             return card
     return None

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from yelp_hpc.config import Config
+from yelp_hpc.data.packing import DataPlan
 from yelp_hpc.errors import YelpHpcError
 from yelp_hpc.jobs import slurm
 from yelp_hpc.jobs.logs import last_output
-from yelp_hpc.jobs.progress import shards_done, shards_progress, stage_done
+from yelp_hpc.jobs.progress import shards_missing, shards_progress, stage_done
 from yelp_hpc.jobs.slurm import Row
 from yelp_hpc.jobs.submission import by_cluster, local_runs, records, take_up_programs, unseen
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt
+from yelp_hpc.rundir.files import read_object
 from yelp_hpc.rundir.modes import patiently
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.rundir.record import training_log
@@ -94,6 +96,12 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
         stage, _, model = name.partition("-")
         record = newest.get(name)
         job = record["job"] if record else ""
+        tried = tuple(attempts.read(paths, name))
+        shards, progress = frozenset[int](), dict[int, dict[str, Any]]()
+        if stage == "infer":
+            shards = _shards_done(paths, config, model)
+            if not done_by_marker[name]:
+                progress = _told(paths, config, model, shards, tried)
         facts.append(
             Facts(
                 name=name,
@@ -105,19 +113,49 @@ def gather(run_dir: str | Path, config: Config) -> tuple[list[Facts], str]:
                 said=last_output(paths, name, job) if record in gone or _local(record) else "",
                 rows=tuple(row for row in queued if attempts.within(row.job, job)),
                 accounting=tuple(row for row in accounted if attempts.within(row.job, job)),
-                attempts=tuple(attempts.read(paths, name)),
+                attempts=tried,
                 shards=config.infer.shards if stage == "infer" else 0,
-                shards_done=frozenset(
-                    shards_done(paths, model, config.infer.shards) if stage == "infer" else ()
-                ),
-                shards_progress=shards_progress(paths, model, config.infer.shards)
-                if stage == "infer" and not done_by_marker[name]
-                else {},
+                shards_done=shards,
+                shards_progress=progress,
                 training=log[-1] if stage == "train" and log else None,
-                steps=total_steps(log[-1], config) if stage == "train" and log else None,
+                steps=total_steps(paths, config) if stage == "train" and log else None,
             )
         )
     return facts, "; ".join(problems)
+
+
+def _shards_done(paths: RunPaths, config: Config, model: str) -> frozenset[int]:
+    """Those that need not be made again: of these settings, of this adapter."""
+    missing = shards_missing(paths, config, model)
+    return frozenset(range(config.infer.shards)).difference(missing)
+
+
+def _told(
+    paths: RunPaths,
+    config: Config,
+    model: str,
+    done: frozenset[int],
+    tried: Sequence[Attempt],
+) -> dict[int, dict[str, Any]]:
+    """What the shards say of themselves; those that nobody works at any more are `silent`.
+
+    One that was killed still says that it runs, and at which rate; one that is whole, of other
+    settings, that it is complete.
+    """
+    count = config.infer.shards
+    alive = {
+        shard
+        for attempt in tried
+        if attempt.ended is None and attempts.age(attempt.path(paths)) < attempts.SILENT
+        for shard in attempt.task or range(count)
+    }
+    told = {}
+    for shard, line in shards_progress(paths, model, count).items():
+        if line["state"] == "complete" and shard not in done:
+            continue
+        silent = line["state"] == "running" and shard not in alive
+        told[shard] = {**line, "state": "silent"} if silent else line
+    return told
 
 
 def _belongs(row: Row, line: Mapping[str, Any]) -> bool:
@@ -137,10 +175,10 @@ def _local(line: Mapping[str, Any] | None) -> bool:
     return line is not None and line["executor"] == "local"
 
 
-def total_steps(line: dict[str, Any], config: Config) -> int | None:
-    """Steps of the whole training, from a line that tells the step and the epoch."""
-    step, epoch = line.get("step"), line.get("epoch")
-    if not step or not epoch:
-        return config.train.max_steps
-    steps: int = round(step / epoch * config.train.epochs)
-    return min(steps, config.train.max_steps or steps)
+def total_steps(paths: RunPaths, config: Config) -> int | None:
+    """Steps of the whole training, of the rows that run.json counts; None where it does not."""
+    rows = ((read_object(paths.run_json).get("data") or {}).get("rows") or {}).get("train")
+    train = config.train
+    if not rows:
+        return train.max_steps
+    return DataPlan(rows, train.global_batch, train.epochs, config.seed, train.max_steps).steps

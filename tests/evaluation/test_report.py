@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fabricated import config_of, make_run, write_shards, write_test_set
 from yelp_hpc.config import Config
 from yelp_hpc.evaluation import charts
-from yelp_hpc.evaluation.outcome import outcome_rows, print_outcome
+from yelp_hpc.evaluation.outcome import figure, interval, outcome_rows, print_outcome, share
 from yelp_hpc.rundir.paths import RunPaths
 from yelp_hpc.stages.collect import collect
 
@@ -38,6 +39,25 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.5, "0.500"), (0.0, "0.000"), (1.0, "1.000"), (0.99996, "0.99996"), (0.9996, "0.9996"),
+        (0.00002, "0.00002"), (1.00004, "1.00004"), (1e-12, "0.000"), (1 - 1e-12, "1.000"),
+        (-0.00002, "-0.00002"), (50_000, "50,000"), (None, "–"),
+    ],
+)  # fmt: skip
+def test_what_is_neither_none_nor_all_is_not_shown_as_such(value: Any, shown: str) -> None:
+    assert figure(value) == shown
+    if isinstance(value, float):
+        assert interval([value, 0.5]) == f"[{shown}, 0.500]"
+
+
+def test_a_share_of_few_rows_is_not_none() -> None:
+    shown = [share(part, 50_000) for part in (0, 2, 6_250, 49_998, 50_000)]
+    assert shown == ["0.0%", "0.004%", "12.5%", "99.996%", "100.0%"]
 
 
 def test_the_page_needs_nothing_but_itself(page: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,52 @@ def test_sizes_are_those_of_the_built_models(tmp_path: Path) -> None:
         tuned = add_lora(model, config)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         assert shape.adapter_parameters(target, 4) == trained
+
+
+EXPERTS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 320,
+           "num_key_value_heads": 2, "intermediate_size": 48, "num_experts_per_tok": 2}  # fmt: skip
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {**EXPERTS, "num_local_experts": 8},
+    "qwen2_moe": {**EXPERTS, "num_experts": 6, "moe_intermediate_size": 24,
+                  "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    "granitemoe": {**EXPERTS, "num_local_experts": 4},
+    "deepseek_v3": {**EXPERTS, "n_routed_experts": 8, "moe_intermediate_size": 16,
+                    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2,
+                    "topk_group": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 8,
+                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_of_experts_holds_all_and_computes_with_those_that_are_chosen(
+    kind: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = MIXTURES[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+    model.save_pretrained(tmp_path)
+    shape = read_shape(tiny_config(tmp_path))
+    assert shape.parameters == sum(v.numel() for v in model.state_dict().values())
+    experts = next(n for key, n in values.items() if key.endswith("experts") and "_s" not in key)
+    passed = 0.0
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and 320 not in weight.shape:
+            routed = ".experts." in name or weight.ndim == 3
+            passed += weight.numel() * (2 / experts if routed else 1)
+    assert shape.layer_weights == pytest.approx(passed, rel=0.01)
+    file = tmp_path / "config.json"
+    told = json.loads(file.read_text())
+    del told["num_experts_per_tok"]
+    file.write_text(json.dumps(told))
+    with pytest.raises(RequestError, match=r"mixture of experts.*num_experts_per_tok would be"):
+        read_shape(tiny_config(tmp_path))
+
+
+def test_experts_whose_files_tell_no_sizes_are_not_planned(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", **MIXTURES["mixtral"]}))
+    with pytest.raises(RequestError, match="its safetensors would be needed to plan"):
+        read_shape(tiny_config(tmp_path))
 
 
 def test_a_config_json_that_is_no_decoder_is_named() -> None:
@@ -112,6 +159,36 @@ def test_forward_flops_of_one_sequence_by_hand() -> None:
     assert forward_flops(shape, [6], 10, 4) == products + attention + 2 * 100 * 8 * 2
 
 
+def test_the_adapters_own_products_are_counted() -> None:
+    path = ROOT / "configs/yelp_chatglm3.yaml"
+    plans = []
+    for rank in (8, 512):
+        config = load_config(path, [f"lora.rank={rank}", "data.train_rows=320"]).config
+        plans.append(forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("h100")))
+    small, large = plans
+    more = large.adapter_parameters - small.adapter_parameters
+    # forward, and backward for what it reads and for its weights: 2 each of a parameter and token
+    assert large.train_flops - small.train_flops == pytest.approx(6 * more * large.train_tokens)
+    assert large.infer_flops - small.infer_flops == pytest.approx(more * large.infer_tokens)
+    assert large.train_flops > 1.02 * small.train_flops
+
+
+def test_what_generate_writes_is_said_not_to_be_counted_and_no_tree_is() -> None:
+    names = json.dumps([f"card payment number {n}" for n in range(20)])
+    changes = ["data.train_rows=320", "data.test_rows=50", f"task.labels={names}"]
+    plans = {}
+    for mode in ("score", "generate"):
+        told = [*changes, f"infer.mode={mode}", "task.ordinal=false", "task.names=null"]
+        config = load_config(ROOT / "configs/yelp_chatglm3.yaml", told).config
+        plans[mode] = forecast(config, CHATGLM3, estimated_lengths(config))
+    lengths = estimated_lengths(config)
+    assert lengths.tree > 50
+    more = plans["score"].infer_tokens - plans["generate"].infer_tokens
+    assert more >= 2 * 50 * lengths.tree  # both models, each test row
+    assert any("32 tokens an answer at most" in note for note in plans["generate"].notes)
+    assert not any("tokens an answer" in note for note in plans["score"].notes)
+
+
 def test_the_budget_of_the_reports_run_keeps_its_activations_on_a_3090() -> None:
     config = load_config(ROOT / "configs/yelp_chatglm3.yaml").config
     card = find_card("rtx3090")
@@ -157,6 +234,21 @@ def test_time_limits_are_slurms_and_leave_room() -> None:
 
     for seconds in (1, 100, 3600, 80_000, 900_000):
         assert minutes(time_limit(seconds)) * 60 >= 1.5 * seconds + 600
+
+
+@pytest.mark.parametrize("shards", [1, 8, 400])
+def test_the_limit_has_room_for_a_shard_of_the_number_that_is_advised(shards: int) -> None:
+    from yelp_hpc.jobs.cluster import minutes
+
+    config = load_config(ROOT / "configs/yelp_chatglm3.yaml", [f"infer.shards={shards}"]).config
+    plan = forecast(config, CHATGLM3, estimated_lengths(config), card=find_card("t4"))
+    assert plan.infer_limit and plan.shards and plan.shards > 1
+    assert plan.infer_seconds
+    infer = config.infer.model_copy(update={"shards": 1})
+    alone = config.model_copy(update={"infer": infer})
+    whole = forecast(alone, CHATGLM3, estimated_lengths(config), card=find_card("t4"))
+    each = (whole.infer_seconds or 0) / 2 / min(shards, plan.shards)
+    assert minutes(plan.infer_limit) * 60 >= 1.5 * each
 
 
 def test_more_cards_take_less_time_and_no_fewer_flops() -> None:
@@ -340,3 +432,8 @@ def test_probe_then_run_then_compare(tmp_path: Path) -> None:
     assert rows["train seconds"]["happened"] > 0 and rows["infer seconds"]["happened"] > 0
     memory = rows["train memory"]
     assert memory["forecast"] == pytest.approx(memory["happened"], rel=0.15)
+    # who names a machine asks for its forecast, not for the one that was kept
+    named = yelp_hpc("plan", "--compare", "--run", str(run), "--gpu", "t4", "--json")
+    other = {row["what"]: row for row in json.loads(named.stdout)["rows"]}
+    assert other["train seconds"]["forecast"] != rows["train seconds"]["forecast"]
+    assert other["steps"] == rows["steps"]

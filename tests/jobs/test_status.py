@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from yelp_hpc.config import Config
+from tests.fabricated import make_run
 from yelp_hpc.jobs.site.reasons import reason_in_words
 from yelp_hpc.jobs.slurm import Row, parse_accounting, parse_queue
-from yelp_hpc.jobs.status import JobStatus, render, summarise
-from yelp_hpc.jobs.watch.facts import Facts, total_steps
+from yelp_hpc.jobs.status import JobStatus, collect_status, render, summarise
+from yelp_hpc.jobs.watch.facts import Facts, gather
+from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.attempts import Attempt, GpuHours, gpu_hours
+from yelp_hpc.rundir.files import read_json, write_json
+from yelp_hpc.rundir.manifest import load_run
+from yelp_hpc.rundir.paths import RunPaths
 
 ROOT = Path(__file__).parents[2]
 SUBMITTED = {"job": "7", "executor": "slurm"}
@@ -78,13 +84,6 @@ def test_shards_and_training_are_counted() -> None:
     text = render([first, second], "the controller does not answer")
     assert "1/4 shards" in text
     assert "Slurm did not answer" in text
-
-
-def test_steps_of_the_whole_training() -> None:
-    config = Config.model_validate(
-        {"model": {"path": "x"}, "data": {"source": "demo"}, "train": {"epochs": 3}}
-    )
-    assert total_steps({"step": 30, "epoch": 0.5}, config) == 180
 
 
 def test_gpu_hours_count_used_and_lost() -> None:
@@ -221,6 +220,47 @@ def test_a_line_is_put_together_from_what_runs_what_was_and_what_is_left() -> No
                "rows": 10}})  # fmt: skip
     assert third.rows == {"done": 5, "all": 20, "rows_per_second": 0.333, "eta_seconds": 45.0}
     of("running: 0/2 shards, 1 running", shards=2, rows=(Row("7_0", "RUNNING"),))
+
+
+def by_stage(run: RunPaths) -> dict[str, JobStatus]:
+    lines, _ = collect_status(run.root, load_run(run.root)[1])
+    return {line.name: line for line in lines}
+
+
+def test_steps_of_the_whole_training_are_those_of_its_rows(tmp_path: Path) -> None:
+    """The log's epoch has four decimals: 1/4700 of one is 0.0002, and would be 5,000 steps."""
+    run, _ = make_run(tmp_path)
+    record = read_json(run.run_json)
+    record["data"] = {"rows": {"train": 150_400}}
+    record["config"]["resolved"]["train"] |= {"global_batch": 32, "epochs": 2}
+    write_json(run.run_json, record)
+    run.train_log.write_text(json.dumps({"step": 1, "epoch": 0.0002, "loss": 1.0}) + "\n")
+    assert by_stage(run)["train"].detail.startswith("step 1/9400, loss 1.0000")
+    record["config"]["resolved"]["train"]["max_steps"] = 100
+    write_json(run.run_json, record)
+    assert by_stage(run)["train"].detail.startswith("step 1/100,")
+
+
+def test_rates_and_rows_are_those_of_shards_that_are_worked_at(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, shards=4)
+    for number, state, done, identity in (
+        (0, "complete", 100, "of other settings"),
+        (1, "running", 40, ""),
+        (2, "running", 40, ""),
+    ):
+        said = {**shard(state, done, 10.0), "identity": identity}
+        write_json(run.shard_progress("base", number, 4), said)
+    for number in (1, 2):
+        run.shard("base", number, 4).unlink()
+        start = Attempt("infer-base", f"9_{number}", 0, (number,), started=time.time() - 900)
+        attempts.write(run, start)
+    dead = start.path(run)
+    os.utime(dead, (time.time() - 600, time.time() - 600))
+    line = by_stage(run)["infer-base"]
+    assert line.shards["done"] == 1  # of the two files one is of other settings
+    (facts,) = (f for f in gather(run.root, load_run(run.root)[1])[0] if f.name == "infer-base")
+    (told,) = summarise([replace(facts, rows=(Row("9_1", "RUNNING"),))])
+    assert told.rows == {"done": 80, "all": 400, "rows_per_second": 10.0, "eta_seconds": 32.0}
 
 
 LINES = [

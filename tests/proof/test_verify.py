@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from yelp_hpc.evaluation import measure, significance
 from yelp_hpc.proof import second_opinion
 from yelp_hpc.proof.reproduce import compare, reproduce
 from yelp_hpc.proof.verify import verify
-from yelp_hpc.rundir.files import MARKER, read_json, sha256_file, write_json
+from yelp_hpc.publishing.public import public_record
+from yelp_hpc.rundir.collected import write_collected
+from yelp_hpc.rundir.files import MARKER, json_bytes, read_json, sha256_file, write_json
 from yelp_hpc.rundir.manifest import load_run
 from yelp_hpc.rundir.paths import RunPaths
 
@@ -31,10 +34,12 @@ from yelp_hpc.rundir.paths import RunPaths
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     folder = tmp_path_factory.mktemp("finished")
     run = finish_run(folder / "run", folder / "model")
-    names = {"metrics.json": run.metrics, "run.json": run.run_json, "loss.png": run.loss_png}
+    names = {"metrics.json": run.metrics, "loss.png": run.loss_png}
     weights = "adapter_model.safetensors"
     names[weights] = run.adapter / weights
     files = [{"name": n, "size": 0, "sha256": sha256_file(p)} for n, p in names.items()]
+    public = json_bytes(public_record(read_json(run.run_json), load_run(run.root)[1]))
+    files.append({"name": "run.json", "size": 0, "sha256": hashlib.sha256(public).hexdigest()})
     write_json(run.published, {"repo_id": "me/stars", "files": files})
     return run
 
@@ -110,6 +115,22 @@ def foreign_shard(run: RunPaths) -> Path:
     return run.shard("tuned", 0, 2)
 
 
+def figure_in(page: Path) -> Path:
+    text = page.read_text()
+    at = text.index("<td>accuracy</td><td>0.") + len("<td>accuracy</td><td>0.")
+    page.write_text(f"{text[:at]}9{text[at + 1 :]}")
+    return page
+
+
+def collect_again(run: RunPaths) -> Path:
+    """The page of other metrics, as a `collect` that was killed leaves it."""
+    metrics = run.metrics.read_bytes()
+    changed = {**json.loads(metrics), "method": {}}
+    write_collected(run, changed, "<html>another</html>")
+    run.metrics.write_bytes(metrics)
+    return run.report
+
+
 WEIGHTS = "adapter_model.safetensors"
 TAMPERINGS: dict[str, Callable[[RunPaths], Path]] = {
     "test set altered": lambda r: flip(r.split("test")),
@@ -129,6 +150,9 @@ TAMPERINGS: dict[str, Callable[[RunPaths], Path]] = {
     ),
     "data's fingerprint in run.json": lambda r: edit(
         r.run_json, "data", "fingerprint", to="f" * 64
+    ),
+    "data's fingerprint gone from run.json": lambda r: edit(
+        r.run_json, "data", to={"rows": {"test": 25}}
     ),
     "shard missing": lambda r: remove(r.shard("tuned", 1, 2)),
     "shard torn": lambda r: truncate(r.shard("base", 0, 2)),
@@ -157,6 +181,12 @@ TAMPERINGS: dict[str, Callable[[RunPaths], Path]] = {
     "hash in published.json": lambda r: edit(r.published, "files", 0, "sha256", to="0" * 64),
     "repository in published.json": lambda r: edit(r.published, "repo_id", to="you/stars"),
     "metrics.json no JSON": lambda r: truncate(r.metrics),
+    "figure in report.html": lambda r: figure_in(r.report),
+    "report.html of other metrics": lambda r: collect_again(r),
+    "report.html removed": lambda r: remove(r.report),
+    "label that is none in a shard": lambda r: change_shard(
+        r.shard("tuned", 1, 2), lambda rows: rows[0].update(label=5)
+    ),
     "run.json removed": lambda r: remove(r.run_json),
 }
 

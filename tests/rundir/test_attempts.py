@@ -15,6 +15,8 @@ import pytest
 
 from tests.fabricated import make_run
 from yelp_hpc.config import Config
+from yelp_hpc.evaluation.across.compared import cost
+from yelp_hpc.forecast.happened import what_happened
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.status import show_status
@@ -81,6 +83,33 @@ def test_of_several_nodes_the_leader_alone_counts_starts(
     assert (leader.verdict, leader.ended) == ("", None)
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert _begin(run, cluster, Job("train"), ()).stalled == 2
+
+
+@pytest.mark.parametrize(("settings", "gpus"), [({"train": {"gpus": 4}}, 8), ({}, 6)])
+def test_gpus_that_are_asked_for_in_other_words_are_counted_as_slurm_gave_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], gpus: int
+) -> None:
+    given = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "8", "SLURM_JOB_NUM_NODES": "2"}
+    for name, value in {**given, "SLURM_GPUS_ON_NODE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    cluster = ClusterConfig.model_validate(settings)
+    assert _begin(RunPaths(tmp_path), cluster, Job("train"), ()).gpus == gpus
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
+    assert _begin(RunPaths(tmp_path), ClusterConfig(), Job("prepare"), ()).gpus == 0
+
+
+def test_a_clock_that_is_behind_takes_no_time_away(tmp_path: Path) -> None:
+    """A heartbeat is the file server's time, the start the node's; a node's may be set back."""
+    run, config = make_run(tmp_path)
+    before = cost(run)
+    behind = Attempt("train", "300", 0, gpus=4, started=START)
+    attempts.write(run, behind)
+    os.utime(behind.path(run), (START - 250, START - 250))
+    attempts.write(run, Attempt("infer-base", "301", 0, gpus=1, started=START, ended=START - 99))
+    assert cost(run) == before
+    assert what_happened(run, config).train_seconds == 1800 + 1380
+    collect(run, config)
+    assert "-250" not in run.report.read_text() and "-99" not in run.report.read_text()
 
 
 def test_a_process_number_that_comes_again_is_no_other_try(

@@ -81,6 +81,16 @@ def test_one_private_commit_with_everything(hub: Hub, run: RunPaths, config: Con
     assert published["url"] == f"{hub.url}/{REPO}"
 
 
+def test_what_went_up_is_what_verify_finds_here(hub: Hub, run: RunPaths, config: Config) -> None:
+    publish.run(run, config, backoff=QUICK)
+    assert verify(run) == []
+    record = json.loads(run.run_json.read_text())
+    record["code"]["git_sha"] = "b" * 40  # nothing else tells which code it was
+    write_json(run.run_json, record)
+    (problem,) = verify(run)
+    assert problem.startswith(f"{run.published}: run.json was published with another content")
+
+
 def test_the_same_content_makes_no_second_commit(
     hub: Hub, run: RunPaths, config: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:

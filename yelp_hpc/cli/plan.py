@@ -99,7 +99,9 @@ def plan(
     else:
         run, config = load_run(str(run_dir))
     happened = _happened(run, config) if compare and run else None
-    found = _kept(run) if compare and run else None
+    # whoever names a machine or a size anew asks for another forecast than the one that was kept
+    anew = any((overrides, cluster, gpu, probe, tokens, efficiency, mtbf))
+    found = _kept(run) if compare and run and not anew else None
     if found is None:
         found = _forecast(config, run, cluster, gpu, probe, tokens, efficiency, mtbf)
         if run is not None and not compare and found.train_seconds is not None:

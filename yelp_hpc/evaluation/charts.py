@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from yelp_hpc.rundir.attempts import Attempt, last_seen
+from yelp_hpc.rundir.attempts import Attempt, last_seen, lasted
 
 WIDTH = 360
 Points = Sequence[tuple[float, float]]
@@ -302,12 +302,12 @@ def timeline(starts: Sequence[Attempt]) -> str:
             if a.name != job:
                 continue
             x = left + (a.started - start) / (end - start) * (right - left)
-            width = max((last_seen(a) - a.started) / (end - start) * (right - left), 2)
+            width = max(lasted(a) / (end - start) * (right - left), 2)
             verdict = a.verdict or "running"
             body.append(
                 f'<rect class="job {escape(verdict)}" x="{x:.1f}" y="{y:.1f}" '
                 f'width="{width:.1f}" height="16" rx="2"><title>{escape(job)}: '
-                f"{escape(verdict)}, {last_seen(a) - a.started:.0f} s</title></rect>"
+                f"{escape(verdict)}, {lasted(a):.0f} s</title></rect>"
             )
     began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start))
     body.append(_text((left + right) / 2, bottom + 31, f"{name} after {began}", "tick"))

@@ -209,7 +209,7 @@ class Coverage:
         self.codes[places[keep]] = codes[keep]
         yield Answers(
             places[keep],
-            labels[keep],
+            self.test.labels[places[keep]].astype(np.int64),  # a shard's own may be no class
             codes[keep],
             predictions[keep],
             None if scores is None else scores[keep],

@@ -27,22 +27,34 @@ def is_number(value: Any) -> bool:
 
 
 def figure(value: Any, signed: bool = False) -> str:
-    """A metric to three decimals, a count with thousands separated, a dash where undefined."""
+    """A metric to three decimals, a count with thousands separated, a dash where undefined.
+
+    To as many as six where it would look like 0 or 1 and is neither: two wrong rows of 50,000 are
+    an accuracy of 0.99996.
+    """
     if not is_number(value):
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
+    digits = next((n for n in range(3, 7) if abs(round(value, n)) not in (0, 1)), 3)
+    return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+
+
+def share(part: float, whole: float) -> str:
+    """`12.3%`; to as many as four decimals where it would look like none or all and is neither."""
+    ratio = part / whole
+    digits = next((n for n in range(1, 5) if round(ratio, n + 2) not in (0, 1)), 1)
+    return f"{ratio:.{digits}%}"
 
 
 def interval(ends: list[float] | None) -> str:
     """`[0.653, 0.711]`; nothing where there is no interval."""
-    return "" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+    return "" if ends is None else f"[{figure(ends[0])}, {figure(ends[1])}]"
 
 
 def plus_minus(ends: list[float] | None) -> str:
     """`±0.029`: half the width of an interval, for where there is little room."""
-    return "" if ends is None else f"±{(ends[1] - ends[0]) / 2:.3f}"
+    return "" if ends is None else f"±{figure((ends[1] - ends[0]) / 2)}"
 
 
 def _get(model: Mapping[str, Any], key: str) -> Any:
@@ -119,18 +131,18 @@ def baseline_sentence(metrics: Mapping[str, Any]) -> str:
     best = test["majority"]
     names, support = task["names"], test["support"]
     name, rows = names[best["label"]], sum(support)
-    gets = f"gets accuracy {best['accuracy']:.3f} and macro F1 {best['f1_macro']:.3f}."
+    gets = f"gets accuracy {figure(best['accuracy'])} and macro F1 {figure(best['f1_macro'])}."
     if max(support) == min(filter(None, support), default=0):
         those = " that occurs" if test["absent"] else ""
         text = (
-            f"Every label{those} has {max(support) / rows:.1%} of the rows: always answering one "
+            f"Every label{those} has {share(max(support), rows)} of the rows: always answering one "
         )
         text += gets
     else:
         rarest = min(range(len(support)), key=lambda label: (support[label] == 0, support[label]))
         text = (
-            f"Always answering {name!r}, the most frequent label ({max(support) / rows:.1%} of "
-            f"the rows; the rarest, {names[rarest]!r}, {support[rarest] / rows:.1%}), {gets}"
+            f"Always answering {name!r}, the most frequent label ({share(max(support), rows)} of "
+            f"the rows; the rarest, {names[rarest]!r}, {share(support[rarest], rows)}), {gets}"
         )
     if test["absent"]:
         shown = ", ".join(test["absent"][:10])

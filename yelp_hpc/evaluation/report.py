@@ -25,6 +25,7 @@ from yelp_hpc.evaluation.outcome import (
     is_number,
     mcnemar_sentence,
     outcome_rows,
+    share,
     shows_study,
 )
 from yelp_hpc.rundir import attempts
@@ -154,7 +155,7 @@ def per_class(metrics: Mapping[str, Any]) -> dict[str, list[list[str]]]:
             [
                 item["name"],
                 *(figure(item[key]) for key in keys),
-                f"{item['support'] / model['rows']:.1%}",
+                share(item["support"], model["rows"]),
             ]
             for item in model["per_class"]
         ]
@@ -177,7 +178,7 @@ def pictures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, model in metrics["models"].items():
         if model.get("calibration"):
             chart = charts.calibration(name, model["calibration"])
-            note = f"ECE {model['ece']:.3f}. Faint bars stand on few rows; dashes: perfect."
+            note = f"ECE {figure(model['ece'])}. Faint bars stand on few rows; dashes: perfect."
             drawn.append(picture(f"Calibration, {name}", chart, note))
     return drawn
 
@@ -223,7 +224,7 @@ def jobs(
                 f"{a.name} {attempts.task_text(a.task)}".strip(),
                 a.job,
                 _clock(a.started),
-                f"{attempts.last_seen(a) - a.started:,.0f} s",
+                f"{attempts.lasted(a):,.0f} s",
                 a.verdict or "running",
                 a.reason,
             ]

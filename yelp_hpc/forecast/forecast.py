@@ -8,7 +8,7 @@ writes nothing, imports no torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from yelp_hpc.config import Config
 from yelp_hpc.data.sense import warnings
@@ -129,6 +129,12 @@ def forecast(
         ValueError: there are no training rows.
     """
     config, assumed = _with_precision(config, card, probe)
+    if config.infer.mode == "generate":
+        lengths = replace(lengths, test=[n - lengths.tree for n in lengths.test])
+        assumed.append(
+            "infer.mode generate: what is written, "
+            f"{config.infer.max_new_tokens} tokens an answer at most, is not counted in infer"
+        )
     ranks = nodes * (gpus if config.train.nproc == "auto" else config.train.nproc)
     work = training_work(config, lengths, ranks, card, shape)
     cuda = probe.cuda if probe else card is not None
@@ -148,7 +154,8 @@ def forecast(
             f"{ranks} ranks share {work.pieces} micro-batches a step, the others wait: set "
             f"train.micro_batches to {ranks}"
         )
-    scored, limit = _scoring(config, lengths, load.models, times)
+    shards = _shards(times, load.models)
+    scored, limit = _scoring(config, lengths, load.models, times, shards)
     hours = None
     if times.train_seconds is not None and scored is not None:
         hours = (ranks * times.train_seconds + scored) / 3600
@@ -179,7 +186,7 @@ def forecast(
         gpu_hours=hours,
         train_limit=None if times.train_seconds is None else time_limit(times.train_seconds),
         infer_limit=limit,
-        shards=_shards(times, load.models),
+        shards=shards,
         checkpoint_seconds=save,
         checkpoint_minutes=checkpoint_interval(save, mtbf_hours * 3600 / nodes) / 60,
         disk=disk,
@@ -202,16 +209,19 @@ def _with_precision(
 
 
 def _scoring(
-    config: Config, lengths: Lengths, models: int, times: Times
+    config: Config, lengths: Lengths, models: int, times: Times, advised: int | None
 ) -> tuple[float | None, str | None]:
-    """Seconds of all shards of all models with their starts, and the limit of the largest shard."""
-    if times.infer_seconds is None or times.start_seconds is None:
+    """Seconds of all shards of all models with their starts, and the limit of the largest shard.
+
+    The limit has room for a shard of the configuration, and for one of the `advised` number.
+    """
+    if times.infer_seconds is None or times.start_seconds is None or advised is None:
         return None, None
-    parts = plan_shards([n + 1 for n in lengths.test], config.infer.shards)
+    parts = plan_shards([n + 1 for n in lengths.test], min(advised, config.infer.shards))
     work_of = [sum(lengths.test[i] for i in part) for part in parts]
     largest = max(work_of) / max(1, sum(work_of))
     seconds = times.infer_seconds + times.start_seconds * models * config.infer.shards
-    return seconds, time_limit(times.start_seconds + seconds / models * largest)
+    return seconds, time_limit(times.start_seconds + times.infer_seconds / models * largest)
 
 
 def _shards(times: Times, models: int) -> int | None:

@@ -22,7 +22,7 @@ def what_happened(run: RunPaths, config: Config) -> Happened:
     tokens = sum(line["seconds"] * line["tokens_per_second"] for line in steps)
     if steps and config.train.log_every > 1:
         tokens *= steps[-1]["step"] / len(steps)
-    seconds = sum(attempts.last_seen(a) - a.started for a in training)
+    seconds = sum(map(attempts.lasted, training))
     if not training and steps:
         seconds = sum(line["seconds"] for line in steps)
     used, _ = attempts.gpu_hours([*training, *scoring])
@@ -31,7 +31,7 @@ def what_happened(run: RunPaths, config: Config) -> Happened:
         train_tokens=round(tokens) if steps else None,
         train_seconds=seconds or None,
         train_memory=max((line.get("memory_bytes", 0) for line in log), default=0) or None,
-        infer_seconds=sum(attempts.last_seen(a) - a.started for a in scoring) or None,
+        infer_seconds=sum(map(attempts.lasted, scoring)) or None,
         gpu_hours=used or None,
         disk=_disk(run),
         restarts=max((a.restart for a in training), default=0),

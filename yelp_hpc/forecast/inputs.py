@@ -14,8 +14,9 @@ from yelp_hpc.cache import cached_folders, check_demo
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import answer_tree, answers_of, scored_answers
 from yelp_hpc.errors import RequestError
-from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape
+from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape, with_experts
 from yelp_hpc.forecast.work import Lengths
+from yelp_hpc.models.checkpoint import tensor_entries, weight_files
 from yelp_hpc.rundir.files import parse_json, read_json
 from yelp_hpc.rundir.paths import SPLITS, RunPaths
 
@@ -43,7 +44,8 @@ def read_shape(config: Config) -> ModelShape:
                 raise RequestError(f"{file} is not JSON: {error}") from None
             if not isinstance(values, dict):
                 raise RequestError(f"{file} is not a JSON object")
-            return model_shape(values, str(file))
+            shape = model_shape(values, str(file))
+            return with_experts(shape, values, _tensors(folder), str(file))
     if path in KNOWN:
         return model_shape(KNOWN[path], path)
     check_demo(path)
@@ -51,6 +53,19 @@ def read_shape(config: Config) -> ModelShape:
         f"model.path {path} is no folder here and is not in the cache, so its sizes are not known: "
         "run `python -m yelp_hpc fetch --config FILE` first"
     )
+
+
+def _tensors(folder: Path) -> dict[str, list[int]]:
+    """Name → sizes of every weight in a folder's safetensors; {} where it has none."""
+    if not any(folder.glob("*.safetensors")):
+        return {}
+    files = weight_files(folder, whole=False)
+    return {
+        name: entry["shape"]
+        for path in files
+        if path.suffix == ".safetensors"
+        for name, entry in tensor_entries(path).items()
+    }
 
 
 def _model_folders(path: str, revision: str | None) -> list[Path]:
@@ -83,7 +98,8 @@ def prepared_lengths(run: RunPaths) -> Lengths | None:
             length - prefix + (behind if name == "test" else answers[label])
             for length, label in rows
         ]
-    return Lengths(own["train"], own["validation"], own["test"], prefix, "counted in prepare/")
+    train, validation, test = (own[name] for name in SPLITS)
+    return Lengths(train, validation, test, prefix, "counted in prepare/", behind)
 
 
 def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengths:
@@ -113,7 +129,7 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         for count in counts:
             sets.append(drawn[start : start + count])
             start += count
-        return Lengths(sets[0], sets[1], sets[2], prefix, source)
+        return Lengths(sets[0], sets[1], [n + behind for n in sets[2]], prefix, source, behind)
     # what reads reviews is on the job side; the login node has neither numpy nor pyarrow
     from yelp_hpc.data.sampling import split_rows
     from yelp_hpc.data.sources import read_source
@@ -145,7 +161,7 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         scale = max(1.0, mean_tokens - prefix) / (sum(every) / len(every))
         lengths = [[max(1, min(most, round(n * scale))) for n in part] for part in lengths]
         source = f"scaled to a mean of {mean_tokens:.0f}"
-    return Lengths(lengths[0], lengths[1], lengths[2], prefix, source)
+    return Lengths(lengths[0], lengths[1], lengths[2], prefix, source, behind)
 
 
 def _hub_counts(config: Config) -> tuple[int, int, int]:

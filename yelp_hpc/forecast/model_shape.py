@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from yelp_hpc.errors import RequestError
-from yelp_hpc.models.checkpoint import SIZES, is_size
+from yelp_hpc.models.checkpoint import CHOSEN, EXPERTS, SIZES, is_size
 
 # The MLP has a gate beside its two projections, but not in these.
 _UNGATED = frozenset({"gpt2", "gpt_neox", "gpt_bigcode", "opt", "phi", "falcon", "bloom"})
@@ -57,6 +58,8 @@ class ModelShape:
     gated: bool
     bias: int = 0
     """Biases of a layer."""
+    stored: int = 0
+    """Parameters as the files count them, where these are those of experts; else 0."""
 
     @property
     def layer_weights(self) -> int:
@@ -71,6 +74,8 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All parameters: layers, norms, embeddings and vocabulary projection."""
+        if self.stored:
+            return self.stored
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         small = self.layers * (2 * self.hidden + self.bias) + self.hidden
         return self.layer_weights + embeddings + small
@@ -121,6 +126,54 @@ class ModelShape:
     @property
     def _mlp(self) -> int:
         return (3 if self.gated else 2) * self.hidden * self.inner
+
+
+def with_experts(
+    shape: ModelShape, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], where: str
+) -> ModelShape:
+    """The shape of a mixture of experts: all weights, and the width that a token goes through.
+
+    Any other model's shape as it is.
+
+    Args:
+        tensors: name → sizes, of every weight in the model's files; {} where they tell none.
+
+    Raises:
+        RequestError: how many experts there are, or a token goes through, is not said.
+    """
+    experts, chosen = (_expert_count(config, names) for names in (EXPERTS, CHOSEN))
+    named = any(_EXPERT in name for name in tensors)
+    if not named and (experts or 0) < 2:
+        return shape
+    if not (experts and chosen and tensors):
+        lacks = "its safetensors" if not tensors else f"{CHOSEN[0] if experts else EXPERTS[0]}"
+        raise RequestError(
+            f"{where} describes a mixture of experts, whose weights are counted in its files: "
+            f"{lacks} would be needed to plan"
+        )
+    passed = 0.0
+    for name, sizes in tensors.items():
+        if len(sizes) > 1 and shape.vocabulary not in sizes:  # no norm, no embedding
+            routed = _EXPERT in name or (len(sizes) == 3 and sizes[0] == experts)
+            passed += math.prod(sizes) * (chosen / experts if routed else 1)
+    attention = shape._query_key_value + shape._output
+    width = (passed / shape.layers - attention) / ((2 + shape.gated) * shape.hidden)
+    stored = sum(map(math.prod, tensors.values()))
+    return replace(shape, inner=max(1, round(width)), stored=stored)
+
+
+_EXPERT = ".experts."
+
+
+def _expert_count(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """A count of experts, of this config.json or of a part of it."""
+    for name in names:
+        if is_size(value := config.get(name)):
+            return value
+        if isinstance(value, list) and value and all(map(is_size, value)):  # one a layer
+            return int(max(value))
+    parts = (part for part in config.values() if isinstance(part, dict))
+    return next((n for part in parts if (n := _expert_count(part, names))), None)
 
 
 def model_shape(config: Mapping[str, Any], where: str) -> ModelShape:

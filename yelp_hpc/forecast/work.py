@@ -37,6 +37,8 @@ class Lengths:
     prefix: int
     source: str
     """Where the numbers come from, for people."""
+    tree: int = 0
+    """Tokens of the answers behind each test prompt, which stand in `test`; none are generated."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,13 @@ def forward_flops(shape: ModelShape, own: Sequence[int], tokens: int, prefix: in
     return products + attention + head
 
 
-def train_flops(shape: ModelShape, forward: float, checkpointing: bool) -> float:
-    """FLOPs of training from those of its forward pass.
+def train_flops(forward: float, adapter: float, checkpointing: bool) -> float:
+    """FLOPs of training from those of the forward passes of the frozen model and of its adapter.
 
-    Frozen weights have no gradient, so the backward pass costs what the forward costs; the layers
-    are computed once more where activations are not kept. The adapter's own products (under 1 %)
-    are left out.
+    Frozen weights have no gradient, so the backward pass costs what the forward costs, and the
+    adapter's twice that; the layers are computed once more where activations are not kept.
     """
-    return forward * (3 if checkpointing else 2)
+    return forward * (2 + checkpointing) + adapter * (3 + checkpointing)
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,17 @@ def load_of(
     validation = max(0, work.evaluations - 1) * sample + min(1, work.evaluations) * every
     scored = computed(lengths.test, config.infer.max_tokens, lengths.prefix)
     models = len(config.infer.models)
+    adapter = 2.0 * shape.adapter_parameters(config.lora.target, config.lora.rank)
+    # in fp32 it is merged into the weights before they are asked
+    beside = "tuned" in config.infer.models and config.infer.precision != "fp32"
+    asked = forward_flops(shape, lengths.test, scored, lengths.prefix)
     return Load(
         ranks=ranks,
         training=work,
         forward_flops=forward,
-        train_flops=train_flops(shape, forward, recompute),
+        train_flops=train_flops(forward, adapter * work.tokens, recompute),
         validation_tokens=validation,
         scored_tokens=scored,
         models=models,
-        infer_flops=models * forward_flops(shape, lengths.test, scored, lengths.prefix),
+        infer_flops=models * asked + beside * adapter * scored,
     )

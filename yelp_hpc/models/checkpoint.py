@@ -57,6 +57,10 @@ SIZES = {
     "inner": ("ffn_hidden_size", "intermediate_size", "n_inner", "ffn_dim"),
 }
 """Size of a decoder → what config.json calls it, of one architecture or another."""
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k",
+          "num_selected_experts", "experts_per_token", "top_k_experts")  # fmt: skip
+"""What config.json calls the number of a layer's experts, and of those that a token takes."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """What config.json calls the longest text that a model was made for."""
 _ABOVE_0 = frozenset({

@@ -6,6 +6,7 @@ stages recorded of it, the shards against the test set, and computes metrics.jso
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,17 @@ from yelp_hpc.config import Config
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError
 from yelp_hpc.inference.provenance import PREFIX, Provenance, wanted
 from yelp_hpc.proof import second_opinion
+from yelp_hpc.publishing.public import public_record
 from yelp_hpc.rundir.changes import differences, dotted
-from yelp_hpc.rundir.collected import as_written
-from yelp_hpc.rundir.files import damaged_files, read_json, read_marker, read_object, sha256_file
+from yelp_hpc.rundir.collected import altered_report, as_written
+from yelp_hpc.rundir.files import (
+    damaged_files,
+    json_bytes,
+    read_json,
+    read_marker,
+    read_object,
+    sha256_file,
+)
 from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import foreign_adapter
 from yelp_hpc.rundir.paths import SPLITS, WEIGHTS, RunPaths, shard_of
@@ -81,10 +90,7 @@ def _prepared(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Itera
             yield f"{run.prepare / 'complete.json'}: does not cover {path.name}"
     summary = marker.get("summary") or {}
     recorded = record.get("data") or {}
-    for key, old, new in differences(
-        {k: v for k, v in summary.items() if k in recorded},
-        {k: v for k, v in recorded.items() if k in summary},
-    ):
+    for key, old, new in differences(summary, {key: recorded.get(key) for key in summary}):
         yield f"{run.run_json}: data.{key} is {new!r}, prepare recorded {old!r}"
 
 
@@ -269,6 +275,8 @@ def _metrics(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterat
     from yelp_hpc.evaluation.measure import measure
 
     recorded = read_json(run.metrics)
+    if wrong := altered_report(run):
+        yield f"{run.report}: {wrong}"
     try:
         computed, _ = measure(run, config)
     except (StageError, OSError, ValueError) as error:
@@ -317,13 +325,17 @@ def _published(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
         )
     with as_written(run.published, "delete it and publish again"):
         there = {file["name"]: file["sha256"] for file in published.get("files") or []}
-    local = {path.name: path for path in (run.metrics, run.run_json, run.loss_png)}
+    local = {path.name: path for path in (run.metrics, run.loss_png)}
     if not config.publish.merged:
         local[WEIGHTS] = run.adapter / WEIGHTS
+    here = {path: sha256_file(path) for path in local.values() if path.is_file()}
+    # of run.json its public form went up, by what the record says now
+    local[run.run_json.name] = run.run_json
+    here[run.run_json] = hashlib.sha256(json_bytes(public_record(record, config))).hexdigest()
     for name, path in local.items():
-        if not path.is_file():
+        if path not in here:
             continue
         if name not in there:
             yield f"{run.published}: does not list {name}"
-        elif there[name] != sha256_file(path):
+        elif there[name] != here[path]:
             yield f"{run.published}: {name} was published with another content than {path}"

@@ -242,6 +242,15 @@ def last_seen(attempt: Attempt) -> float:
     return float(attempt.__dict__.get("seen", attempt.started))
 
 
+def lasted(attempt: Attempt) -> float:
+    """Seconds from its start to when it was last seen.
+
+    Never below 0: a heartbeat is by the file server's clock, which may be behind the node's, and a
+    node's own may be set back.
+    """
+    return max(0.0, last_seen(attempt) - attempt.started)
+
+
 class GpuHours(NamedTuple):
     """GPU-hours; `lost` of those `used` were computed and thrown away by interruptions."""
 
@@ -256,7 +265,6 @@ def gpu_hours(attempts: Iterable[Attempt]) -> GpuHours:
     """What the starts took: the one count that the status, the report and the card show."""
     used = lost = 0.0
     for attempt in attempts:
-        # a heartbeat is by the file server's clock, which may be behind the node's
-        used += attempt.gpus * max(0.0, last_seen(attempt) - attempt.started)
+        used += attempt.gpus * lasted(attempt)
         lost += attempt.gpus * attempt.lost
     return GpuHours(used / 3600, lost / 3600)

@@ -17,6 +17,7 @@ from yelp_hpc.rundir.files import json_bytes, sha256_file, write_bytes
 from yelp_hpc.rundir.paths import RunPaths
 
 _SIGN = re.compile(rb"<!-- of metrics\.json sha256:([0-9a-f]{64}) -->\s*$")
+_OWN = re.compile(rb"<!-- what stands above sha256:([0-9a-f]{64}) -->\n")
 _END = 200  # bytes of a page that hold its last line
 
 
@@ -27,9 +28,11 @@ def write_collected(paths: RunPaths, metrics: object, page: str) -> None:
         StageError: as `write_bytes` does; it says what was not written.
     """
     content = json_bytes(metrics)
+    shown = f"{page.rstrip()}\n".encode()
+    own = f"<!-- what stands above sha256:{hashlib.sha256(shown).hexdigest()} -->\n"
     sign = f"<!-- of metrics.json sha256:{hashlib.sha256(content).hexdigest()} -->\n"
     try:
-        write_bytes(paths.report, f"{page.rstrip()}\n{sign}".encode())
+        write_bytes(paths.report, shown + own.encode() + sign.encode())
         write_bytes(paths.metrics, content)
     except StageError as error:
         raise StageError(f"metrics.json and report.html were not written: {error}") from error
@@ -45,6 +48,21 @@ def collected(paths: RunPaths) -> bool:
             sign is None or sign[1].decode() == sha256_file(paths.metrics)
         )
     return False
+
+
+def altered_report(paths: RunPaths) -> str:
+    """What is wrong with report.html beside metrics.json, "" if nothing is.
+
+    Of a page that says no hash of its own, which an earlier version wrote, the metrics alone.
+    """
+    if not paths.report.is_file():
+        return "is missing"
+    if not collected(paths):
+        return "shows other metrics than metrics.json holds"
+    page = paths.report.read_bytes()
+    own = _OWN.search(page)
+    whole = own is None or hashlib.sha256(page[: own.start()]).hexdigest() == own[1].decode()
+    return "" if whole else "was altered since it was written"
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def differing(by_run: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 def cost(run: RunPaths) -> dict[str, float]:
     """What the starts of a run's jobs took: hours of jobs, and of GPUs."""
     starts = attempts.of_run(run)
-    seconds = sum(attempts.last_seen(start) - start.started for start in starts)
+    seconds = sum(map(attempts.lasted, starts))
     used, lost = attempts.gpu_hours(starts)
     return {"job_hours": seconds / 3600, "gpu_hours": used, "gpu_hours_lost": lost}
 

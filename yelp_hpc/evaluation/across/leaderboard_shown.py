@@ -58,7 +58,7 @@ def spread_text(found: Mapping[str, Any] | None) -> str:
     """`0.539 ±0.006`; no spread of one seed."""
     if found is None:
         return "–"
-    return figure(found["mean"]) + ("" if found["sd"] is None else f" ±{found['sd']:.3f}")
+    return figure(found["mean"]) + ("" if found["sd"] is None else f" ±{figure(found['sd'])}")
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from yelp_hpc.models.checkpoint import is_size
+from yelp_hpc.models.checkpoint import CHOSEN, EXPERTS, is_size
 from yelp_hpc.models.load import attention_of
 
 VOCABULARY = 96
@@ -44,9 +44,6 @@ _INNER = (
     "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff", "dim_ff", "inner_dim",
     "expert_size", "ff_dim", "expansion_hidden",
 )  # fmt: skip
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k",
-           "num_selected_experts", "experts_per_token", "top_k_experts")  # fmt: skip
 _VOCABULARY = ("n_vocab", "padded_vocab_size", "encoder_hash_byte_group_vocab")
 LIMITS = (
     "sliding_window", "attention_chunk_size", "index_topk", "keep_window_size", "window_size",
@@ -174,10 +171,10 @@ def _smaller(values: dict[str, Any], longest: int, step: Step) -> dict[str, Any]
     for i, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         if key in values:
             values[key] = i
-    for key in _EXPERTS:
+    for key in EXPERTS:
         if values.get(key):
             values[key] = 4
-    for key in _CHOSEN:
+    for key in CHOSEN:
         if values.get(key):
             values[key] = min(2, values[key] if isinstance(values[key], int) else 2)
     for key, limit in limits(values).items():
