@@ -41,6 +41,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     public = json_bytes(public_record(read_json(run.run_json), load_run(run.root)[1]))
     files.append({"name": "run.json", "size": 0, "sha256": hashlib.sha256(public).hexdigest()})
     write_json(run.published, {"repo_id": "me/stars", "files": files})
+    lines = run.train_log.read_text().splitlines(keepends=True)
+    lines[-1] = json.dumps({**json.loads(lines[-1]), "validation_loss": 0.75}) + "\n"
+    run.train_log.write_text("".join(lines))
+    write_json(run.budgets, [{"step": 0, "max_tokens": 128}])
+    marker = read_json(run.adapter / MARKER)
+    marker |= {"best": {"step": 11, "validation_loss": 0.75}, "budgets": read_json(run.budgets)}
+    write_json(run.adapter / MARKER, marker)
     return run
 
 
@@ -115,6 +122,39 @@ def foreign_shard(run: RunPaths) -> Path:
     return run.shard("tuned", 0, 2)
 
 
+def forget(folder: Path, name: str) -> Path:
+    """A marker that no longer covers a file."""
+    marker = read_json(folder / MARKER)
+    del marker["files"][name]
+    write_json(folder / MARKER, marker)
+    return folder / MARKER
+
+
+def exchanged(one: Path, other: Path) -> Path:
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
+    return one.parent
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copy(source, target)
+    return target
+
+
+def cut_lines(log: Path) -> Path:
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    return log
+
+
+def logged_loss(run: RunPaths) -> Path:
+    """A study chooses by it."""
+    text = run.train_log.read_text()
+    assert '"validation_loss": 0.75' in text
+    run.train_log.write_text(text.replace('"validation_loss": 0.75', '"validation_loss": 0.65'))
+    return run.train_log
+
+
 def figure_in(page: Path) -> Path:
     text = page.read_text()
     at = text.index("<td>accuracy</td><td>0.") + len("<td>accuracy</td><td>0.")
@@ -181,6 +221,16 @@ TAMPERINGS: dict[str, Callable[[RunPaths], Path]] = {
     "hash in published.json": lambda r: edit(r.published, "files", 0, "sha256", to="0" * 64),
     "repository in published.json": lambda r: edit(r.published, "repo_id", to="you/stars"),
     "metrics.json no JSON": lambda r: truncate(r.metrics),
+    "adapter's settings no longer covered": lambda r: forget(r.adapter, "adapter_config.json"),
+    "shards of a model exchanged": lambda r: exchanged(
+        r.shard("tuned", 0, 2), r.shard("tuned", 1, 2)
+    ),
+    "another parquet file beside the shards": lambda r: copied(
+        r.shard("base", 0, 2), r.predictions("base") / "more.parquet"
+    ),
+    "last step of the log gone": lambda r: cut_lines(r.train_log),
+    "validation loss in the log": lambda r: logged_loss(r),
+    "budgets that batches were cut by": lambda r: edit(r.budgets, 0, "max_tokens", to=999),
     "figure in report.html": lambda r: figure_in(r.report),
     "report.html of other metrics": lambda r: collect_again(r),
     "report.html removed": lambda r: remove(r.report),
@@ -249,6 +299,14 @@ def test_a_forged_adapter_is_found_by_the_shards_or_the_config(run: RunPaths, na
 def test_forged_training_data_is_found_by_the_adapter(run: RunPaths) -> None:
     path = forged_marker(run.prepare, "train.parquet")
     assert any(problem.startswith(str(path)) for problem in verify(run))
+
+
+def test_a_setting_that_the_adapters_record_no_longer_tells_is_missed(run: RunPaths) -> None:
+    marker = read_json(run.adapter / MARKER)
+    del marker["fingerprint"]["train"]["learning_rate"]
+    write_json(run.adapter / MARKER, marker)
+    told = "train.learning_rate is 0.005, the adapter was trained with None"
+    assert any(told in problem for problem in verify(run))
 
 
 def test_settings_of_publish_may_change_later(run: RunPaths) -> None:

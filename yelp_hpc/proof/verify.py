@@ -31,7 +31,8 @@ from yelp_hpc.rundir.files import (
 )
 from yelp_hpc.rundir.manifest import recorded_config
 from yelp_hpc.rundir.origin import foreign_adapter
-from yelp_hpc.rundir.paths import SPLITS, WEIGHTS, RunPaths, shard_of
+from yelp_hpc.rundir.paths import SPLITS, WEIGHTS, RunPaths
+from yelp_hpc.rundir.record import training_log
 from yelp_hpc.rundir.request import adapter_sha256, read_request
 from yelp_hpc.rundir.study import Study
 from yelp_hpc.settings import check_values
@@ -124,6 +125,7 @@ def _trained(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterat
     Or it was taken of a run that, where it is still here, holds the same and is what it says.
     """
     yield from foreign_adapter(run, config)
+    yield from _logged(run)
     taken = (read_marker(run.adapter) or {}).get("taken")
     source = RunPaths(str(config.train.adapter))
     if isinstance(taken, dict) and source.run_json.is_file():
@@ -137,6 +139,28 @@ def _trained(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterat
             yield from foreign_adapter(source, recorded_config(source.run_json))
 
 
+def _logged(run: RunPaths) -> Iterator[str]:
+    """The log and the record of budgets are those of the training that made the adapter."""
+    marker = read_marker(run.adapter) or {}
+    if "fingerprint" not in marker:
+        return
+    lines = {line["step"]: line for line in training_log(run)}
+    if marker.get("step") != (last := max(lines, default=0)):
+        yield f"{run.train_log}: ends at step {last}, the adapter is of step {marker.get('step')}"
+    best = marker.get("best")
+    if isinstance(best, dict):
+        there = lines.get(best.get("step"), {})
+        for key, value in best.items():
+            if key.startswith("validation_") and there.get(key) != value:
+                where = f"{key} of step {best.get('step')}"
+                yield f"{run.train_log}: {where} is {there.get(key)!r}, the adapter has {value!r}"
+    if (budgets := marker.get("budgets")) is not None:
+        with suppress(StageError):
+            if read_json(run.budgets) == budgets:
+                return
+        yield f"{run.budgets}: is missing, or not what the adapter was trained with"
+
+
 def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:
     """Every shard is there, whole, of this adapter and this test set.
 
@@ -145,7 +169,8 @@ def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
     for model in config.infer.models:
         folder, shards = run.predictions(model), config.infer.shards
         expected = {run.shard(model, k, shards) for k in range(shards)}
-        found = {p for p in folder.glob("*.parquet") if shard_of(p)} if folder.is_dir() else set()
+        # as parquet's readers list a folder: hidden files and those of other tools' are not read
+        found = set(folder.glob("[!._]*")) if folder.is_dir() else set()
         for path in sorted(expected - found):
             yield f"{path} is missing"
         for path in sorted(found - expected):
@@ -157,6 +182,8 @@ def _predicted(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iter
             yield from _shard(path, run, config, model, test, seen)
         if expected <= found and test and len(seen) < len(test):
             yield f"{folder}: {len(test) - len(seen)} of {len(test)} test rows have no prediction"
+        elif expected <= found and seen.keys() == test.keys() and [*seen] != [*test]:
+            yield f"{folder}: its rows are not in the order of the test set"
 
 
 def _answered(run: RunPaths, config: Config, record: Mapping[str, Any]) -> Iterator[str]:

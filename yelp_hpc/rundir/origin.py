@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from yelp_hpc.config import Config
+from yelp_hpc.config import FREE_TRAIN_SETTINGS, Config, TrainConfig
 from yelp_hpc.errors import StageError, all_problems, in_shell
 from yelp_hpc.rundir.changes import differences
 from yelp_hpc.rundir.files import MARKER, read_json, read_marker, sha256_file
 from yelp_hpc.rundir.manifest import chosen_precision, in_precision
-from yelp_hpc.rundir.paths import ADAPTER_CONFIG, WEIGHTS, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, RunPaths
+
+_FREE = {*FREE_TRAIN_SETTINGS, "adapter"}
+"""What a training does not depend on."""
 
 
 def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
@@ -21,8 +24,9 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
     marker = read_marker(run.adapter)
     if marker is None:
         return
-    if WEIGHTS not in marker["files"]:
-        yield f"{run.adapter / MARKER}: does not cover {WEIGHTS}"
+    for name in ADAPTER_FILES:
+        if name not in marker["files"]:
+            yield f"{run.adapter / MARKER}: does not cover {name}"
     if config.train.adapter is not None or "taken" in marker:
         yield from _another(run, config, marker)
         return
@@ -31,6 +35,7 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
         yield f"{run.adapter / MARKER}: holds no fingerprint of the training"
         return
     config = in_precision(config, chosen_precision(run))
+    defaults = TrainConfig().model_dump(mode="json")
     wanted = {
         "seed": config.seed,
         "model": _recorded_model(run) or config.model.model_dump(mode="json"),
@@ -38,7 +43,8 @@ def foreign_adapter(run: RunPaths, config: Config) -> Iterator[str]:
         "train": {
             key: value
             for key, value in config.train.model_dump(mode="json").items()
-            if key in (trained.get("train") or {})
+            # a key of a later version than the training's has its default
+            if key in (trained.get("train") or {}) or (key not in _FREE and value != defaults[key])
         },
     }
     for key, old, new in differences({k: trained.get(k) for k in wanted}, wanted):
