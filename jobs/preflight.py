@@ -24,7 +24,7 @@ from yelp_hpc.jobs.container import over_image
 from yelp_hpc.jobs.job import Job
 from yelp_hpc.jobs.slurm import several_clusters
 from yelp_hpc.models.adapter_source import find_adapter
-from yelp_hpc.own_files import outdated
+from yelp_hpc.own_files import outdated, pip_install
 from yelp_hpc.publishing.token import find_token
 from yelp_hpc.runtime import program
 from yelp_hpc.training.trackers import missing as missing_trackers
@@ -155,7 +155,7 @@ def _packages(
     elif missing == ("tensorboard",):
         yield (
             "train.tensorboard is on, but the package tensorboard is not installed → "
-            f"{python} -m pip install tensorboard, or --set train.tensorboard=false"
+            f"{pip_install('tensorboard', python)}, or --set train.tensorboard=false"
         )
     elif missing:
         yield without_packages(python, missing)
@@ -196,7 +196,7 @@ def without_packages(python: str, missing: Sequence[str]) -> str:
 
 def install_command(python: str) -> str:
     """What installs the job side for a Python."""
-    return f"{python} -m pip install 'yelp-hpc[job,demo]'"
+    return pip_install("'yelp-hpc[job,demo]'", python)
 
 
 @functools.cache

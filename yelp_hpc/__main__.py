@@ -39,7 +39,13 @@ def start() -> None:
         main()
     except Exception as error:
         failed = _no_room(error)
-        refused = _in_the_way(error) or _unfit(error) or _too_old(error) or _missing(error)
+        refused = (
+            _in_the_way(error)
+            or _unfit(error)
+            or _misread(error)
+            or _too_old(error)
+            or _missing(error)
+        )
         if not failed and not refused:
             raise
         sys.stderr.write(f"{failed or refused}\n")
@@ -67,9 +73,11 @@ def _missing(error: Exception) -> str:
     name = str(getattr(error, "name", "")).partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or name in ("", "yelp_hpc"):
         return ""
+    from yelp_hpc.own_files import pip_install
+
     return (
         f"this needs the package {name}, which {sys.executable} does not have:\n"
-        f"  {sys.executable} -m pip install yelp-hpc\n"
+        f"  {pip_install('yelp-hpc')}\n"
         "or call the Python that it is installed for"
     )
 
@@ -102,6 +110,21 @@ def _unfit(error: Exception) -> str:
         f"{' and '.join(names)} of your shell may put another in its place (a module, conda): "
         f"unset {' '.join(names)} and try again"
     )
+
+
+def _misread(error: Exception) -> str:
+    """Of a variable of the shell that a library reads and cannot use, by the line that reads it."""
+    import linecache
+    import re
+    import traceback
+
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        first, last = frame.lineno or 0, frame.end_lineno or 0
+        lines = "".join(linecache.getlines(frame.filename)[first - 1 : last])
+        for name in re.findall(r"(?:environ(?:\.get)?|getenv)[\[(]\s*[\"'](\w+)", lines):
+            if name in os.environ:
+                return f"{name} of your shell cannot be used ({error}): unset {name}, or mend it"
+    return ""
 
 
 def _too_old(error: Exception) -> str:

@@ -51,6 +51,11 @@ def version() -> str:
     return importlib.metadata.version(PROJECT)
 
 
+def pip_install(what: str, python: str = sys.executable) -> str:
+    """The command that installs `what` for a Python, ready to be typed."""
+    return f"{shlex.quote(python)} -m pip install {what}"
+
+
 def outdated(extras: Iterable[str] = ()) -> str:
     """What is said of installed packages that are older than this code needs; "" of none.
 
@@ -75,7 +80,7 @@ def outdated(extras: Iterable[str] = ()) -> str:
         return ""
     return (
         f"{sys.executable} has packages that are too old: {', '.join(old.values())} → "
-        f"{sys.executable} -m pip install {shlex.join(old)}; those in ~/.local hides "
+        f"{pip_install(shlex.join(old))}; those in ~/.local hides "
         "`export PYTHONNOUSERSITE=1`"
     )
 

@@ -120,10 +120,16 @@ def test_folders_of_our_names_on_pythonpath_are_in_nobodys_way(tmp_path: Path) -
     assert typed("config", "show", "--config", "demo", PYTHONPATH=path)[0] == 0
 
 
-def test_a_python_without_the_packages_is_told_how_they_are_installed() -> None:
-    code, out, said = typed("--version", options=("-S",))  # without site-packages
-    assert (code, out) == (2, "")
-    assert said.startswith(f"this needs the package click, which {sys.executable} does not have")
+def test_a_python_without_the_packages_is_told_how_they_are_installed(tmp_path: Path) -> None:
+    python = tmp_path / "my venv" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    options = ("-S", "-m", "yelp_hpc", "--version")  # without site-packages
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    done = subprocess.run([python, *options], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"this needs the package click, which {python} does not have")
+    assert f"\n  '{python}' -m pip install yelp-hpc\n" in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "| true", "2>&1 | true"])
@@ -159,6 +165,15 @@ def test_a_shared_library_that_the_shell_puts_in_the_way_is_named(tmp_path: Path
     code, out, said = typed("config", "show", "--config", "demo", LD_LIBRARY_PATH=str(tmp_path))
     assert (code, out) == (2, "") and "a library does not fit" in said, said
     assert str(tmp_path / "libgcc_s.so.1") in said and "unset LD_LIBRARY_PATH" in said
+
+
+def test_a_variable_that_a_library_cannot_read_is_named(tmp_path: Path) -> None:
+    name = "HF_HUB_ETAG_TIMEOUT"
+    options = ("submit", "all", "--config=demo", f"--run={tmp_path / 'r'}")
+    code, _, said = typed(*options, **{name: "10s"})
+    assert code == 2
+    assert said.endswith(f"with base 10: '10s'): unset {name}, or mend it"), said
+    assert not list(tmp_path.iterdir())
 
 
 def test_packages_that_are_too_old_are_named(tmp_path: Path) -> None:

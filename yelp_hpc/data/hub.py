@@ -7,11 +7,11 @@ nothing of the network itself.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from typing import Literal
 
 from yelp_hpc.errors import RequestError, StageError, YelpHpcError, first_line
+from yelp_hpc.own_files import pip_install
 
 Kind = Literal["model", "data set"]
 LOGIN = "`hf auth login` (or set HF_TOKEN)"
@@ -90,7 +90,7 @@ def shell_problem(error: BaseException) -> str:
         if isinstance(cause, ImportError) and "SOCKS" in str(cause):
             return (
                 "a proxy of your shell speaks SOCKS, for which a package is missing: "
-                f"{sys.executable} -m pip install socksio, or name an http proxy (ALL_PROXY)"
+                f"{pip_install('socksio')}, or name an http proxy (ALL_PROXY)"
             )
         if type(cause).__name__ == "InvalidURL" or "proxy URL" in str(cause):
             return (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import Any, get_args
 
 from yelp_hpc.config import Config, Tracker
 from yelp_hpc.errors import RequestError, StageError, all_problems, first_line
+from yelp_hpc.own_files import pip_install
 from yelp_hpc.rundir.files import read_json, remove, write_json
 from yelp_hpc.rundir.paths import TRACKERS, RunPaths
 from yelp_hpc.rundir.record import training_log
@@ -41,7 +41,7 @@ def scalars(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, Line]]:
 def missing(names: Sequence[str]) -> list[str]:
     """What to say of each tracker whose package is not installed here."""
     return [
-        f"{name} needs a package: {sys.executable} -m pip install {PACKAGES[name][1]}"
+        f"{name} needs a package: {pip_install(PACKAGES[name][1])}"
         for name in names
         if importlib.util.find_spec(PACKAGES[name][0]) is None
     ]
