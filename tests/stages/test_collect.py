@@ -181,3 +181,18 @@ def test_the_table_is_shown_where_nothing_can_be_written(
         assert json.loads(done.stdout)["models"]["tuned"]
     else:
         assert "F1 macro" in done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_who_stops_reading_the_table_still_has_the_files(
+    tmp_path: Path, options: list[str]
+) -> None:
+    """`collect | head -1`: the pipe is closed while the table is printed."""
+    run, _ = make_run(tmp_path / "run", rows=60)
+    argv = [sys.executable, "-m", "yelp_hpc", "collect", "--run", str(run.root), *options]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout and done.stderr
+        done.stdout.close()
+        said = done.stderr.read().decode()
+    assert "Traceback" not in said and "Exception" not in said, said
+    assert run.metrics.is_file() and run.report.is_file()

@@ -37,12 +37,15 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
     if html:
         refuse_foreign(Path(html), compared_shown.is_comparison)
     found = compared.compare(loaded)
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        compared_shown.print_comparison(found)
+    try:
+        if html:
+            write_bytes(Path(html), compared_shown.comparison_page(found).encode())
+    finally:
+        if as_json:
+            click.echo(json.dumps(found))
+        else:
+            compared_shown.print_comparison(found)
     if html:
-        write_bytes(Path(html), compared_shown.comparison_page(found).encode())
         click.echo(f"wrote {html}", err=True)
 
 

@@ -208,8 +208,10 @@ def collect(run_dir: str, as_json: bool) -> None:
     run, config = load_run(run_dir)
     if as_json and not run.request.is_file():
         metrics, page = stage.compute(run, config)
-        click.echo(json.dumps(metrics))
-        write_collected(run, metrics, page)
+        try:
+            write_collected(run, metrics, page)
+        finally:
+            click.echo(json.dumps(metrics))
     else:
         stage.run(run, config)
 

@@ -35,8 +35,10 @@ def run(paths: RunPaths, config: Config) -> None:
         predict.collect(paths, config)
         return
     metrics, page = compute(paths, config)
-    print_outcome(metrics, config.data.model_dump())
-    write_collected(paths, metrics, page)
+    try:  # first: whoever reads the table may stop reading (`| head`)
+        write_collected(paths, metrics, page)
+    finally:
+        print_outcome(metrics, config.data.model_dump())
     say(f"wrote {paths.metrics} and {paths.report}")
 
 

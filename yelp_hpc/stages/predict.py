@@ -191,13 +191,12 @@ def collect(paths: RunPaths, config: Config) -> None:
     if rows != total:
         out.unlink()
         raise StageError(f"{request.input} has changed since its rows were prepared")
+    metrics = None
     if labelled:
         metrics, _ = measure(paths, config)
-        print_outcome(metrics)
         content = json_bytes(metrics)
         write_bytes(paths.metrics, content)
         write_bytes(request.metrics, content)
-        say(f"wrote {request.metrics}")
     write_json(
         paths.answered,
         {
@@ -209,6 +208,9 @@ def collect(paths: RunPaths, config: Config) -> None:
             "model": vars(wanted(paths, config, request.model)),
         },
     )
+    if metrics is not None:
+        print_outcome(metrics)
+        say(f"wrote {request.metrics}")
     say(f"wrote {rows:,} rows to {out}")
 
 
