@@ -37,7 +37,7 @@ from yelp_hpc.jobs.supervisor import supervise
 from yelp_hpc.rundir.attempts import task_text
 from yelp_hpc.rundir.files import write_failure
 from yelp_hpc.rundir.paths import RunPaths, Task
-from yelp_hpc.runtime import TOKENS, program
+from yelp_hpc.runtime import CARDS, GIVEN_CARDS, TOKENS, program
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor
@@ -311,11 +311,13 @@ def start_local(job: Job, task: Task, paths: RunPaths, code: Path, frozen: Path)
     # which sets its own handler, is the one that hears it and has the stage saved
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     inherited = os.environ.get("PYTHONPATH")
-    path = f"{code}:{inherited}" if inherited else str(code)
+    given = {"PYTHONPATH": f"{code}:{inherited}" if inherited else str(code)}
+    if (gpus := os.environ.get(CARDS)) is not None:
+        given[GIVEN_CARDS] = gpus or "-1"  # an empty list hides them all
     try:
         executor: LocalExecutor = LocalExecutor(folder=paths.logs / "local")
         executor.update_parameters(timeout_min=FOREVER, stderr_to_stdout=True)
-        with _environment(job.stage, PYTHONPATH=path):
+        with _environment(job.stage, **given):
             handle: Any = executor.submit(
                 supervise, job.stage, str(paths.root), str(frozen), job.model, task_text(task)
             )

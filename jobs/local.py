@@ -6,10 +6,11 @@ stage's log to standard error; Ctrl-C has the running stage save and stop.
 
 from __future__ import annotations
 
-import sys
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
@@ -25,7 +26,8 @@ from yelp_hpc.jobs.submission import (
     record,
 )
 from yelp_hpc.jobs.verdict import AGAIN, REFUSED
-from yelp_hpc.progress import plain
+from yelp_hpc.progress import plain, write
+from yelp_hpc.ranks.rank import Flag
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.runtime import open_log
@@ -53,7 +55,13 @@ def run_chain(
         SavedForRequeue: stopped by a signal after saving.
     """
     submissions: list[Submission] = []
+    told = Flag()
     before_us = cancellations(paths)
+
+    def stopped() -> str:
+        other = "cancelled" if cancellations(paths) != before_us else ""
+        return "stopped" if told.is_set() else other
+
     failed: dict[str, str] = {}
     refused = False
     skipped: set[str] = set()
@@ -66,10 +74,15 @@ def run_chain(
             skipped.add(job.name)
             continue
         for task in job.tasks:
-            if cancellations(paths) != before_us:  # between two stages there is nobody to signal
-                raise SavedForRequeue(f"cancelled before {job.name}. Run the same command again.")
-            submission, attempt = _run_task(job, task, paths, cluster, frozen, code, say)
+            if why := stopped():  # between two stages there is nobody to signal
+                raise SavedForRequeue(f"{why} before {job.name}. Run the same command again.")
+            with _hears_ctrl_c(told):
+                submission, attempt = _run_task(
+                    job, task, paths, cluster, frozen, code, say, stopped
+                )
             submissions.append(submission)
+            if attempt is None and (why := stopped()):
+                raise SavedForRequeue(f"{why} as {job.name} began. Run the same command again.")
             if attempt is None or attempt.verdict == "failed":
                 reason = without_tail(attempt.reason) if attempt else "its supervisor died"
                 refused |= not failed and attempt is not None and attempt.reason.startswith(REFUSED)
@@ -91,6 +104,7 @@ def _run_task(
     frozen: Path,
     code: Path,
     say: Callable[[str], None],
+    stopped: Callable[[], str],
 ) -> tuple[Submission, attempts.Attempt | None]:
     from yelp_hpc.jobs.executor import start_local
 
@@ -102,24 +116,38 @@ def _run_task(
     identity = {"began": process_start(process.pid), "boot_id": boot_id()}
     record(paths, submission, "local", frozen, code, **identity)
     say(f"{job.name}{f' shard {attempts.task_text(task)}' if task else ''}: started, log {log}")
-    while True:
-        try:
-            ended = process.poll() is not None
-            offset = _copy_new(log, offset)
-            if ended:
-                break
+    said = ended = False
+    while not ended:
+        ended = process.poll() is not None
+        offset = _copy_new(log, offset)
+        if stopped():
+            if not said:
+                say(f"{job.name}: told to save and stop")
+            said = True
+            process.send_signal(signal.SIGTERM)  # again: a supervisor that starts hears nothing yet
+        if not ended:
             time.sleep(FOLLOW_SECONDS)
-        except KeyboardInterrupt:
-            say(f"{job.name}: told to save and stop")
     tried = [a for a in attempts.read(paths, job.name, local_id) if a.path(paths) not in known]
     return submission, tried[-1] if tried and tried[-1].verdict else None
+
+
+@contextmanager
+def _hears_ctrl_c(told: Flag) -> Iterator[None]:
+    """Inside the block Ctrl-C sets `told`, and nothing else."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 def _copy_new(log: Path, offset: int) -> int:
     with suppress(OSError), open_log(log) as file:
         file.seek(offset)
         new = file.read()
-        sys.stderr.write(plain(new.decode(errors="replace")))
-        sys.stderr.flush()
+        write(plain(new.decode(errors="replace")))
         return offset + len(new)
     return offset

@@ -41,7 +41,7 @@ from yelp_hpc.rundir.modes import PATIENCE, is_full, room_again
 from yelp_hpc.rundir.node_faults import read_faults, this_node
 from yelp_hpc.rundir.paths import RunPaths, Task
 from yelp_hpc.rundir.study import take_shared
-from yelp_hpc.runtime import open_log, use_programs
+from yelp_hpc.runtime import CARDS, GIVEN_CARDS, open_log, use_programs
 
 HEARTBEAT = 10.0
 POLL = 0.2
@@ -213,6 +213,7 @@ def _run(
         env.pop("SLURM_JOB_END_TIME", None)
     else:  # inside an allocation, of several nodes perhaps, it still runs on this one alone
         env.setdefault("YELP_HPC_NNODES", "1")
+        env[CARDS] = env.pop(GIVEN_CARDS, "")
     save = cluster.resources(job.stage).save
     log = paths.stage_log(job.name, job.tasks[0])
     if (node := env.get("YELP_HPC_NODE_RANK", "0")) != "0":

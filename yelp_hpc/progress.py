@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -49,7 +50,18 @@ def as_called(text: str) -> str:
 
 def say(text: str) -> None:
     """Print one line to standard error, at once, without control characters."""
-    print(as_called(plain(text)), file=sys.stderr, flush=True)
+    write(f"{as_called(plain(text))}\n")
+
+
+def write(text: str) -> None:
+    """Write to standard error, at once; where nobody reads it any more, nowhere."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BrokenPipeError:  # `2>&1 | head`: the work goes on
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
 
 def clock(seconds: float) -> str:
@@ -91,7 +103,7 @@ def step_bar() -> Iterator[Callable[[str], None]]:
     validation, are printed too. Anything else is printed as it is.
     """
     if not sys.stderr.isatty():
-        yield _write
+        yield write
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -115,8 +127,3 @@ def step_bar() -> Iterator[Callable[[str], None]]:
                 bars.update(task, completed=done, total=total, description=what, refresh=True)
 
         yield show
-
-
-def _write(line: str) -> None:
-    sys.stderr.write(line)
-    sys.stderr.flush()

@@ -26,6 +26,8 @@ DEFAULTS = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
+CARDS, GIVEN_CARDS = "CUDA_VISIBLE_DEVICES", "YELP_HPC_GIVEN_CARDS"
+"""The GPUs that are seen, and under which name a local chain hands them on: submitit hides all."""
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """What the Hub's client reads a token from."""
 TOKENS = tuple(

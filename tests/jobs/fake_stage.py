@@ -51,7 +51,10 @@ def play(shard: int | None) -> None:
     with (root / "trace.jsonl").open("a") as trace:
         place = {
             key: os.environ.get(key)
-            for key in ("YELP_HPC_NNODES", "YELP_HPC_NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+            for key in (
+                *("YELP_HPC_NNODES", "YELP_HPC_NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+                "CUDA_VISIBLE_DEVICES",
+            )
         }
         line = {"name": name, "began": time.time(), "pid": os.getpid(), **place}
         trace.write(json.dumps(line) + "\n")

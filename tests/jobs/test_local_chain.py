@@ -23,6 +23,7 @@ from yelp_hpc.jobs.logs import find_logs
 from yelp_hpc.jobs.snapshot import freeze
 from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.jobs.submission import boot_id, process_start
+from yelp_hpc.own_files import IMPORT_ROOT
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import append_jsonl
 from yelp_hpc.rundir.paths import MODELS, RunPaths
@@ -204,6 +205,51 @@ def test_cancel_saves_and_stops(fake_run: MakeRun) -> None:
     thread.join()
     assert attempts.read(RunPaths(run.root), "train")[-1].verdict == "stopped"
     assert (run.root / "train" / "checkpoints" / "step.json").exists()
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "cancel"])
+def test_what_stops_a_stage_before_it_can_hear_stops_the_chain(fake_run: MakeRun, how: str) -> None:
+    run = fake_run(steps=20).prepared()
+
+    def say(text: str) -> None:
+        if text.startswith("train: started"):  # its supervisor has no handler yet
+            os.kill(os.getpid(), signal.SIGINT) if how == "Ctrl-C" else cancel(run.root)
+
+    with pytest.raises(SavedForRequeue, match="Run the same command again"):
+        submit("all", run.root, run.config, run.cluster, "local", say=say)
+    assert {line["name"] for line in run.trace()} <= {"train"}
+    assert go(run) == 4
+
+
+def test_the_chain_goes_on_where_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    """`2>&1 | head -1`."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tests.jobs.fake_run import FakeRun\n"
+        "from yelp_hpc.jobs.chain import submit\n"
+        "run = FakeRun(Path(sys.argv[1]), 2, {}, steps=3)\n"
+        "submit('all', run.root, run.config, run.cluster, 'local')\n"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "run")]
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, env=env) as chain:
+        assert chain.stderr and chain.stderr.readline().startswith(b"prepare: started")
+        chain.stderr.close()
+        assert chain.wait() == 0
+    assert RunPaths(tmp_path / "run").metrics.is_file()
+
+
+@pytest.mark.parametrize(("given", "seen"), [("1", "1"), ("GPU-8a1", "GPU-8a1"), ("", "-1")])
+def test_a_stage_sees_the_gpus_that_the_shell_shows(
+    fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch, given: str, seen: str
+) -> None:
+    run = fake_run()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    go(run, "prepare")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    go(run, "train")
+    assert [line["CUDA_VISIBLE_DEVICES"] for line in run.trace()] == [seen, None]
 
 
 def test_a_stage_that_never_gets_anywhere_is_given_up(fake_run: MakeRun) -> None:
