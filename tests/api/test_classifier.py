@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.hub.server import serving
 from tests.hub.state import Hub
 from yelp_hpc import Classifier, Prediction
 from yelp_hpc.errors import RequestError, StageError
+from yelp_hpc.own_files import IMPORT_ROOT
 from yelp_hpc.publishing.export import export_merged
 from yelp_hpc.rundir.files import read_json, write_json
 from yelp_hpc.rundir.paths import RunPaths
@@ -92,6 +94,40 @@ def test_answers_alone_are_those_with_probabilities(run: RunPaths, finished: Fin
     alone = Classifier(run.root, base=finished[1], answers_only=True).predict(texts)
     assert [one.label for one in alone] == [one.label for one in scored]
     assert all(one.name and not one.probabilities and one.expected is None for one in alone)
+
+
+FORKED = """
+import multiprocessing, os, pickle, sys, threading
+from dataclasses import asdict
+from yelp_hpc import Classifier
+os.chdir(sys.argv[1])
+classifier = Classifier("run/train/adapter", base="model")
+os.chdir("/")
+texts = [f"the food was {word} and cold" for word in "awful rude fine good great".split()] * 4
+def labels(part):
+    return [one.label for one in classifier.predict(part)]
+together = []
+threads = [threading.Thread(target=lambda: together.append(labels(texts))) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+wanted = labels(texts)
+assert together == [wanted] * 3
+assert asdict(classifier.predict(texts)[0])["probabilities"]
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    assert [one.label for one in pool.apply(classifier.predict, (texts,))] == wanted
+    assert pool.apply(labels, (texts,)) == wanted
+"""
+
+
+def test_threads_forks_and_copies_of_it_answer_alike(run: RunPaths, finished: Finished) -> None:
+    """Named by relative paths, and the working directory is another when it is asked."""
+    (run.root.parent / "model").symlink_to(finished[1])
+    env = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT), "OMP_NUM_THREADS": "2"}
+    argv = [sys.executable, "-c", FORKED, str(run.root.parent)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 FRESH = """
@@ -240,6 +276,15 @@ def test_what_is_no_text_is_refused_before_anything_is_loaded(finished: Finished
     classifier = Classifier(finished[0].root, base=finished[1])
     with pytest.raises(TypeError, match="a list of texts"):
         classifier.predict("one text")
+    column = pandas.Series(["good", "bad"])
+    for table in (pandas.DataFrame({"text": column}), {"text": "good"}, {"good", "bad"}):
+        with pytest.raises(TypeError, match="a list or a column of texts, not a "):
+            classifier.predict(table)
+    with pytest.raises(RequestError, match=r"texts\[1\] holds half a character"):
+        classifier.predict(["gut, schön", "bad \udc80"])
+    odd: Any = "int8"
+    with pytest.raises(RequestError, match="precision"):
+        Classifier(finished[0].root, base=finished[1], precision=odd)
     wrong: Any = ["good", None]
     with pytest.raises(TypeError, match=r"texts\[1\] is None"):
         classifier.predict(wrong)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from yelp_hpc.api.source import find_source
 from yelp_hpc.config import Config, Precision
 from yelp_hpc.errors import RequestError, all_problems
+from yelp_hpc.settings import check_values
 
 if TYPE_CHECKING:
     from yelp_hpc.data.prompt import Prompt
     from yelp_hpc.inference.predictor import Loaded
+
+
+_turn = threading.RLock()
+"""One call at a time: loading a model sets what holds for every thread of a process."""
+
+
+@cache
+def _prepare_forks() -> None:
+    """Have forks of this process compute in one thread: OpenMP waits for the others, lost there."""
+    import torch
+
+    def in_child() -> None:
+        global _turn
+        _turn = threading.RLock()  # another thread may have held it
+        torch.set_num_threads(1)
+
+    os.register_at_fork(after_in_child=in_child)
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,8 @@ class Classifier:
     """A trained model that answers for texts as the run's evaluation did.
 
     Prompt, labels, longest text, mode and precision are those of the run. Weights are loaded when
-    the first text is asked, onto the GPU if there is one.
+    the first text is asked, onto the GPU if there is one. Threads may share it; a copy for another
+    process loads them anew.
 
     Args:
         source: a run directory; a Hub repository that `publish` made (`OWNER/NAME`), or a copy of
@@ -91,7 +111,8 @@ class Classifier:
         if answers_only and values["mode"] == "score":
             values["mode"] = "answer"
         if values != config.infer.model_dump():
-            config = config.model_copy(update={"infer": type(config.infer)(**values)})
+            infer = check_values(type(config.infer), values, Path("Classifier"))
+            config = config.model_copy(update={"infer": infer})
         self.config: Config = config
         """The run's configuration."""
 
@@ -105,7 +126,7 @@ class Classifier:
         """The labels' names for people."""
         return self.config.task.shown
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+    def predict(self, texts: Iterable[str]) -> list[Prediction]:
         """The answer for each text, in their order.
 
         A text over `data.cutoff` tokens loses its end, as in training.
@@ -114,13 +135,18 @@ class Classifier:
             texts: `n` texts, none of them blank; a list, a pandas or an Arrow column.
 
         Raises:
-            TypeError: `texts` is one text, or holds what is no text.
-            RequestError: a text is blank, the model cannot be used (the message says why).
+            TypeError: `texts` is one text, a table, a dict or a set, or holds what is no text.
+            RequestError: a text is blank or holds half a character, the model cannot be used (the
+                message says why).
             StageError: the scores overflowed, the memory of the device is too small.
         """
         given = _checked(texts)
         if not given:
             return []
+        with _turn:
+            return self._answers(given)
+
+    def _answers(self, given: list[str]) -> list[Prediction]:
         from yelp_hpc.inference.predictor import predictor_of
         from yelp_hpc.stages.prepare import tokens_of
 
@@ -155,6 +181,9 @@ class Classifier:
         end = check_tokenizer(tokenizer, folder)
         return bind_prompt(self.config, tokenizer), tokenizer, end
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_prompt", "_loaded")}
+
     @cached_property
     def _loaded(self) -> Loaded:
         from yelp_hpc.inference.predictor import load
@@ -165,6 +194,7 @@ class Classifier:
         def way(model: Any, folder: Path) -> Any:
             return take_the_way(model, config, folder, config.data.cutoff).generate
 
+        _prepare_forks()
         return load(config, self._source.adapter, way)
 
     def _prediction(
@@ -186,7 +216,7 @@ class Classifier:
         return Prediction(
             label=None if answer is None else task.labels[answer],
             name=None if answer is None else task.shown[answer],
-            probabilities=MappingProxyType(chances),
+            probabilities=chances,
             expected=expected,
             generated=generated,
         )
@@ -201,10 +231,13 @@ class Classifier:
         )
 
 
-def _checked(texts: Sequence[str]) -> list[str]:
+def _checked(texts: Iterable[str]) -> list[str]:
     """The texts as a list. Raises as `Classifier.predict` does."""
     if isinstance(texts, str | bytes):
         raise TypeError("predict takes a list of texts: predict([text])[0] is the answer for one")
+    if isinstance(texts, Mapping | Set) or hasattr(texts, "columns"):  # its names, or no order
+        kind = type(texts).__name__
+        raise TypeError(f"predict takes a list or a column of texts, not a {kind}")
     given = [one.as_py() if hasattr(one, "as_py") else one for one in texts]
     problems = []
     for place, text in enumerate(given):
@@ -212,6 +245,8 @@ def _checked(texts: Sequence[str]) -> list[str]:
             raise TypeError(f"texts[{place}] is {text!r}, no text")
         if not text.strip():
             problems.append(f"texts[{place}] is blank")
+        elif not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            problems.append(f"texts[{place}] holds half a character (a lone surrogate)")
     if problems:
         raise RequestError(all_problems("these texts cannot be asked:", problems))
     return given

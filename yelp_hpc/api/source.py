@@ -49,7 +49,7 @@ def find_source(
             exist or may not be read.
         StageError: the download fails, or the adapter is not the run's own.
     """
-    folder = Path(source).expanduser()
+    folder = Path(source).expanduser().absolute()  # loaded later, from wherever one is then
     if not folder.is_dir():
         if not is_hub_id(str(source)):
             raise RequestError(
@@ -62,10 +62,12 @@ def find_source(
     else:
         config = recorded_config(_record(folder, str(source)))
         if adapter is None:
-            base = str(folder.absolute())  # a merged model is its own base
+            base = str(folder)  # a merged model is its own base
             if not tuned:
                 raise RequestError(f"{source} is a merged model: its base is not in it")
     if base is not None:
+        if Path(base).expanduser().is_dir():
+            base = str(Path(base).expanduser().absolute())
         model = config.model.model_copy(update={"path": base, "revision": None})
         config = config.model_copy(update={"model": model})
     elif not _findable(config.model.path):

@@ -140,12 +140,13 @@ class Projection:
         with torch.no_grad(), torch.inference_mode(False):
             self.forward_weight = pack_weight(self._weight())
             self._backward_weight: Tensor | None = None
-            self.bias: Tensor | None = None
+            bias: Tensor | None = None
             if any(base.bias is not None for base in bases):
                 biases = [
                     b.weight.new_zeros(b.out_features) if b.bias is None else b.bias for b in bases
                 ]
-                self.bias = self.ordered(torch.cat(biases))
+                bias = self.ordered(torch.cat(biases))
+            self.bias = bias  # at once: another thread may multiply with it
         self._key = self._state()
 
     def _state(self) -> tuple[Any, ...]:
