@@ -168,11 +168,10 @@ def test_a_shared_library_that_the_shell_puts_in_the_way_is_named(tmp_path: Path
 
 
 def test_a_variable_that_a_library_cannot_read_is_named(tmp_path: Path) -> None:
-    name = "HF_HUB_ETAG_TIMEOUT"
     options = ("submit", "all", "--config=demo", f"--run={tmp_path / 'r'}")
-    code, _, said = typed(*options, **{name: "10s"})
+    code, _, said = typed(*options, HF_HUB_ETAG_TIMEOUT="10s")
     assert code == 2
-    assert said.endswith(f"with base 10: '10s'): unset {name}, or mend it"), said
+    assert said.endswith("with base 10: '10s'): unset HF_HUB_ETAG_TIMEOUT, or mend it"), said
     assert not list(tmp_path.iterdir())
 
 
