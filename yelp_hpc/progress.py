@@ -38,14 +38,16 @@ def plain(text: str) -> str:
 def as_called(text: str) -> str:
     """`text` with its commands spelled as this one was: `yelp-hpc`, or `python -m yelp_hpc`.
 
-    With its folder, where the shell would not find it by its name.
+    With its folder, where the shell would not find it by its name. One for an image stays: there it
+    lies elsewhere.
     """
     called = Path(sys.argv[0])
     if called.name != "yelp-hpc":
         return text
     found = shutil.which(called.name)
     known = called.name == sys.argv[0] or (found and Path(found).resolve() == called.resolve())
-    return text.replace("python -m yelp_hpc", "yelp-hpc" if known else shlex.quote(sys.argv[0]))
+    name = "yelp-hpc" if known else shlex.quote(sys.argv[0])
+    return re.sub(r"(?<!\.sif )python -m yelp_hpc", lambda _: name, text)
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from yelp_hpc.config import load_config
 from yelp_hpc.errors import RequestError, all_problems, problems_in
 from yelp_hpc.explain import shown
+from yelp_hpc.own_files import shipped
 from yelp_hpc.rundir.changes import readers
 from yelp_hpc.rundir.manifest import Asked
 from yelp_hpc.rundir.study import SHARED, Study, StudyRun, is_study, read_by, read_study
@@ -40,7 +41,7 @@ def plan_study(
         RequestError: with everything that is wrong.
     """
     base = load_config(config_file, overrides)
-    settings, seeds = read_file(Path(file), base.config.seed)
+    settings, seeds = read_file(shipped(file), base.config.seed)
     fixed = list(overrides)
     if base.config.data.seed is None:
         fixed.append(f"data.seed={base.config.seed}")  # else each seed would test other rows

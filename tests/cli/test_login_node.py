@@ -129,7 +129,8 @@ def files(login: Login) -> list[Path]:
     return sorted(path for path in login.home.rglob("*") if ".cache" not in path.parts)
 
 
-BOTH_WAYS = ("In the image:", "pip install 'yelp-hpc[job,demo]'")
+IN_IMAGE = "In the image: apptainer exec yelp_hpc.sif python -m yelp_hpc "
+BOTH_WAYS = (IN_IMAGE, "pip install 'yelp-hpc[job,demo]'")
 SUBMIT = "--config demo --set infer.shards=3"
 
 
@@ -145,6 +146,8 @@ SUBMIT = "--config demo --set infer.shards=3"
         ("run infer --run run --model base", 2, BOTH_WAYS),
         ("fetch --config demo", 2, BOTH_WAYS),
         ("reproduce --from run --run run --compare", 2, BOTH_WAYS),
+        ("reproduce --from run --run again", 0, ("yelp-hpc submit all --config",)),
+        ("study configs/studies/seeds.yaml --config demo --out s --dry-run", 0, ("01-seed1",)),
         (f"submit all {SUBMIT} --run new --executor local", 2, ("no pyarrow", "container.image")),
         (f"submit all {SUBMIT} --run new --dry-run", 2, ("no pyarrow", "container.image")),
         ("demo", 2, ("no pyarrow", "pip install 'yelp-hpc[job,demo]'")),

@@ -8,7 +8,7 @@ import click
 
 from yelp_hpc.cli.meant import Words
 from yelp_hpc.cli.options import RUN, WRITTEN_RUN, Place
-from yelp_hpc.progress import plain
+from yelp_hpc.progress import as_called, plain
 from yelp_hpc.rundir.paths import TRACKERS
 
 
@@ -142,7 +142,7 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
         prepared = again.reproduce(source, run_dir)
         for warning in prepared.warnings:
             click.echo(plain(f"warning: {warning}"), err=True)
-        click.echo(prepared.command)
+        click.echo(as_called(prepared.command))
         return
     root = Path(source)
     first, _ = load_run(root if root.is_dir() else root.parent)
