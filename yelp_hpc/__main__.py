@@ -37,6 +37,9 @@ def start() -> None:
         undo_inherited()
         in_plain_python()
         main()
+    except KeyboardInterrupt:  # while all of that is imported
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     except Exception as error:
         failed = _no_room(error)
         refused = (

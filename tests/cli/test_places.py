@@ -112,6 +112,13 @@ def test_a_module_of_pythonpath_that_stands_in_the_way_is_named(tmp_path: Path, 
     assert f"leave {tmp_path} out of PYTHONPATH" in said
 
 
+def test_ctrl_c_while_it_is_imported_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("import os; os.kill(os.getpid(), 2)\n")
+    path = f"{tmp_path}{os.pathsep}{IMPORT_ROOT}"
+    asked = ("config", "show", "--config", "demo")
+    assert typed(*asked, PYTHONPATH=path) == (130, "", "interrupted")
+
+
 def test_folders_of_our_names_on_pythonpath_are_in_nobodys_way(tmp_path: Path) -> None:
     for name in ("jobs", "configs", "tests", "containers", "share"):
         (tmp_path / name).mkdir()
