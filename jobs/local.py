@@ -1,7 +1,7 @@
 """The chain on this machine: one supervisor after the other, through submitit's local executor.
 
 There is no queue to hand the chain to, so it runs in the foreground to its end. Follows each
-stage's log to standard error; Ctrl-C has the running stage save and stop.
+stage's log to standard error; Ctrl-C or SIGTERM has the running stage save and stop.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def run_chain(
         for task in job.tasks:
             if why := stopped():  # between two stages there is nobody to signal
                 raise SavedForRequeue(f"{why} before {job.name}. Run the same command again.")
-            with _hears_ctrl_c(told):
+            with _hearing(told):
                 submission, attempt = _run_task(
                     job, task, paths, cluster, frozen, code, say, stopped
                 )
@@ -132,16 +132,18 @@ def _run_task(
 
 
 @contextmanager
-def _hears_ctrl_c(told: Flag) -> Iterator[None]:
-    """Inside the block Ctrl-C sets `told`, and nothing else."""
+def _hearing(told: Flag) -> Iterator[None]:
+    """Inside the block Ctrl-C and SIGTERM set `told`, and nothing else."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: told.set())
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _copy_new(log: Path, offset: int) -> int:

@@ -207,13 +207,13 @@ def test_cancel_saves_and_stops(fake_run: MakeRun) -> None:
     assert (run.root / "train" / "checkpoints" / "step.json").exists()
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "cancel"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "cancel"])
 def test_what_stops_a_stage_before_it_can_hear_stops_the_chain(fake_run: MakeRun, how: str) -> None:
     run = fake_run(steps=20).prepared()
 
     def say(text: str) -> None:
         if text.startswith("train: started"):  # its supervisor has no handler yet
-            os.kill(os.getpid(), signal.SIGINT) if how == "Ctrl-C" else cancel(run.root)
+            cancel(run.root) if how == "cancel" else os.kill(os.getpid(), signal.Signals[how])
 
     with pytest.raises(SavedForRequeue, match="Run the same command again"):
         submit("all", run.root, run.config, run.cluster, "local", say=say)
