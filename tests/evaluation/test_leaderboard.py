@@ -115,6 +115,16 @@ def table(labels: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return counts
 
 
+def test_a_log_without_its_end_is_not_judged_by_an_earlier_step(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    log = study.run("03-seed2").train_log
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]))
+    assert '"validation_loss"' in log.read_text()
+    found = leaderboard(study)
+    assert [line["trial"] for line in found["trials"] if line["chosen"]] == [2]
+    assert not next(line for line in found["trials"] if line["trial"] == 3)["validation"]
+
+
 def test_an_unfinished_run_is_named_and_its_trial_not_chosen(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     (study.run("03-seed2").adapter / "complete.json").unlink()

@@ -102,6 +102,34 @@ def test_a_mixture_of_experts_holds_all_and_computes_with_those_that_are_chosen(
         read_shape(tiny_config(tmp_path))
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "llama": EXPERTS,
+    "starcoder2": EXPERTS,
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 320, "state_size": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 320, "n_positions": 1024},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_weights_are_those_of_the_files_where_the_sizes_say_otherwise(
+    kind: str, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in OTHERS[kind].items() if "experts" not in k}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+    model.save_pretrained(tmp_path)
+    shape = read_shape(tiny_config(tmp_path))
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.02)
+    assert (shape.stored == 0) == (kind == "llama")
+    passed = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and 320 not in p.shape and "wpe" not in name
+    )
+    assert shape.layer_weights == pytest.approx(passed, rel=0.01)
+
+
 def test_experts_whose_files_tell_no_sizes_are_not_planned(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", **MIXTURES["mixtral"]}))
     with pytest.raises(RequestError, match="its safetensors would be needed to plan"):

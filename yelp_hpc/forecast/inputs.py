@@ -14,7 +14,7 @@ from yelp_hpc.cache import cached_folders, check_demo
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import answer_tree, answers_of, scored_answers
 from yelp_hpc.errors import RequestError
-from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, model_shape, with_experts
+from yelp_hpc.forecast.model_shape import KNOWN, ModelShape, as_stored, model_shape
 from yelp_hpc.forecast.work import Lengths
 from yelp_hpc.models.checkpoint import tensor_entries, weight_files
 from yelp_hpc.rundir.files import parse_json, read_json
@@ -45,7 +45,7 @@ def read_shape(config: Config) -> ModelShape:
             if not isinstance(values, dict):
                 raise RequestError(f"{file} is not a JSON object")
             shape = model_shape(values, str(file))
-            return with_experts(shape, values, _tensors(folder), str(file))
+            return as_stored(shape, values, _tensors(folder), str(file))
     if path in KNOWN:
         return model_shape(KNOWN[path], path)
     check_demo(path)

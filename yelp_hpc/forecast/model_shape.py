@@ -59,7 +59,7 @@ class ModelShape:
     bias: int = 0
     """Biases of a layer."""
     stored: int = 0
-    """Parameters as the files count them, where these are those of experts; else 0."""
+    """Parameters as the files count them, where the sizes give another number; else 0."""
 
     @property
     def layer_weights(self) -> int:
@@ -128,12 +128,13 @@ class ModelShape:
         return (3 if self.gated else 2) * self.hidden * self.inner
 
 
-def with_experts(
+def as_stored(
     shape: ModelShape, config: Mapping[str, Any], tensors: Mapping[str, Sequence[int]], where: str
 ) -> ModelShape:
-    """The shape of a mixture of experts: all weights, and the width that a token goes through.
+    """The shape with all weights that the files hold, and the width that a token goes through.
 
-    Any other model's shape as it is.
+    As it is where the sizes of config.json give the same number: a mixture of experts, a state
+    space or an MLP of another form does not.
 
     Args:
         tensors: name → sizes, of every weight in the model's files; {} where they tell none.
@@ -143,8 +144,11 @@ def with_experts(
     """
     experts, chosen = (_expert_count(config, names) for names in (EXPERTS, CHOSEN))
     named = any(_EXPERT in name for name in tensors)
+    stored = sum(map(math.prod, tensors.values()))
     if not named and (experts or 0) < 2:
-        return shape
+        if not stored or abs(shape.parameters / stored - 1) < _NEAR:
+            return shape
+        experts = chosen = 1
     if not (experts and chosen and tensors):
         lacks = "its safetensors" if not tensors else f"{CHOSEN[0] if experts else EXPERTS[0]}"
         raise RequestError(
@@ -153,16 +157,17 @@ def with_experts(
         )
     passed = 0.0
     for name, sizes in tensors.items():
-        if len(sizes) > 1 and shape.vocabulary not in sizes:  # no norm, no embedding
+        embedding = shape.vocabulary in sizes or "embed" in name or "wpe" in name
+        if len(sizes) > 1 and not embedding:  # no norm either
             routed = _EXPERT in name or (len(sizes) == 3 and sizes[0] == experts)
             passed += math.prod(sizes) * (chosen / experts if routed else 1)
     attention = shape._query_key_value + shape._output
     width = (passed / shape.layers - attention) / ((2 + shape.gated) * shape.hidden)
-    stored = sum(map(math.prod, tensors.values()))
     return replace(shape, inner=max(1, round(width)), stored=stored)
 
 
 _EXPERT = ".experts."
+_NEAR = 0.02
 
 
 def _expert_count(config: Mapping[str, Any], names: Sequence[str]) -> int | None:

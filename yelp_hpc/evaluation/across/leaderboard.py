@@ -116,9 +116,12 @@ def _prepared(paths: RunPaths) -> str:
 
 
 def validation(run: RunPaths) -> dict[str, float]:
-    """The last figures on all validation rows of a training; {} where there are no such rows."""
-    lines = [line for line in training_log(run) if VALIDATION[0] in line]
-    return {key: float(lines[-1][key]) for key in VALIDATION if key in lines[-1]} if lines else {}
+    """The figures on all validation rows at the end of a training; {} where there are none.
+
+    Those of an earlier step are of another adapter, and of a sample of the rows.
+    """
+    last = [{}, *training_log(run)][-1]
+    return {key: float(last[key]) for key in VALIDATION if last.get(key) is not None}
 
 
 def _trial(
