@@ -317,11 +317,17 @@ def elsewhere(job: str, nodes: Sequence[str]) -> str:
     before = facts.get("ExcNodeList", "(null)")
     partition = facts.get("Partition", "").partition(",")[0]
     text = client(["scontrol", "-o", "show", "partition", partition])
-    there = re.search(r"\bTotalNodes=(\d+)", text)
+    there = re.search(r"\bNodes=(\S+)", text)
+    avoided = [*([] if before == "(null)" else [before]), *nodes]
     needed = int(facts.get("NumNodes", "1").partition("-")[0])
-    if there and int(there[1]) - len(nodes) < needed:
-        raise StageError(f"partition {partition} has {there[1]} nodes and no other to go to")
-    return ",".join([*([] if before == "(null)" else [before]), *nodes])
+    if there and len(_hostnames(there[1]) - _hostnames(",".join(avoided))) < needed:
+        raise StageError(f"partition {partition} has no other node")
+    return ",".join(avoided)
+
+
+def _hostnames(nodes: str) -> set[str]:
+    """The names in a list as Slurm writes it, `c[1-3],d7`."""
+    return set(client(["scontrol", "show", "hostnames", nodes]).split())
 
 
 def exclude(job: str, nodes: str) -> None:

@@ -261,6 +261,18 @@ def test_a_node_whose_hardware_failed_is_named_and_left(slurm: Cluster, slurm_ru
     assert f"ExcNodeList={first.node}" in slurm.sh("scontrol", "show", "job", job)
 
 
+def test_a_node_whose_hardware_failed_is_kept_where_the_site_leaves_no_other(
+    slurm: Cluster, slurm_run: MakeRun
+) -> None:
+    train = {"partition": "cpu", "gpus": 0, "exclude": "c2,g1"}
+    cluster = {"train": train, "requeue_cap": 2}
+    run = slurm_run(cluster=cluster, steps=3, ill=True).prepared()
+    wait_ended([go(run, "train")["train"]], 120)
+    tried = attempts.read(RunPaths(run.root), "train")
+    assert [start.node for start in tried] == ["c1", "c1"]
+    assert tried[-1].verdict == "failed"
+
+
 def test_a_job_takes_the_nodes_that_the_queue_gives(slurm: Cluster, slurm_run: MakeRun) -> None:
     train = {"partition": "cpu", "gpus": 0, "nodes": "2-3"}
     run = slurm_run(cluster={"train": train}, steps=5).prepared()
