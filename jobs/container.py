@@ -86,7 +86,8 @@ def _apptainer(container: Container, run: Path, env: Mapping[str, str]) -> list[
     argv = [program("apptainer"), "exec", "--cleanenv", "--no-mount", "home,cwd"]
     argv += ["--nv"] if container.nv else []
     binds = [str(run), container.cache]
-    handed = {k: v for k, v in env.items() if k in _HANDED_IN or k.startswith(_PREFIXES)}
+    set_here = {k: v for k, v in env.items() if v}  # an empty list would hide every GPU
+    handed = {k: v for k, v in set_here.items() if k in _HANDED_IN or k.startswith(_PREFIXES)}
     scratch = env.get("TMPDIR", "")  # the job's own on the node; else the image has its /tmp
     if scratch.startswith("/") and not set(scratch) & set(":,") and Path(scratch).is_dir():
         binds.append(scratch)

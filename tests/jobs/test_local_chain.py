@@ -16,6 +16,7 @@ import pytest
 
 import yelp_hpc
 from tests.jobs.fake_run import FakeRun
+from tests.tiny import SIF
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError
 from yelp_hpc.jobs.chain import cancel, submit
 from yelp_hpc.jobs.executor import freeze_cluster
@@ -250,6 +251,27 @@ def test_a_stage_sees_the_gpus_that_the_shell_shows(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     go(run, "train")
     assert [line["CUDA_VISIBLE_DEVICES"] for line in run.trace()] == [seen, None]
+
+
+def test_in_an_image_a_stage_sees_the_gpus_that_the_shell_shows(
+    fake_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No list in the shell is none in the image: an empty one would hide them all."""
+    (tmp_path / "x.sif").write_bytes(SIF)
+    (tmp_path / "apptainer").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; exit 1\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    container = {"image": str(tmp_path / "x.sif"), "cache": str(tmp_path / "cache")}
+    program = {"apptainer": str(tmp_path / "apptainer")}
+    run = fake_run(cluster={"command": None, "container": container, "programs": program})
+    for given in (None, "2"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        with pytest.raises(StageError):
+            go(run, "prepare")
+        start = RunPaths(run.root).stage_log("prepare").read_text().rpartition("=== job")[2]
+        seen = [line for line in start.splitlines() if line.startswith("CUDA_VISIBLE")]
+        assert seen == ([f"CUDA_VISIBLE_DEVICES={given}"] if given else [])
 
 
 def test_a_stage_that_never_gets_anywhere_is_given_up(fake_run: MakeRun) -> None:
