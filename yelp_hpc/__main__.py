@@ -121,7 +121,10 @@ def _misread(error: Exception) -> str:
     import re
     import traceback
 
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    if not isinstance(error, ValueError):
+        return ""
+    # the line that reads it, or that hands it to what reads it
+    for frame in reversed(traceback.extract_tb(error.__traceback__)[-2:]):
         first, last = frame.lineno or 0, frame.end_lineno or 0
         lines = "".join(linecache.getlines(frame.filename)[first - 1 : last])
         for name in re.findall(r"(?:environ(?:\.get)?|getenv)[\[(]\s*[\"'](\w+)", lines):
