@@ -94,7 +94,7 @@ def test_markers_are_understood_and_many_blocks_run() -> None:
 def tiny_study(folder: Path) -> None:
     """A tiny model, `reviews.csv` and the quick start's `mine.yaml` in `folder`."""
     make_model(folder / "model")
-    (folder / "yelp_hpc.sif").write_bytes(SIF)  # what the page's step 3 builds; looked at, not run
+    (folder / "yelp_hpc.sif").write_bytes(SIF)  # what the page's step 2 builds; looked at, not run
     with (folder / "reviews.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "text"])

@@ -120,9 +120,9 @@ def submit(
     What would be submitted, without submitting:
       python -m yelp_hpc submit all --config configs/yelp_chatglm3.yaml \\
           --cluster configs/clusters/4x3090.yaml --run runs/yelp --dry-run
-    The missing shards alone, with another seed's run beside the first:
-      python -m yelp_hpc submit infer --config configs/demo.yaml \\
-          --executor local --set seed=43 --run runs/demo-43
+    Another seed on the same rows, beside the first run, on this machine:
+      python -m yelp_hpc submit all --config configs/demo.yaml --executor local \\
+          --set seed=43 --set data.seed=42 --run runs/demo-43
     """
     from yelp_hpc.config import load_config
     from yelp_hpc.jobs.chain import submit as submit_jobs

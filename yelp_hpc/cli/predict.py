@@ -78,7 +78,8 @@ def predict(
     The file that is written has the input's columns, then answer, name, the probability p_LABEL of
     each label and, where the task is ordinal, expected. A column of labels gives metrics, too.
     What was interrupted goes on when the same command is given again. The work lies in the run
-    directory; of a colleague's run, which may only be read, in OUT.predict/ beside the output.
+    directory; of a colleague's run, which may only be read, beside the output: in answers.predict/
+    of answers.csv.
 
     \b
       python -m yelp_hpc predict --run runs/demo --input new.csv --out answers.csv
