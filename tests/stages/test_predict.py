@@ -280,6 +280,14 @@ def test_what_is_wrong_is_said_at_once_and_nothing_is_written(
             ["line 2: text is empty", "line 3: text is empty", "line 4: text is 4", "--prefix"],
         ),
         (none, tmp_path / "o.csv", {}, ["has no rows"]),
+        (
+            rows,
+            tmp_path / "no" / "o.csv",
+            {"text_column": "body", "label_column": "stars"},
+            ["there is no folder", "no column body", "--prefix", "no such column"],
+        ),
+        (tmp_path / "gone.csv", tmp_path / "o.txt", {}, ["must end in", "does not exist"]),
+        (rows, taken, {}, ["line 2: text is empty", "is there already"]),
     ):
         with pytest.raises(RequestError) as caught:
             asking(finished, given, out, **options)

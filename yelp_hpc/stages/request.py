@@ -49,14 +49,16 @@ def make_request(
         StageError: the adapter is not the run's own.
     """
     target = Path(out).expanduser()
+    said: list[str] = []  # whole messages, of the input and of what lies where it is written
     problems = [f"--out {problem}" for problem in output_problems(target)]
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        problems.append(f"--out {out} is the input itself; name another file")
+    writable = not problems
     if answers_only and config.infer.mode == "generate":
         problems.append(
             f"--answers-only: {run.root} has the model write its answers (infer.mode: generate), "
             "without probabilities as it is; leave the option out"
         )
-    if target.exists() and Path(source).exists() and target.samefile(source):
-        problems.append(f"--out {out} is the input itself; name another file")
     if model == "tuned":
         damaged = damaged_files(run.adapter)
         if damaged:
@@ -66,9 +68,10 @@ def make_request(
             )
         else:
             require_own_adapter(run, config)
-    if problems:
-        raise RequestError(all_problems("nothing was submitted or written:", problems))
-    files = named_inputs(source)
+    try:
+        files = named_inputs(source)
+    except RequestError as error:
+        raise _refusal(problems, [str(error)]) from None
     size = sum(path.stat().st_size for path in files.values())
     if size > _LARGE:
         say(f"predict: looking at every row of {source} ({size / 1e6:,.0f} MB)")
@@ -96,10 +99,24 @@ def make_request(
         found = scan(request, config.task, answer_names(request.config(config, 1), prefix))
         if found.why_unlabelled:
             note = f"no metrics: {found.why_unlabelled}"
+    except RequestError as error:
+        said.append(str(error))
     except ModuleNotFoundError:
         if all(format_of(path) not in BINARY_FORMATS for path in files.values()):
             raise
         note = "the input is looked at on the node: pyarrow is not installed here"
-    for path in (Path(request.out), request.metrics):
-        refuse_foreign(path, lambda _: read_request(RunPaths(request.folder)).out == request.out)
+    for path in (Path(request.out), request.metrics) if writable else ():
+        try:
+            refuse_foreign(
+                path, lambda _: read_request(RunPaths(request.folder)).out == request.out
+            )
+        except RequestError as error:
+            said.append(str(error))
+    if problems or said:
+        raise _refusal(problems, said)
     return request, note
+
+
+def _refusal(problems: list[str], said: list[str]) -> RequestError:
+    first = [all_problems("nothing was submitted or written:", problems)] if problems else []
+    return RequestError("\n".join([*first, *said]))

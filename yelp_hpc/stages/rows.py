@@ -81,11 +81,11 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
     if not rows:
         raise RequestError(f"{source} has no rows")
     if request.text_column not in columns:
-        raise RequestError(
-            f"{source} has no column {request.text_column} (it has: {', '.join(columns)}); name "
-            "the text's with --text-column"
-        )
-    if faulty > len(problems):
+        problems = [
+            f"it has no column {request.text_column} (it has: {', '.join(columns)}); name the "
+            "text's with --text-column"
+        ]
+    elif faulty > len(problems):
         problems.append(f"… and {faulty - len(problems):,} more rows")
     taken = [name for name in added if name in columns]
     if taken:
@@ -93,8 +93,6 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
             f"it has the columns {', '.join(taken)} already: give those that are added another "
             "beginning, --prefix TEXT"
         )
-    if problems:
-        raise RequestError(all_problems(f"{source} cannot be answered:", problems))
     classes, why = None, ""
     if column in columns and column != request.text_column:
         if empty:
@@ -106,7 +104,9 @@ def scan(request: Request, task: TaskConfig, added: Sequence[str]) -> Scan:
     elif request.label_needed:
         why = f"there is no such column (there are: {', '.join(columns)})"
     if why and request.label_needed:
-        raise RequestError(f"{source}: --label-column {column} gives no metrics: {why}")
+        problems.append(f"--label-column {column} gives no metrics: {why}")
+    if problems:
+        raise RequestError(all_problems(f"{source} cannot be answered:", problems))
     return Scan(rows, classes, f"{column}: {why}" if why else "")
 
 
