@@ -139,6 +139,14 @@ def test_nothing_of_the_host_leaks_in(
     assert not variables.get("PYTHONPATH")
 
 
+def test_by_hand_in_a_checkout_it_runs_its_own_code(image_sif: Path, tmp_path: Path) -> None:
+    (tmp_path / "yelp_hpc").mkdir()
+    (tmp_path / "yelp_hpc" / "__init__.py").write_text("raise SystemExit('the checkout')")
+    argv = ["apptainer", "-s", "exec", "--pwd", str(tmp_path), "--bind", str(tmp_path)]
+    said = sh([*argv, str(image_sif), "python", "-m", "yelp_hpc", "--version"])
+    assert said.startswith("yelp_hpc, version")
+
+
 def test_the_token_reaches_publish_alone_and_no_process_list(
     container: Container, tmp_path: Path
 ) -> None:

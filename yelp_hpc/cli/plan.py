@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "run_dir",
     metavar="DIR",
     type=Place(file_okay=False),
-    help="count the tokens in its prepare/, keep the forecast there",
+    help="count the tokens in its prepare/, keep a forecast with times there",
 )
 @SET
 @click.option(
