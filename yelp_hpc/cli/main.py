@@ -219,7 +219,7 @@ def collect(run_dir: str, as_json: bool) -> None:
 @cli.command()
 @RUN
 @JSON
-@click.option("--watch", is_flag=True, help="refresh until everything is done")
+@click.option("--watch", is_flag=True, help="refresh until nothing runs or waits")
 def status(run_dir: str, as_json: bool, watch: bool) -> None:
     """Show each stage's state, from markers first, then Slurm.
 
