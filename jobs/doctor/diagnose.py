@@ -64,6 +64,7 @@ def diagnose(
     run: str | Path | None = None,
     *,
     config_file: str = "FILE",
+    cluster_file: str | None = None,
     on_node: bool = False,
     wait_seconds: float = 900,
     say: Callable[[str], None] = tell,
@@ -80,7 +81,9 @@ def diagnose(
     use_programs(cluster.programs)
     place = Path(run or "runs").expanduser().absolute()
     record = _record(place)
-    request = Request(cluster, config, place, record, config_file, run_named=run is not None)
+    request = Request(
+        *(cluster, config, place, record, config_file, cluster_file), run_named=run is not None
+    )
     if config and cluster.container:
         full = _as_submitted(cluster, config, place)
         request = replace(request, cluster=full, own_binds=cluster.container.binds)

@@ -38,6 +38,7 @@ class Request:
     record: dict[str, Any] | None = None
     """run.json, if the run has one."""
     config_file: str = "FILE"
+    cluster_file: str | None = None
     stages_need_hub: bool = False
     run_named: bool = True
     own_binds: tuple[str, ...] | None = None
@@ -68,7 +69,8 @@ class Request:
     @property
     def fetch(self) -> str:
         """The command that downloads what the config names."""
-        return f"python -m yelp_hpc fetch --config {in_shell(self.config_file)}"
+        found = f"python -m yelp_hpc fetch --config {in_shell(self.config_file)}"
+        return f"{found} --cluster {in_shell(self.cluster_file)}" if self.cluster_file else found
 
 
 class DataFile(Frozen):

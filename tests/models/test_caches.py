@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import make_model
 from yelp_hpc.cache import cache_folder, cached_folders, seen_hub
 from yelp_hpc.config import ModelConfig, config_from_dict
 from yelp_hpc.data import demo
@@ -23,6 +24,7 @@ from yelp_hpc.models.local import model_folder
 from yelp_hpc.publishing.token import login_file
 from yelp_hpc.rundir.files import atomic_folder, damaged_files, write_marker
 
+ROOT = Path(__file__).parents[2]
 COMMITS = ("a" * 40, "b" * 40)
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
 
@@ -160,3 +162,29 @@ def test_a_cache_that_cannot_be_one_is_said_before_anything_is_fetched(
             use()
     assert probes.folder(probes.disk(tmp_path / "file" / "models")).problem == "it is no folder"
     assert probes.folder(probes.disk(tmp_path / "new" / "models")).problem == ""
+
+
+@pytest.mark.parametrize("command", ["fetch", "plan"])
+def test_with_a_cluster_file_the_models_of_its_cache_are_those_of_a_command(
+    tmp_path: Path, command: str
+) -> None:
+    """On the login node as in the image: what lies in `container.cache` is there."""
+    made = make_model(tmp_path / "made")
+    files = {path.name: path.read_bytes() for path in made.iterdir() if path.is_file()}
+    snapshot = downloaded(tmp_path / "roomy" / "hub", COMMITS[0], files)
+    (tmp_path / "cluster.yaml").write_text("container: {image: x.sif, cache: roomy}\n")
+    rows = "source: file, train: rows.csv, test_rows: 1"
+    (tmp_path / "c.yaml").write_text(f"model: {{path: some/model}}\ndata: {{{rows}}}\n")
+    (tmp_path / "rows.csv").write_text("label,text\n1,good\n2,bad\n3,fine\n")
+    argv = [sys.executable, "-m", "yelp_hpc", command, "--config", "c.yaml"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    env |= {"YELP_HPC_CACHE": str(tmp_path / "small")}
+    where = ["--cluster", "cluster.yaml"]
+    done, without = (
+        subprocess.run([*argv, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
+        for more in (where, [])
+    )
+    assert done.returncode == 0, done.stderr
+    assert without.returncode != 0
+    if command == "fetch":
+        assert done.stdout.splitlines() == [f"model: {snapshot}"]

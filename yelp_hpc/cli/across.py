@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, SET, WAIT, Place
+from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, SET, WAIT, Place, cluster_of
 
 
 @click.command()
@@ -85,12 +85,11 @@ def study(
           --executor local --out runs/seeds
       python -m yelp_hpc status --run runs/seeds
     """
-    from yelp_hpc.jobs.cluster import load_cluster
     from yelp_hpc.jobs.study.plan import plan_study
     from yelp_hpc.jobs.study.submit import submit_study
 
     planned, asked = plan_study(file, config_file, overrides, out)
-    settings = load_cluster(cluster)
+    settings = cluster_of(cluster)
     if dry_run:
         for run in planned.runs:
             values = ", ".join(f"{key}={json.dumps(value)}" for key, value in run.values.items())

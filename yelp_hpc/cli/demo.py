@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from yelp_hpc.cli.options import SET, Place
+from yelp_hpc.cli.options import SET, Place, cluster_of
 from yelp_hpc.errors import in_shell
 
 
@@ -39,7 +39,6 @@ def demo(run_dir: str, overrides: tuple[str, ...], cluster: str | None) -> None:
 
     from yelp_hpc.config import load_config
     from yelp_hpc.jobs.chain import submit
-    from yelp_hpc.jobs.cluster import load_cluster
     from yelp_hpc.own_files import SHARE
     from yelp_hpc.progress import say
     from yelp_hpc.rundir.manifest import Asked
@@ -50,7 +49,7 @@ def demo(run_dir: str, overrides: tuple[str, ...], cluster: str | None) -> None:
         "all",
         Path(run_dir).resolve(),
         loaded.config,
-        load_cluster(cluster),
+        cluster_of(cluster),
         executor="local",
         wait=True,
         asked=Asked(loaded, str(file), overrides),

@@ -42,7 +42,9 @@ def image() -> None:
 @image.command()
 @IMAGE
 @CLUSTER
-@click.option("--lock", metavar="FILE", type=Place(path_type=Path), help="default: containers/cpu.lock")
+@click.option(
+    "--lock", metavar="FILE", type=Place(path_type=Path), help="default: containers/cpu.lock"
+)
 @click.option("--cuda", is_flag=True, help="the GPU set, containers/cuda.lock")
 @click.option(
     "--base",

@@ -30,6 +30,7 @@ from yelp_hpc.cli.options import (
     WAIT,
     WRITTEN_RUN,
     Place,
+    cluster_of,
 )
 from yelp_hpc.cli.plan import plan
 from yelp_hpc.cli.predict import predict
@@ -126,16 +127,14 @@ def submit(
     """
     from yelp_hpc.config import load_config
     from yelp_hpc.jobs.chain import submit as submit_jobs
-    from yelp_hpc.jobs.cluster import load_cluster
     from yelp_hpc.rundir.manifest import Asked
 
     loaded = load_config(config_file, overrides)
-    cluster_config = load_cluster(cluster)
     submit_jobs(
         stage,
         Path(run_dir).resolve(),
         loaded.config,
-        cluster_config,
+        cluster_of(cluster),
         executor=executor,
         dry_run=dry_run,
         wait=wait,
@@ -290,7 +289,7 @@ cli.add_command(config)
     "--cluster",
     metavar="FILE",
     type=Place(),
-    help="its image does what is not installed here",
+    help="its cache is filled; its image does what is not installed here",
 )
 def fetch(config_file: str, overrides: tuple[str, ...], cluster: str | None) -> None:
     """Download the model (and a Hub data set) where the network is, for jobs without one.
@@ -305,6 +304,7 @@ def fetch(config_file: str, overrides: tuple[str, ...], cluster: str | None) -> 
     from yelp_hpc.models.local import model_folder
 
     config = load_config(config_file, overrides).config
+    cluster_of(cluster, fetches=True)
     click.echo(f"model: {model_folder(config.model)}")
     if config.data.source != "file":
         from yelp_hpc.data.sources import read_source

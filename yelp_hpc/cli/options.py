@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,6 +14,9 @@ from yelp_hpc.cli.completion import complete_settings
 from yelp_hpc.cli.meant import Words
 from yelp_hpc.own_files import expanded
 from yelp_hpc.rundir.paths import RunPaths
+
+if TYPE_CHECKING:
+    from yelp_hpc.jobs.cluster import ClusterConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -100,3 +103,22 @@ CLUSTER = click.option(
     help="resources and container: configs/clusters/*.yaml",
 )
 WAIT = click.option("--wait", is_flag=True, help="follow until the end")
+
+
+def cluster_of(path: str | None, fetches: bool = False) -> ClusterConfig:
+    """A cluster file's settings; from here on models and data are looked for in its cache.
+
+    Jobs in its image look there. One that this machine does not see is left to them.
+
+    Args:
+        fetches: what is downloaded goes there, so that it is made.
+
+    Raises:
+        RequestError: the file cannot be used.
+    """
+    from yelp_hpc.jobs.cluster import load_cluster
+
+    found = load_cluster(path)
+    if found.container and (fetches or Path(found.container.cache).is_dir()):
+        os.environ["YELP_HPC_CACHE"] = found.container.cache
+    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yelp_hpc.cli.completion import complete_cards
-from yelp_hpc.cli.options import JSON, SET, Number, Place
+from yelp_hpc.cli.options import JSON, SET, Number, Place, cluster_of
 from yelp_hpc.progress import plain
 
 if TYPE_CHECKING:
@@ -129,10 +129,9 @@ def _forecast(
 
     nodes, gpus = 1, 1
     if cluster is not None:
-        from yelp_hpc.jobs.cluster import load_cluster
         from yelp_hpc.jobs.preflight import precision_note
 
-        settings = load_cluster(cluster)
+        settings = cluster_of(cluster)
         wanted = settings.resources("train")
         if note := precision_note(config, settings):
             click.echo(note, err=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from yelp_hpc.cli.meant import Words
-from yelp_hpc.cli.options import RUN, Place
+from yelp_hpc.cli.options import RUN, Place, cluster_of
 from yelp_hpc.errors import in_shell
 from yelp_hpc.rundir.paths import MODELS
 
@@ -140,10 +140,9 @@ def _cluster(run: RunPaths, named: str | None, executor: str, request: Request) 
         RequestError: the file cannot be used, or the folder cannot be bound into the image.
     """
     from yelp_hpc.errors import RequestError
-    from yelp_hpc.jobs.cluster import load_cluster
     from yelp_hpc.jobs.submission import submitted_with
 
-    found = load_cluster(named)
+    found = cluster_of(named)
     if named is None and executor == "slurm":
         found = submitted_with(run) or found
     if found.container is None:

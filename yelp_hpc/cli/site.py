@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from yelp_hpc.cli.options import CLUSTER, JSON, SET, Place
+from yelp_hpc.cli.options import CLUSTER, JSON, SET, Place, cluster_of
 
 
 @click.command()
@@ -75,17 +75,17 @@ def doctor(
     """
     from yelp_hpc.config import load_config
     from yelp_hpc.errors import RequestError
-    from yelp_hpc.jobs.cluster import load_cluster
     from yelp_hpc.jobs.doctor.diagnose import diagnose
     from yelp_hpc.jobs.doctor.findings import print_findings
 
     if overrides and not config_file:
         raise RequestError("--set changes a value of a config: give --config too")
     findings = diagnose(
-        load_cluster(cluster),
+        cluster_of(cluster),
         load_config(config_file, overrides).config if config_file else None,
         run_dir,
         config_file=config_file or "FILE",
+        cluster_file=cluster,
         on_node=on_node,
         wait_seconds=wait_seconds,
     )
