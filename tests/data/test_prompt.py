@@ -41,6 +41,15 @@ def test_ids_end_where_the_answers_part(encode) -> None:  # type: ignore[no-unty
         assert encode([prompt.text("Fine.", label)])[0] == [*ids, last]
 
 
+def test_what_prompts_share_ends_before_the_first_text_and_within_the_shortest() -> None:
+    prompt = Prompt(TEMPLATE, YELP.labels, characters, 1024)
+    (ids,), _ = prompt.fit(["aaa"])
+    shared = prompt.prefix(ids, len(ids))
+    assert prompt.encode([prompt.text("")])[0][: len(shared)] == shared == ids[: len(shared)]
+    assert prompt.text("")[len(shared) - 1 :].split() == ["Output:"]
+    assert prompt.prefix(ids, 5) == ids[:4]
+
+
 def test_only_the_review_is_cut() -> None:
     prompt = Prompt(TEMPLATE, YELP.labels, characters, 200)
     ids, used = prompt.fit(["short", "long " * 500])

@@ -161,6 +161,7 @@ def test_calibration_is_scikit_learns(rows: int) -> None:
     scores = 2 * rng.normal(size=(rows, 5))
     probabilities = m.softmax(scores)
     assert probabilities == pytest.approx(np.exp(scores) / np.exp(scores).sum(1, keepdims=True))
+    assert m.softmax(scores + 1000) == pytest.approx(probabilities)  # no overflow
     whole = m.Calibration(10, 5)
     for part in np.array_split(np.arange(rows), 3):
         whole.add(probabilities[part], labels[part])

@@ -29,6 +29,7 @@ from yelp_hpc.rundir.paths import RunPaths
 
 ROOT = Path(__file__).parents[2]
 CHATGLM3 = model_shape(KNOWN["THUDM/chatglm3-6b-base"], "ChatGLM3")
+LLAMA = model_shape(KNOWN["demo:smollm2-135m"], "SmolLM2")
 
 
 def yelp_hpc(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -239,6 +240,40 @@ def test_the_budget_of_the_reports_run_keeps_its_activations_on_a_3090() -> None
     assert recompute and budget > 1024
     roomy = choose_budget(CHATGLM3, config, find_card("h100").memory, True, largest)
     assert roomy == (8192, False)
+    twice = load_config(ROOT / "configs/yelp_chatglm3.yaml", ["train.gradient_checkpointing=on"])
+    more, recompute = choose_budget(CHATGLM3, twice.config, card.memory, True, largest)
+    assert recompute and more > 3600
+
+
+def test_lora_keeps_what_its_modules_read_once() -> None:
+    """Modules that read the same share it: q, k and v; gate and up."""
+
+    def kept(*target: str) -> float:
+        config = tiny_config(Path("m"), lora={"target": [*target]})
+        return training_memory(LLAMA, config, 1000, False, cuda=True).activations
+
+    assert kept("q_proj", "k_proj", "v_proj") == kept("q_proj") == kept("k_proj")
+    assert kept("gate_proj", "up_proj") == kept("gate_proj") == kept("up_proj")
+    for others in (["gate_proj"], ["o_proj"], ["down_proj"], ["o_proj", "up_proj", "down_proj"]):
+        assert kept("q_proj", *others) > kept("q_proj")
+        assert kept("q_proj", *others) > kept(*others)
+
+
+def test_long_batches_are_cut_into_more_pieces() -> None:
+    config = tiny_config(Path("m"), train={"global_batch": 32, "micro_batches": "auto"})
+    pieces = [
+        training_work(config, Lengths([each] * 64, [], [9], 6, ""), 1, None, CHATGLM3).pieces
+        for each in (1, 1000)
+    ]
+    assert pieces == [1, 8]
+
+
+def test_sizes_of_the_language_model_inside_another_are_its_own() -> None:
+    inside = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2}
+    inside |= {"intermediate_size": 16, "num_attention_heads": 2}
+    outer = {"model_type": "llava", "vocab_size": 50, "hidden_size": 99, "text_config": inside}
+    shape = model_shape(outer, "config.json")
+    assert (shape.vocabulary, shape.hidden, shape.layers) == (50, 8, 2)
 
 
 # --- advice -------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from yelp_hpc.inference.answers import is_decided, parse_label
-from yelp_hpc.task import TaskConfig
+from tests.tiny import tiny_config
+from yelp_hpc.inference.answers import answer_names, is_decided, parse_label
+from yelp_hpc.task import YELP, TaskConfig
 
 LABELS = {
     # a bare number is the label that the prompt asks for
@@ -202,3 +205,11 @@ def test_a_word_is_decided_with_its_line() -> None:
 def test_letter_case_counts_where_labels_differ_in_nothing_else() -> None:
     task = TaskConfig(labels=("a", "A", "b"))
     assert [parse_label(text, task) for text in ("a", "A", "B")] == [0, 1, 2]
+
+
+def test_columns_say_what_a_mode_answers() -> None:
+    scored = ["answer", "name", *(f"p_{label}" for label in YELP.labels), "expected"]
+    columns = {"score": scored, "generate": [*scored, "generated"], "answer": scored[:2]}
+    for mode, names in columns.items():
+        config = tiny_config(Path("m"), infer={"mode": mode})
+        assert answer_names(config, "tuned_") == [f"tuned_{name}" for name in names]

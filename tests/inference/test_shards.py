@@ -68,6 +68,7 @@ def test_cuts_by_hand() -> None:
         range(2), range(2, 4), range(4, 5), range(5, 6)
     ]  # fmt: skip
     assert plan_windows([3, 5, 5], range(3), 8) == [range(2), range(2, 3)]
+    assert plan_windows([5, 4, 4], range(3), 8) == [range(1), range(1, 3)]
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 1000, 10**9])

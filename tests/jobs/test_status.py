@@ -117,7 +117,7 @@ def test_what_is_said_of_each_state() -> None:
     again = "interrupted; submit it again to go on"
     for verdict in ("stopped", "lost", ""):
         of(f"stopped: {again}", "train", attempts=(attempt(verdict),))
-    full = attempt("stopped", reason="the disk is full; submit again when there is room\nlog")
+    full = attempt("stopped", reason="the disk is full; submit again when there is room\nlog\nend")
     of("stopped: the disk is full; submit again when there is room", "train", attempts=(full,))
     of(f"stopped: {again}", "train", attempts=(full, attempt("stopped", reason="saved", task=(1,))))
     of(f"stopped: {again}", "train", attempts=(attempt("lost", reason="submit again"),))

@@ -24,7 +24,12 @@ WORK = ROOT / "build" / "mutants"
 NEEDED = 0.92
 NOTICED = (1, 3, 24, 36, 152, 255, -24, -11, -9)
 """Exit codes that mutmut keeps: a test failed, could not run, or did not end in time."""
-ACTING = ("status.x_show_status__", "status.x__screen__")
+ACTING = (
+    "status.x_show_status__",
+    "status.x__screen__",
+    "slurm.x_elsewhere__",
+    "slurm.x_exclude__",
+)
 """What asks, prints or waits in these files; tests/cluster and test_local_chain.py look at it."""
 
 
