@@ -210,6 +210,15 @@ def test_a_diverging_loss_stops_and_names_the_last_good_checkpoint(
     assert not run.adapter.exists()
 
 
+def test_a_validation_that_is_no_number_stops_too(model: Path, tmp_path: Path) -> None:
+    run = prepare_run(tmp_path, model)
+    settings = {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 1e9}
+    config = tiny_config(model, train={**settings, "evaluate_every": 1})
+    with pytest.raises(StageError, match=r"step 1: the validation loss is (nan|inf); there is no"):
+        train_here(run, config)
+    assert not run.adapter.exists()
+
+
 def test_a_resume_on_another_device_is_said(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

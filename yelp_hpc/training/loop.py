@@ -265,6 +265,8 @@ class Training:
             sums = [a + b for a, b in zip(sums, others, strict=True)]
             sample = list(order)
         *counts, loss, _ = sums
+        if not math.isfinite(loss):
+            raise self._diverged(self.progress.step - 1, f"the validation loss is {loss}")
         labels = len(self.validation.answers)
         positions = sum(self.validation.supervised(sample))
         confusion = [counts[labels * i : labels * (i + 1)] for i in range(labels)]

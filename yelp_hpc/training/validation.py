@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from yelp_hpc.data.answer_tree import AnswerTree
 from yelp_hpc.data.packing import deal, plan_microbatches
+from yelp_hpc.models.in_fp32 import in_fp32
 from yelp_hpc.models.packed.batch import forward_selected, pack
 from yelp_hpc.models.packed.tree import answer_scores
 from yelp_hpc.ranks.rank import StopRequest
@@ -53,18 +54,16 @@ class Validation:
                     mine[0, -1] = 1
                     break
                 group = [rows[i] for i in groups[piece]]
-                batch = pack(
-                    [data.sequence(row) for row in group],
-                    data.prefix_length,
-                    last=data.supervised(group),
-                ).to(device)
-                with autocast(device, self.precision):
-                    logits = forward_selected(self.model, batch).float()
+                logits, scores = self._computed(group, self.precision)
+                finite = logits.isfinite().all() and scores.isfinite().all()
+                if not finite and self.precision != "fp32":  # as when they are scored
+                    with in_fp32(self.model):
+                        logits, scores = self._computed(group, "fp32")
                 targets = data.targets(group).to(device)
                 sums[0] = F.cross_entropy(logits, targets, reduction="sum").double()
                 truth = torch.tensor([data.labels[row] for row in group], device=device)
                 confusion += torch.bincount(
-                    truth * count + self._predicted(group, logits), minlength=count * count
+                    truth * count + scores.argmax(1), minlength=count * count
                 )
         self.model.train()
         parts, asked = self.world.in_order(mine, shares)
@@ -73,20 +72,21 @@ class Validation:
             return None
         return [*confusion.tolist(), *tree_sum(parts).tolist()]
 
-    def _predicted(self, rows: list[int], logits: Tensor) -> Tensor:
-        """The best label of each row, `[len(rows)]`.
+    def _computed(self, rows: list[int], precision: str) -> tuple[Tensor, Tensor]:
+        """The supervised logits, fp32, and the scores `[len(rows), labels]`.
 
-        Answers of one token are compared where the supervised `logits` are; longer ones need a
-        pass of their own, with every answer behind each prompt.
+        Answers of one token are compared where the supervised logits are; longer ones need a pass
+        of their own, with every answer behind each prompt.
         """
-        data = self.data
-        if not self.tree.tokens:
-            tokens = [answer[0] for answer in data.answers]
-            first = logits[:: data.supervised(rows)[0]]
-            return first[:, torch.tensor(tokens, device=logits.device)].argmax(1)
-        prompts = [data.prompt(row) for row in rows]
-        with autocast(self.world.device, self.precision):
-            scores = answer_scores(
-                self.model, prompts, data.prefix_length, self.tree, self.world.device
-            )
-        return scores.argmax(1)
+        data, device = self.data, self.world.device
+        supervised = data.supervised(rows)
+        sequences = [data.sequence(row) for row in rows]
+        batch = pack(sequences, data.prefix_length, last=supervised).to(device)
+        with autocast(device, precision):
+            logits = forward_selected(self.model, batch).float()
+            if not self.tree.tokens:
+                tokens = torch.tensor([answer[0] for answer in data.answers], device=device)
+                return logits, logits[:: supervised[0]][:, tokens]
+            prompts = [data.prompt(row) for row in rows]
+            prefix = data.prefix_length
+            return logits, answer_scores(self.model, prompts, prefix, self.tree, device)
