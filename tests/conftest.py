@@ -19,6 +19,8 @@ import pytest
 from yelp_hpc.own_files import IMPORT_ROOT, package_files
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As a user's shell: unbuffered output would hide what is lost when a process ends.
+os.environ.pop("PYTHONUNBUFFERED", None)
 CLUSTER = Path(__file__).parent / "cluster"
 
 

@@ -53,6 +53,10 @@ def start() -> None:
             raise
         sys.stderr.write(f"{failed or refused}\n")
         sys.exit(1 if failed else 2)
+    finally:
+        from yelp_hpc.progress import flush_streams
+
+        flush_streams()
 
 
 def _in_the_way(error: Exception) -> str:
