@@ -222,8 +222,7 @@ def _run(
     if job.stage == "publish":
         token = hub_token(env, load_run(paths.root)[1].publish.token_file)
     failed: list[str] = []
-    cap = cluster.requeue_cap
-    shards = _missing(paths, job, job.tasks[0])
+    shards, cap = _missing(paths, job, job.tasks[0]), cluster.requeue_cap
     while shards or not job.tasks[0]:
         arguments = stage_argv(job.stage, paths.root, job.model, shards)
         argv = command(cluster, paths.root, arguments, env)

@@ -235,8 +235,7 @@ def status(run_dir: str, as_json: bool, watch: bool) -> None:
 
         show_study(read_study(run_dir), as_json=as_json, watch=watch)
         return
-    run, _ = load_run(run_dir)
-    show_status(run.root, as_json=as_json, watch=watch)
+    show_status(load_run(run_dir)[0].root, as_json=as_json, watch=watch)
 
 
 @cli.command()
@@ -310,9 +309,8 @@ def fetch(config_file: str, overrides: tuple[str, ...], cluster: str | None) -> 
         from yelp_hpc.data.sources import read_source
 
         train, test = read_source(config)
-        click.echo(
-            f"data: {len(train)} training rows" + (f", {len(test)} test rows" if test else "")
-        )
+        tested = f", {len(test)} test rows" if test else ""
+        click.echo(f"data: {len(train)} training rows{tested}")
 
 
 @cli.command()
