@@ -12,9 +12,9 @@ from tests.training.test_existing import peft_folder, run_of
 from yelp_hpc.config import Config, config_from_dict
 from yelp_hpc.errors import RequestError
 from yelp_hpc.explain import dotted_keys
-from yelp_hpc.rundir.files import read_jsonl, read_marker, sha256_file
+from yelp_hpc.rundir.files import read_json, read_jsonl, read_marker, sha256_file, write_json
 from yelp_hpc.rundir.origin import foreign_adapter
-from yelp_hpc.rundir.paths import WEIGHTS, RunPaths
+from yelp_hpc.rundir.paths import ADAPTER_CONFIG, WEIGHTS, RunPaths
 from yelp_hpc.stages import train
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
@@ -60,6 +60,9 @@ def test_an_epoch_more_is_two_at_once(tmp_path: Path, model: Path) -> None:
 
 def test_another_training_begins_with_the_weights(tmp_path: Path, model: Path) -> None:
     folder = peft_folder(tmp_path / "adapter", model, **PLAIN)
+    settings = read_json(folder / ADAPTER_CONFIG)
+    # how the base keeps its weights: peft sets it for GPT-2 and its like
+    write_json(folder / ADAPTER_CONFIG, {**settings, "fan_in_fan_out": True})
     run = trained(tmp_path / "run", model, folder, max_steps=2)
     fingerprint = (read_marker(run.adapter) or {})["fingerprint"]
     assert fingerprint["from"]["continued"] is None

@@ -28,7 +28,7 @@ LENGTH = ("epochs", "max_steps", "from", "warmup_steps")
 _SAME_FORM = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern"),
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type"),
-    *("auto_mapping", "peft_version", "runtime_config", "eva_config"),
+    *("auto_mapping", "peft_version", "runtime_config", "eva_config", "fan_in_fan_out"),
 }
 """Keys of adapter_config.json that leave the adapter plain LoRA, whatever they hold."""
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
