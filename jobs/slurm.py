@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,12 +332,16 @@ def _hostnames(nodes: str) -> set[str]:
 
 
 def exclude(job: str, nodes: str) -> None:
-    """Keep a job that waits, as after a requeue, off nodes.
+    """Keep a job that waits, as after a requeue, off nodes, as far as Slurm lets it.
 
-    Raises:
-        StageError: it was refused.
+    Asked from inside the job that is being ended, the client may be ended with it: it is asked
+    again.
     """
-    client(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
+    for _ in range(5):
+        with suppress(StageError):
+            client(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
+            return
+        time.sleep(0.2)
 
 
 def cancel(job_ids: Sequence[str], cluster: str = "") -> None:

@@ -336,9 +336,6 @@ def _requeue(
     while cluster.requeue:
         try:
             slurm.requeue(attempt.job)
-            if avoided:  # at once: Slurm takes it of a job that waits, and ends this one in seconds
-                slurm.exclude(attempt.job, avoided)
-            return verdict
         except RequestError:
             why = "this node has no scontrol to ask for a requeue"
             break
@@ -349,11 +346,14 @@ def _requeue(
             _tell(f"{error}; asked again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, 20.0)
+            continue
         except StageError as error:
-            if slurm.state_of(attempt.job) not in ("RUNNING", "UNREACHABLE"):
-                return verdict  # preempted meanwhile: Slurm's own requeue was faster
-            action, why = "failed", f"the requeue was refused: {error}"
-            break
+            if slurm.state_of(attempt.job) in ("RUNNING", "UNREACHABLE"):
+                action, why = "failed", f"the requeue was refused: {error}"
+                break  # else preempted meanwhile, or heard before its client was ended
+        if avoided:  # at once: Slurm takes it of a job that waits, and ends this one in seconds
+            slurm.exclude(attempt.job, avoided)
+        return verdict
     attempt.verdict = action
     attempt.reason = f"{verdict.reason}; {why}: submit again to go on"
     attempts.write(paths, attempt)

@@ -53,6 +53,13 @@ class Cluster:
     def sh(self, *argv: str) -> str:
         return subprocess.run(list(argv), capture_output=True, text=True, check=True).stdout.strip()
 
+    def resume(self) -> None:
+        """Every node serves again, whatever a test before left of it."""
+        names = "drained,draining,down,fail"
+        left = self.sh("sinfo", "-hN", "-p", "low", "-t", names, "-o", "%N").split()
+        for node in left:
+            self.sh("scontrol", "update", f"nodename={node}", "state=resume")
+
     def stop_controller(self) -> None:
         pid = int((RUN / "slurmctld.pid").read_text())
         os.kill(pid, signal.SIGTERM)
@@ -104,9 +111,20 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """Poll until `condition` is true and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        if time.monotonic() > end:
+            pytest.fail(f"waited {seconds:.0f} s for {what}\n{clients_say()}")
         time.sleep(0.2)
     return value
+
+
+def clients_say() -> str:
+    """What the queue and the nodes look like, for a message: a node that is drained is seen."""
+    said = []
+    for argv in (["squeue", "-o", "%i %j %T %N %r"], ["sinfo", "-N"], ["sinfo", "-R"]):
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=15)
+            said.append(done.stdout + done.stderr)
+    return "\n".join(said)
 
 
 def wait_ended(jobs: list[str], seconds: float) -> None:
@@ -152,6 +170,13 @@ def slurm() -> Iterator[Cluster]:
         finally:
             if not was_up:
                 cluster.script("slurm_down.sh")
+
+
+@pytest.fixture(autouse=True)
+def serving_nodes(request: pytest.FixtureRequest) -> None:
+    """Each test on the cluster begins with all of its nodes."""
+    if "slurm" in request.fixturenames:
+        request.getfixturevalue("slurm").resume()
 
 
 @pytest.fixture(scope="session")

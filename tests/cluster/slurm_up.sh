@@ -65,7 +65,8 @@ MessageTimeout=10
 InactiveLimit=0
 KillWait=4
 OverTimeLimit=0
-UnkillableStepTimeout=60
+# a step that ends while the controller is down waits for it; it must not drain its node meanwhile
+UnkillableStepTimeout=600
 MinJobAge=600
 MaxJobCount=50000
 MaxArraySize=10001
