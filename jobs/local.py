@@ -59,8 +59,10 @@ def run_chain(
     before_us = cancellations(paths)
 
     def stopped() -> str:
-        other = "cancelled" if cancellations(paths) != before_us else ""
-        return "stopped" if told.is_set() else other
+        if told.is_set():
+            return "stopped"
+        now = cancellations(paths)
+        return "cancelled" if None not in (now, before_us) and now != before_us else ""
 
     failed: dict[str, str] = {}
     refused = False

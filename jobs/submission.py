@@ -132,12 +132,14 @@ def cancelled(paths: RunPaths, what: Sequence[Live]) -> None:
     write_bytes(paths.logs / "cancelled", uuid.uuid4().hex.encode())
 
 
-def cancellations(paths: RunPaths) -> str:
-    """Changes with each `cancel` of the run."""
+def cancellations(paths: RunPaths) -> str | None:
+    """Changes with each `cancel` of the run; None where that cannot be told now."""
     try:
         return (paths.logs / "cancelled").read_text(errors="replace")
-    except OSError:
+    except FileNotFoundError:
         return ""
+    except OSError:
+        return None
 
 
 def sweep_pickles(paths: RunPaths) -> None:

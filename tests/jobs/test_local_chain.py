@@ -208,6 +208,23 @@ def test_cancel_saves_and_stops(fake_run: MakeRun) -> None:
     assert (run.root / "train" / "checkpoints" / "step.json").exists()
 
 
+def test_a_file_server_that_is_away_for_a_moment_cancels_nothing(fake_run: MakeRun) -> None:
+    run = fake_run(steps=10).prepared()
+    told = run.root / "logs" / "cancelled"
+    told.parent.mkdir()
+    told.write_text("an earlier cancel")
+
+    def away(pid: int) -> None:
+        told.rename(told.with_name("kept"))
+        told.symlink_to(told.name)  # any error but that it is not there
+        time.sleep(0.5)
+        told.with_name("kept").replace(told)
+
+    thread = once_started(run, "train", away)
+    assert go(run, "train") == 1
+    thread.join()
+
+
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "cancel"])
 def test_what_stops_a_stage_before_it_can_hear_stops_the_chain(fake_run: MakeRun, how: str) -> None:
     run = fake_run(steps=20).prepared()
