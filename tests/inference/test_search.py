@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
-from tests.models.test_packed import CONFIGS, tiny
+from tests.models.test_packed import CONFIGS, SIZES, tiny
 from tests.models.test_tree import FEW, MORE, many, model_of, one_by_one, prompts_of
 from yelp_hpc.data.answer_tree import AnswerTree, answer_tree
 from yelp_hpc.inference import search
@@ -106,6 +107,30 @@ def test_a_search_that_is_worth_nothing_is_not_begun(monkeypatch: pytest.MonkeyP
     long = [(prompt * 9)[:90] for prompt in prompts_of(0)]
     assert fresh.predict(long)[0] == scores.predict(long)[0]
     assert len(searched) == 1  # behind prompts that are long beside the tree
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_window_counts_what_a_search_leaves_behind(
+    short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows must fit it with padding and the branches that were gone into before."""
+    answers = many(20)
+    steps = search.STEPS_A_TOKEN * max(map(len, answers))
+    prompts = [prompt[:90] for prompt in prompts_of(4)]
+    window = 90 + steps - short
+    model = prepare_model(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval())
+    searched, plain = list[int](), search.search_answers
+
+    def counted(*args: Any) -> list[int | None]:
+        searched.append(len(args[1]))
+        return plain(*args)
+
+    monkeypatch.setattr("yelp_hpc.inference.predictor.search_answers", counted)
+    scores = score_predictor(model, 4, answers, 300, torch.device("cpu"))
+    loaded = Loaded(model, None, torch.device("cpu"), None)  # type: ignore[arg-type]
+    alone = answer_predictor(loaded, 4, answers, 300, scores, packed=True)
+    assert alone.predict(prompts) == (scores.predict(prompts)[0], None, None)
+    assert searched == ([] if short else [len(prompts)])
 
 
 def test_where_nothing_can_be_left_out_the_scores_answer() -> None:

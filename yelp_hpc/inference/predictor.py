@@ -5,6 +5,7 @@ Reads the model's folder and, for the tuned model, the adapter; writes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from yelp_hpc.data.packing import plan_microbatches
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.scoring import best_labels, label_scores
-from yelp_hpc.inference.search import search_answers
+from yelp_hpc.inference.search import most_steps, search_answers
 from yelp_hpc.models.load import TORCH_DTYPES, load_model, load_tokenizer
 from yelp_hpc.models.local import model_folder
-from yelp_hpc.models.packed.batch import Way, prepare_model, way_of
+from yelp_hpc.models.packed.batch import Way, base_model, prepare_model, way_of
+from yelp_hpc.models.packed.twin import limits
 from yelp_hpc.progress import say
 from yelp_hpc.ranks.device import precision_here, usable_gpus
 from yelp_hpc.rundir.files import read_object
@@ -200,10 +202,14 @@ def answer_predictor(
     """Answer mode: the label of the highest score, and no scores.
 
     `scores` answers where no branch can be left out, as every label is one token or the model does
-    not go on from a packed prompt, and where a search would cost more than it saves: behind prompts
-    that are long beside the tree, and once most rows were searched in vain.
+    not go on from a packed prompt, where a batch's cache would be longer than a window of the model
+    (it counts padding and branches that were left), and where a search would cost more than it
+    saves: behind prompts that are long beside the tree, and once most rows were searched in vain.
     """
     tree = answer_tree(answers)
+    steps = most_steps(tree)
+    text = base_model(loaded.model).config.get_text_config(decoder=True)
+    window = min(limits(text.to_dict()).values(), default=math.inf)
     asked = left = 0
 
     def plan(lengths: Sequence[int]) -> list[list[int]]:
@@ -216,7 +222,8 @@ def answer_predictor(
         nonlocal asked, left
         own = sum(map(len, prompts)) - prefix_length * len(prompts)
         found: list[int | None] = [None] * len(prompts)
-        if len(prompts) * len(tree.tokens) > own / 2 and left <= max(asked / 2, _FEW):
+        worth = len(prompts) * len(tree.tokens) > own / 2 and left <= max(asked / 2, _FEW)
+        if worth and max(map(len, prompts)) + steps <= window:
             found = search_answers(loaded.model, prompts, prefix_length, tree, loaded.device)
             asked, left = asked + len(found), left + found.count(None)
         rest = [i for i, answer in enumerate(found) if answer is None]

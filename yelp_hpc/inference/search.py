@@ -39,8 +39,13 @@ def search_answers(
     """
     search = _Search(tree, len(prompts), torch.device(device))
     packed = pack(prompts, prefix_length).to(device)
-    decode(model, packed, STEPS_A_TOKEN * max(map(len, tree.steps)), search.take)
+    decode(model, packed, most_steps(tree), search.take)
     return search.found
+
+
+def most_steps(tree: AnswerTree) -> int:
+    """How many tokens a search puts behind a prompt at most."""
+    return STEPS_A_TOKEN * max(map(len, tree.steps))
 
 
 _Branch = tuple[float, int, int, tuple[int, ...]]
