@@ -107,7 +107,7 @@ def submit(
         RequestError: the run's name cannot be used, the directory cannot be written, a stage is
             running already, an earlier stage, the model, the data, the image or a package is
             missing, the run directory was made with another configuration, Slurm refuses the
-            request: nothing was written then. Locally: a stage refused its input.
+            request: nothing was written then. Or as below: a stage refused its input.
         StageError: the controller does not answer; locally or with `wait`: a stage failed.
         SavedForRequeue: locally or with `wait`: stopped by a signal after saving.
     """
@@ -197,8 +197,10 @@ def _undone(paths: RunPaths) -> Iterator[None]:
     try:
         yield
     except RequestError:
-        if new and not records(paths):  # nothing but what this submission wrote
-            shutil.rmtree(paths.root, ignore_errors=True)
+        if before is None and not records(paths):  # nothing but what this submission wrote
+            paths.run_json.unlink(missing_ok=True)
+            if new:
+                shutil.rmtree(paths.root, ignore_errors=True)
         elif before is not None:
             with locked(paths.lock("run.json")):  # what a stage wrote meanwhile stays
                 now = read_object(paths.run_json)
@@ -339,8 +341,7 @@ def freeze_all(paths: RunPaths, cluster: ClusterConfig) -> tuple[Path, Path]:
 
 
 def _refuse_running(planned: Sequence[Job], live: Sequence[Live]) -> None:
-    running = [str(item) for item in live if item.name in {job.name for job in planned}]
-    if running:
+    if running := [str(x) for x in live if x.name in {job.name for job in planned}]:
         raise RequestError(
             f"already submitted and not finished: {'; '.join(running)}. See "
             "`python -m yelp_hpc status`, or `cancel` it first."

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.fake_run import FakeRun
+from yelp_hpc.config import LoadedConfig
 from yelp_hpc.errors import RequestError, SavedForRequeue, StageError, YelpHpcError
 from yelp_hpc.jobs import chain, submission
 from yelp_hpc.jobs.chain import cancel, submit
@@ -22,6 +23,7 @@ from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.jobs.watch import follow
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import append_jsonl, read_object
+from yelp_hpc.rundir.manifest import Asked
 from yelp_hpc.rundir.paths import RunPaths
 
 HEAD = 'echo "JOBID|STATE|REASON|NODELIST|TIME|LIMIT|RESTARTS|SUBMIT|USER|NAME|COMMAND|"\n'
@@ -326,10 +328,11 @@ def test_a_refusal_leaves_what_lay_in_the_folder_before(
     note, new = tmp_path / "mine" / "logs" / "note.txt", tmp_path / "new"
     note.parent.mkdir(parents=True)
     note.write_text("mine")
+    asked = Asked(LoadedConfig(run.config, run.config.model_dump(mode="json"), {}), "c.yaml")
     for place in (tmp_path / "mine", new):
         with pytest.raises(RequestError, match="Invalid account"):
-            submit("prepare", place, run.config, run.cluster, say=lambda text: None)
-    assert note.read_text() == "mine"
+            submit("prepare", place, run.config, run.cluster, asked=asked, say=lambda text: None)
+    assert note.read_text() == "mine" and not (tmp_path / "mine" / "run.json").exists()
     assert not new.exists()
 
 
