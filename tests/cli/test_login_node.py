@@ -22,6 +22,7 @@ import pytest
 from tests.fabricated import make_run
 from tests.test_docs import ALL, TOOLS
 from tests.tiny import SIF
+from yelp_hpc.cli.job_side import go_on_in_image
 from yelp_hpc.jobs.cluster import ClusterConfig
 from yelp_hpc.jobs.snapshot import freeze_settings
 from yelp_hpc.own_files import IMPORT_ROOT, package_files
@@ -238,6 +239,24 @@ def test_what_needs_the_job_side_goes_on_in_the_image(login: Login) -> None:
     code, output = login.type("HF_TOKEN=hf_secretsecret yelp-hpc publish --run run --dry-run")
     assert "APPTAINERENV_HF_TOKEN=hf_secretsecret" in output
     assert "hf_secretsecret" not in output.replace("APPTAINERENV_HF_TOKEN=hf_secretsecret", "")
+
+
+def test_a_tilde_is_the_home_folder_of_who_goes_into_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell reads the one in `--run=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "apptainer").touch(0o755)
+    (tmp_path / "x.sif").write_bytes(SIF)
+    (tmp_path / "cluster.yaml").write_text("container: {image: ~/x.sif, cache: /nowhere}\n")
+    monkeypatch.setattr(os, "execvpe", lambda name, argv, env: sys.exit(shlex.join(argv)))
+    with pytest.raises(SystemExit) as started:
+        typed = ["collect", "--run=~/run", "--cluster", "~/cluster.yaml"]
+        go_on_in_image(ModuleNotFoundError(name="torch"), typed)
+    assert f"--bind {tmp_path}/run " in str(started.value) and "~" not in str(started.value)
 
 
 def typed_on_the_login_node() -> list[str]:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +19,7 @@ from yelp_hpc.errors import RequestError, StageError, in_shell
 from yelp_hpc.image.file import why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES, install_command
+from yelp_hpc.own_files import expanded
 from yelp_hpc.runtime import in_image, program, use_programs
 
 
@@ -31,6 +33,7 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     name = (error.name or "").partition(".")[0]
     if name not in JOB_MODULES:
         raise error
+    arguments = [*map(_at_home, arguments)]
     container = None if in_image() else named_container(arguments)
     if (
         container is None
@@ -57,6 +60,14 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
         os.execvpe(argv[0], argv, stage_environment(cluster, stage, os.environ, token))
     except OSError as fault:
         raise StageError(f"{argv[0]} cannot be started: {fault.strerror}") from None
+
+
+def _at_home(argument: str) -> str:
+    """An argument with the home folder for its `~`, which `--run=~/x` leaves and no bind knows."""
+    name, sign, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    with suppress(ValueError):
+        return f"{name}{sign}{expanded(value)}"
+    return argument
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
