@@ -313,4 +313,9 @@ def test_a_refusal_says_what_to_do(
     monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
     if number == errno.EACCES:
         owner = owner_name(tmp_path.stat().st_uid)
-        assert f"{tmp_path} is {owner}'s, who can open it" in unreachable(caught.value)
+        closed = f"{tmp_path} is {owner}'s, who can open it"
+        assert f"{closed} (chmod g+rX)" in unreachable(caught.value)
+        with pytest.raises(StageError, match=r"who can open it \(chmod g\+rwX\)"):
+            write_json(tmp_path / "x", {})
+        monkeypatch.setattr(os, "access", lambda path, how: path != tmp_path or not how & os.W_OK)
+        assert f"{closed} (chmod g+w)" in unreachable(caught.value)

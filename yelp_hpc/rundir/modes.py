@@ -115,10 +115,10 @@ def patiently(read: Callable[Given, Answer]) -> Callable[Given, Answer]:
 read_bytes = patiently(Path.read_bytes)
 
 
-def what_to_do(path: Path, error: OSError) -> str:
+def what_to_do(path: Path, error: OSError, writes: bool = True) -> str:
     """The remedy for a refusal of `path` by the file system's rights, kind or room; "" for others.
 
-    What refuses is the path itself or the nearest folder that is there.
+    What refuses is the path itself or the nearest folder that is there. `writes`: it was written.
     """
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return "free some space (or quota) and run the same command again"
@@ -130,7 +130,9 @@ def what_to_do(path: Path, error: OSError) -> str:
         for place in (path, *path.parents):
             if os.path.lexists(place) and not os.access(place, os.W_OK):
                 owner = owner_name(place.stat().st_uid)
-                return f"{place} is {owner}'s, who can open it (chmod g+w); or name another place"
+                seen = os.access(place, os.R_OK | (os.X_OK if place.is_dir() else 0))
+                mode = "w" if seen else "rwX" if writes else "rX"
+                return f"{place} is {owner}'s, who can open it (chmod g+{mode}); or name another"
         if path.parent.stat().st_mode & stat.S_ISVTX:
             return f"{path.parent} lets nobody replace what others own (sticky): name another place"
     return "name another place"
@@ -159,7 +161,7 @@ def unreachable(error: OSError) -> str:
     if error.filename is None and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return f"what is printed cannot be written where it is sent: {error.strerror}"
     if error.filename is not None and (
-        remedy := what_to_do(Path(os.fsdecode(error.filename)).absolute(), error)
+        remedy := what_to_do(Path(os.fsdecode(error.filename)).absolute(), error, writes=False)
     ):
         return f"{error.filename}: {error.strerror}; {remedy}"
     if error.errno not in {*_AWAY, errno.EIO}:
