@@ -61,6 +61,7 @@ class Handle:
         """Wait until every job has ended; returns itself.
 
         Raises:
+            RequestError: the first job that failed refused its input.
             SavedForRequeue: what did not end saved its state and was stopped; no job failed.
             StageError: a job failed, was lost, or never can start.
         """
@@ -73,7 +74,7 @@ class Handle:
         """Wait, and give the run.
 
         Raises:
-            SavedForRequeue: as `wait`.
+            RequestError, SavedForRequeue: as `wait`.
             StageError: as `wait`; or a stage of this submission is not done.
         """
         self.wait()
@@ -125,6 +126,7 @@ def submit(
 
     Raises:
         RequestError: the request is wrong; the message has every problem, nothing was written.
+            Locally: a stage refused its input.
         StageError: the controller does not answer; locally: a stage failed.
         SavedForRequeue: locally: stopped by a signal after saving.
     """
