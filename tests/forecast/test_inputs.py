@@ -86,6 +86,11 @@ def test_lengths_of_a_file_are_counted_in_characters(tmp_path: Path) -> None:
     assert sorted([*found.train, *found.test]) == sorted(lengths * 4)
     assert found.validation == []
     assert found.source == "estimated at 4.2 characters a token"
+    # a mean is one of prompts: the tree of answers behind a test prompt is none of it
+    named = {"labels": [f"{'label ' * 9}{n}" for n in range(20)], "values": [*map(str, range(20))]}
+    scaled = estimated_lengths(config_from_dict({**config.model_dump(), "task": named}), 60.0)
+    prompts = [*scaled.train, *(n - scaled.tree for n in scaled.test)]
+    assert scaled.tree > 100 and sum(prompts) / len(prompts) == pytest.approx(60 - 2, rel=0.02)
 
 
 def prepared(run: RunPaths, label_ids: list[Any]) -> None:

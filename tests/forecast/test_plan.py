@@ -214,6 +214,7 @@ def test_what_generate_writes_is_said_not_to_be_counted_and_no_tree_is() -> None
     assert lengths.tree > 50
     more = plans["score"].infer_tokens - plans["generate"].infer_tokens
     assert more >= 2 * 50 * lengths.tree  # both models, each test row
+    assert plans["score"].mean_tokens == plans["generate"].mean_tokens  # of prompts
     assert any("32 tokens an answer at most" in note for note in plans["generate"].notes)
     assert not any("tokens an answer" in note for note in plans["score"].notes)
 

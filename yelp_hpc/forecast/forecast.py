@@ -130,7 +130,7 @@ def forecast(
     """
     config, assumed = _with_precision(config, card, probe)
     if config.infer.mode == "generate":
-        lengths = replace(lengths, test=[n - lengths.tree for n in lengths.test])
+        lengths = replace(lengths, test=[n - lengths.tree for n in lengths.test], tree=0)
         assumed.append(
             "infer.mode generate: what is written, "
             f"{config.infer.max_new_tokens} tokens an answer at most, is not counted in infer"
@@ -163,6 +163,7 @@ def forecast(
     # a snapshot of adapter and optimizer to a shared file system that writes 100 MB/s
     save = 0.2 + disk["checkpoints"] / (config.train.keep_checkpoints + 2) / 1e8
     total = sum(lengths.train) + sum(lengths.validation) + sum(lengths.test)
+    total -= lengths.tree * len(lengths.test)
     rows = len(lengths.train) + len(lengths.validation) + len(lengths.test)
     return Forecast(
         machine=times.machine,

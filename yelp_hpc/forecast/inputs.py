@@ -148,11 +148,11 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         return min(most, math.ceil(len(text) / CHARACTERS_PER_TOKEN) + tail)
 
     lengths = [
-        [own(text) + more for text in rows.texts(chosen)]
-        for rows, chosen, more in (
-            (train, splits.train, 0),
-            (train, splits.validation, 0),
-            (test, splits.test, behind),
+        [own(text) for text in rows.texts(chosen)]
+        for rows, chosen in (
+            (train, splits.train),
+            (train, splits.validation),
+            (test, splits.test),
         )
     ]
     source = f"estimated at {CHARACTERS_PER_TOKEN} characters a token"
@@ -161,7 +161,8 @@ def estimated_lengths(config: Config, mean_tokens: float | None = None) -> Lengt
         scale = max(1.0, mean_tokens - prefix) / (sum(every) / len(every))
         lengths = [[max(1, min(most, round(n * scale))) for n in part] for part in lengths]
         source = f"scaled to a mean of {mean_tokens:.0f}"
-    return Lengths(lengths[0], lengths[1], lengths[2], prefix, source, behind)
+    tested = [n + behind for n in lengths[2]]
+    return Lengths(lengths[0], lengths[1], tested, prefix, source, behind)
 
 
 def _hub_counts(config: Config) -> tuple[int, int, int]:
