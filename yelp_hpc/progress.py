@@ -62,6 +62,8 @@ def write(text: str) -> None:
         sys.stderr.flush()
     except BrokenPipeError:  # `2>&1 | head`: the work goes on
         to_nowhere(sys.stderr)
+    except OSError:  # on a full disk, too; what waits to be printed is, once it can be
+        pass
 
 
 def to_nowhere(stream: TextIO) -> None:

@@ -529,6 +529,9 @@ def test_a_config_that_is_no_file_says_what_it_is(
         ("mkdir in; cd in; rmdir ../in; {} status --run ../x", 1, "you are in is no longer there"),
         ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {} plan --config gone", 2, "does not exist"),
         ("{} status --run gone <&-", 2, "gone is not a run directory"),
+        ("{} status --run gone 2>/dev/full", 2, ""),
+        ("{} status --gone 2>/dev/full", 2, ""),
+        ("{{ {} plan 2>&1; echo $? >&3; }} 3>&2 | true", 0, "2"),
     ],
 )
 def test_an_odd_shell_is_no_traceback(folder: Path, shell: str, code: int, expected: str) -> None:

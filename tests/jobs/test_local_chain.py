@@ -25,6 +25,7 @@ from yelp_hpc.jobs.snapshot import freeze
 from yelp_hpc.jobs.status import collect_status
 from yelp_hpc.jobs.submission import boot_id, process_start
 from yelp_hpc.own_files import IMPORT_ROOT
+from yelp_hpc.progress import to_nowhere
 from yelp_hpc.rundir import attempts
 from yelp_hpc.rundir.files import append_jsonl
 from yelp_hpc.rundir.paths import MODELS, RunPaths
@@ -256,6 +257,16 @@ def test_the_chain_goes_on_where_nobody_reads_what_it_says(tmp_path: Path) -> No
         chain.stderr.close()
         assert chain.wait() == 0
     assert RunPaths(tmp_path / "run").metrics.is_file()
+
+
+def test_the_chain_goes_on_where_what_it_says_finds_no_room(
+    fake_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run()
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert len(submit("prepare", run.root, run.config, run.cluster, "local")) == 1
+        to_nowhere(full)
 
 
 @pytest.mark.parametrize(("given", "seen"), [("1", "1"), ("GPU-8a1", "GPU-8a1"), ("", "-1")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from yelp_hpc.cli.options import CLUSTER, CONFIG, EXECUTOR, JSON, SET, WAIT, Place, cluster_of
+from yelp_hpc.progress import say
 
 
 @click.command()
@@ -46,7 +47,7 @@ def compare(runs: tuple[str, ...], as_json: bool, html: str | None) -> None:
         else:
             compared_shown.print_comparison(found)
     if html:
-        click.echo(f"wrote {html}", err=True)
+        say(f"wrote {html}")
 
 
 @click.command()

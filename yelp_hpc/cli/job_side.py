@@ -20,6 +20,7 @@ from yelp_hpc.image.file import why_no_image
 from yelp_hpc.jobs.cluster import ClusterConfig, Container, load_cluster
 from yelp_hpc.jobs.preflight import JOB_MODULES, install_command
 from yelp_hpc.own_files import expanded
+from yelp_hpc.progress import say
 from yelp_hpc.runtime import in_image, program, use_programs
 
 
@@ -54,8 +55,7 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     token = hub_token(os.environ) if publishing else None
     stage = "publish" if publishing else ""
     cluster = ClusterConfig(container=container)
-    print(f"{name} is not installed here: going on in {container.image}", file=sys.stderr)
-    sys.stderr.flush()
+    say(f"{name} is not installed here: going on in {container.image}")
     try:
         os.execvpe(argv[0], argv, stage_environment(cluster, stage, os.environ, token))
     except OSError as fault:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -37,7 +38,7 @@ from yelp_hpc.cli.predict import predict
 from yelp_hpc.cli.record import export, reproduce, track, verify
 from yelp_hpc.cli.site import doctor, init
 from yelp_hpc.errors import YelpHpcError, in_shell
-from yelp_hpc.progress import as_called, plain
+from yelp_hpc.progress import as_called, say
 from yelp_hpc.rundir.modes import unreachable
 from yelp_hpc.rundir.paths import MODELS, STAGES
 
@@ -371,23 +372,22 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False, complete_var=COMPLETE_VARIABLE)
     except YelpHpcError as error:
-        click.echo(as_called(plain(str(error))), err=True)
+        say(str(error))
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo(interrupted(sys.argv[1:]), err=True)
+        say(interrupted(sys.argv[1:]))
         sys.exit(130)
-    except click.UsageError as error:
+    except click.ClickException as error:
         from yelp_hpc.cli.meant import usage_meant
 
-        meant = usage_meant(error, sys.argv[1:])
-        (click.UsageError(meant, error.ctx) if meant else error).show()
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.UsageError) and (meant := usage_meant(error, sys.argv[1:])):
+            error = click.UsageError(meant, error.ctx)
+        with suppress(OSError):  # nobody reads it, or a full disk holds it
+            error.show()
         sys.exit(2)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            click.echo(unreachable(error), err=True)
+            say(unreachable(error))
         sys.exit(1)
     except ModuleNotFoundError as error:
         from yelp_hpc.cli.job_side import go_on_in_image
@@ -395,6 +395,6 @@ def main() -> None:
         try:
             go_on_in_image(error, sys.argv[1:])
         except YelpHpcError as refusal:
-            click.echo(as_called(plain(str(refusal))), err=True)
+            say(str(refusal))
             sys.exit(refusal.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

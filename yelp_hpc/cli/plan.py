@@ -11,7 +11,7 @@ import click
 
 from yelp_hpc.cli.completion import complete_cards
 from yelp_hpc.cli.options import JSON, SET, Number, Place, cluster_of
-from yelp_hpc.progress import plain
+from yelp_hpc.progress import plain, say
 
 if TYPE_CHECKING:
     from yelp_hpc.config import Config
@@ -134,14 +134,14 @@ def _forecast(
         settings = cluster_of(cluster)
         wanted = settings.resources("train")
         if note := precision_note(config, settings):
-            click.echo(note, err=True)
+            say(note)
         nodes, gpus = wanted.least_nodes, wanted.gpus or 1
         gpu = gpu or wanted.gpu_type
     card = find_card(gpu) if gpu and not probe else None
     notes = check_model(config)  # first: it says the same as every other command
     shape = read_shape(config)
     for note in notes:
-        click.echo(note, err=True)
+        say(note)
     measured, lengths = None, None
     if probe:
         import pyarrow  # noqa: F401 - what the probe's stages need is missed before they start

@@ -8,7 +8,7 @@ import click
 
 from yelp_hpc.cli.meant import Words
 from yelp_hpc.cli.options import RUN, WRITTEN_RUN, Place
-from yelp_hpc.progress import as_called, plain
+from yelp_hpc.progress import as_called, plain, say
 from yelp_hpc.rundir.paths import TRACKERS
 
 
@@ -141,7 +141,7 @@ def reproduce(source: str, run_dir: str, compare: bool) -> None:
             raise RequestError(f"--run: {problem}")
         prepared = again.reproduce(source, run_dir)
         for warning in prepared.warnings:
-            click.echo(plain(f"warning: {warning}"), err=True)
+            say(f"warning: {warning}")
         click.echo(as_called(prepared.command))
         return
     root = Path(source)
