@@ -244,19 +244,20 @@ def test_what_needs_the_job_side_goes_on_in_the_image(login: Login) -> None:
 def test_a_tilde_is_the_home_folder_of_who_goes_into_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No shell reads the one in `--run=~/x`."""
+    """No shell reads the one in `--run=~/x`. The cache is made, which could not be bound else."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name in ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "apptainer").touch(0o755)
     (tmp_path / "x.sif").write_bytes(SIF)
-    (tmp_path / "cluster.yaml").write_text("container: {image: ~/x.sif, cache: /nowhere}\n")
+    (tmp_path / "cluster.yaml").write_text("container: {image: ~/x.sif, cache: ~/cache}\n")
     monkeypatch.setattr(os, "execvpe", lambda name, argv, env: sys.exit(shlex.join(argv)))
     with pytest.raises(SystemExit) as started:
         typed = ["collect", "--run=~/run", "--cluster", "~/cluster.yaml"]
         go_on_in_image(ModuleNotFoundError(name="torch"), typed)
     assert f"--bind {tmp_path}/run " in str(started.value) and "~" not in str(started.value)
+    assert (tmp_path / "cache").is_dir()
 
 
 def typed_on_the_login_node() -> list[str]:

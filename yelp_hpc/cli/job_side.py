@@ -45,6 +45,8 @@ def go_on_in_image(error: ModuleNotFoundError, arguments: Sequence[str]) -> NoRe
     from yelp_hpc.jobs.container import inside, stage_environment
     from yelp_hpc.publishing.token import hub_token
 
+    with suppress(OSError):  # else apptainer says what it cannot bind
+        Path(container.cache).mkdir(parents=True, exist_ok=True)
     here = Path.cwd()
     binds = (*container.binds, *_folders(here, arguments))
     extra = (*container.extra_args, "--pwd", str(here))
