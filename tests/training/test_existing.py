@@ -90,6 +90,14 @@ def test_scores_are_those_of_plain_peft(tmp_path: Path, model: Path, kind: str) 
     infer.run(run, config, model="base")
     base = pq.read_table(run.predictions("base"))["scores"].to_pylist()
     assert base[0] != pytest.approx(table["scores"].to_pylist()[0], abs=1e-2)
+    merged = tmp_path / "merged"
+    if kind == "bias":
+        with pytest.raises(RequestError, match=r"a bias of its own for \S+v_proj, which has none"):
+            export_merged(run, config, merged)
+        assert not merged.exists()
+    else:
+        export_merged(run, config, merged)
+        scored_as_by(AutoModelForCausalLM.from_pretrained(merged), run)
 
 
 def test_an_output_that_is_adapted_leaves_the_input_that_shares_its_weight(tmp_path: Path) -> None:

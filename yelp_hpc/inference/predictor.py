@@ -16,6 +16,7 @@ import torch
 from yelp_hpc.config import Config
 from yelp_hpc.data.answer_tree import answer_tree, scored_answers
 from yelp_hpc.data.packing import plan_microbatches
+from yelp_hpc.errors import RequestError
 from yelp_hpc.inference.answers import is_decided, parse_label
 from yelp_hpc.inference.generation import GreedyDecoder, plan_batches
 from yelp_hpc.inference.scoring import best_labels, label_scores
@@ -138,12 +139,21 @@ def with_adapter(model: Any, adapter: Path, merge: bool) -> Any:
 
     Merging saves the adapter's arithmetic. In half precision the sum is rounded to the weights'
     format and small updates are lost, so there the adapter stays beside them, as in training.
+
+    Raises:
+        RequestError: it cannot be merged.
     """
     from peft import PeftModel
 
     tuned: Any = PeftModel.from_pretrained(model, str(adapter))
     if not merge:
         return tuned
+    for name, module in tuned.named_modules():
+        if any(getattr(module, "lora_bias", {}).values()) and module.get_base_layer().bias is None:
+            raise RequestError(
+                f"the adapter has a bias of its own for {name}, which has none in the base model: "
+                "it cannot be merged, use it beside the model"
+            )
     _untie(model)
     merged = tuned.merge_and_unload()
     for config in (merged.config, merged.config.get_text_config()):

@@ -31,8 +31,8 @@ def export_merged(run: RunPaths, config: Config, out: Path) -> None:
     logits are those of the adapter on its base but for rounding.
 
     Raises:
-        RequestError: the adapter is not there or damaged, `out` holds something, or a link puts a
-            file of the tokenizer elsewhere.
+        RequestError: the adapter is not there, damaged or none to merge, `out` holds something, or
+            a link puts a file of the tokenizer elsewhere.
         StageError: the folder cannot be written.
     """
     problems = damaged_files(run.adapter)
