@@ -11,7 +11,7 @@ sports", "The category is sports"), without quotes and Markdown around it, must
 2. open with one, of several the longest, before something that no word goes on with ("sports,
    because …"); not where a second one follows as a choice ("sports or business"); or
 3. be the beginning of exactly one label ("card arri", cut by `infer.max_new_tokens`), which cuts no
-   number in two ("1" of a label 10).
+   number in two ("1" of a label 10 or 1.5).
 
 **Labels that are whole numbers, of an ordinal task** (the prompt asks for a label, 0 to 4; a model
 may answer with the label, in words, or, where the task's names are stars, in stars). In the line
@@ -70,6 +70,7 @@ _WORD_CUE = re.compile(
     r"(?:\s+(?:is|was|of|as|would\s+be|should\s+be)\b|\s*[:=→]|\s*->)+",
     re.IGNORECASE,
 )
+_NUMBER_ENDS, _NUMBER_GOES_ON = re.compile(r"\d[.,]?$"), re.compile(r"[.,]?\d")
 _WORD_GOES_ON = re.compile(r"\w|[.,:/'’&_-]\w")
 _JOINED = "\u200c\u200d\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _CHOICE = re.compile(r"[\"'”’`*_]*\s*(?:,?\s*\b(?:or|and)\b|[/|,&+])\s*[\"'“‘`*_]*", re.IGNORECASE)
@@ -166,8 +167,9 @@ def _stated(line: str, task: TaskConfig) -> int | None:
 
 def _begins(said: str, text: str) -> bool:
     """Whether what was said is the beginning of a text, no number of which is cut in two."""
-    number = said[-1:].isdigit() and text[len(said) : len(said) + 1].isdigit()
-    return text.startswith(said) and not number
+    if not text.startswith(said):
+        return False
+    return not (_NUMBER_ENDS.search(said) and _NUMBER_GOES_ON.match(text, len(said)))
 
 
 def _goes_on(said: str, at: int) -> bool:
