@@ -198,6 +198,28 @@ def test_classes_that_a_file_names_are_the_labels(tmp_path: Path) -> None:
     assert "output its label: b 0, A, c: x." in config.prompt.template
 
 
+@pytest.mark.parametrize(
+    ("names", "numbers", "labels"),
+    [
+        (["none", *"abcde"], [1, 2, 3, 4, 5], ("none", *"abcde")),  # five of them look like stars
+        (["a", "a"], [0, 1], ("0", "1")),
+        (["a\nb", "c"], [0, 1], ("0", "1")),
+    ],
+)
+def test_classes_of_odd_names_give_a_draft_that_reads(
+    tmp_path: Path, names: list[str], numbers: list[int], labels: tuple[str, ...]
+) -> None:
+    about = {"info": {"features": {"rating": {"names": names, "_type": "ClassLabel"}}}}
+    truth = numbers * 4
+    rows = pa.table({"text": [f"fine {i}" for i in range(len(truth))], "rating": truth})
+    rows = rows.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pq.write_table(rows, tmp_path / "d.parquet")
+    init_data(str(tmp_path / "d.parquet"), tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml").config
+    assert config.task.labels == labels and config.task.values is None
+    assert [label for _, label in read_source(config)[0]] == truth
+
+
 def test_files_of_other_columns_are_named(tmp_path: Path) -> None:
     for name, header in (("a", "label,text"), ("b", "stars,review")):
         (tmp_path / "d").mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from yelp_hpc.data.labels import NO_LABEL, number, value_text, whole_number
 from yelp_hpc.errors import RequestError, in_shell
 from yelp_hpc.progress import say
 from yelp_hpc.rundir.files import write_bytes
-from yelp_hpc.task import label_fault
+from yelp_hpc.task import label_fault, label_text
 
 MOST_LABELS = 1000
 _TEXT_NAMES = re.compile(r"text|review|sentence|content|body|message|comment|question", re.I)
@@ -132,7 +132,15 @@ def _survey(place: str, paths: list[Path], header: bool) -> Survey:
     if not rows:
         raise RequestError(f"{place} has no rows")
     named = {name: class_names(paths, name) for name, column in columns.items() if column.values}
-    return Survey(place, rows, header, columns, {n: found for n, found in named.items() if found})
+    return Survey(
+        place, rows, header, columns, {n: c for n, c in named.items() if c and _labels(c)}
+    )
+
+
+def _labels(names: list[str]) -> bool:
+    """Whether the names of a file's classes can be labels."""
+    apart = len({*map(label_text, names)}) == len(names) > 1
+    return apart and not any(map(label_fault, names))
 
 
 def _has_header(path: Path) -> bool:
@@ -204,7 +212,7 @@ def draft(found: Survey, config: str) -> str:
     counted = None not in numbers.values()
     values = sorted(counts, key=(lambda v: (numbers[v], v)) if counted else None)
     ordinal = counted and bool(_ORDER_NAMES.search(label))
-    stars = ordinal and values == ["1", "2", "3", "4", "5"]
+    stars = ordinal and values == ["1", "2", "3", "4", "5"] and label not in found.classes
     labels = ["0", "1", "2", "3", "4"] if stars else values
     if label in found.classes:
         labels = found.classes[label]
