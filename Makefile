@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 
 # What needs nothing exclusive runs in two processes, a file in one of them; `cluster` one by one.
 PYTEST := $(BIN)/python -m pytest
-APART  := -n 2 --dist loadfile -m "not cluster and not slow"
+# The longest files come first: the last to begin is waited for by one process alone.
+LONG   := $(addprefix tests/,test_task.py stages/test_resume.py cli/test_predict.py test_docs.py)
+APART  := -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster and not slow" $(LONG) tests
 
 .PHONY: demo test test-quick test-all test-sites mutants system lint docs bench cluster cluster-down lock audit release clean
 

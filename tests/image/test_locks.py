@@ -51,7 +51,8 @@ def entries(lock: Path) -> Iterator[tuple[str, str, list[str]]]:
             yield found[1], found[2], re.findall(r"sha256:([0-9a-f]{64})", block)
 
 
-@pytest.mark.parametrize("name", ["cpu.lock", "cuda.lock"])
+# one of them was just installed, as a rule the first
+@pytest.mark.parametrize("name", ["cuda.lock", pytest.param("cpu.lock", marks=pytest.mark.slow)])
 def test_pip_finds_a_wheel_for_every_entry(name: str) -> None:
     wanted = list(entries(SHARE / "containers" / name))
     assert len(wanted) > 60
