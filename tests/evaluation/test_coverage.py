@@ -117,11 +117,15 @@ def test_a_missing_row_is_named(run: RunPaths) -> None:
 
 
 def test_a_shard_of_another_division_is_named_and_removed_by_the_command(run: RunPaths) -> None:
+    run = RunPaths(run.root.rename(run.root.with_name("my run")))
     left = run.shard("tuned", 0, 8)
     run.shard("tuned", 0, SHARDS).rename(left)
     coverage = cover(run)
     assert any(left.name in line and "left over" in line for line in coverage.problems())
-    assert coverage.mend()[0] == f"rm {left.parent}/shard-*-of-0008.parquet"
+    assert coverage.mend()[0] == f"rm '{left.parent}'/shard-*-of-0008.parquet"
+    run.split("test").unlink()
+    with pytest.raises(StageError, match=f"run prepare --run '{run.root}'"):
+        cover(run)
 
 
 def test_rows_of_another_test_set_are_found_by_id_by_label_and_by_hash(run: RunPaths) -> None:

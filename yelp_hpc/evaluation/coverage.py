@@ -75,7 +75,7 @@ def read_test_set(path: Path, classes: int = 5, labelled: bool = True) -> TestSe
     Raises:
         StageError: the file is missing, torn or empty, an id is there twice, a label is no class.
     """
-    mend = "make it again: python -m yelp_hpc run prepare --run " + str(path.parent.parent)
+    mend = "make it again: python -m yelp_hpc run prepare --run " + in_shell(path.parent.parent)
     try:
         file = pq.ParquetFile(path)
         total = file.metadata.num_rows
@@ -264,7 +264,7 @@ class Coverage:
         if self.leftovers:
             pattern = sorted({path.name.split("-of-")[1] for path in self.leftovers})
             folder = self.run.predictions(self.model)
-            commands += [f"rm {folder}/shard-*-of-{suffix}" for suffix in pattern]
+            commands += [f"rm {in_shell(folder)}/shard-*-of-{suffix}" for suffix in pattern]
         bad = sorted({*self.missing, *self.damaged, *self.foreign, *self._doubling_shards()})
         infer = f"python -m yelp_hpc run infer --run {in_shell(self.run.root)} --model {self.model}"
         if 0 < len(bad) <= 3:
