@@ -26,7 +26,7 @@ def draw_confusion(matrix: Sequence[Sequence[int]], columns: Sequence[str]) -> b
     # Counts and shares stand in the cells as long as they can be read there.
     side = 0.85 if labels <= 7 else max(min(0.06, 20 / labels), min(0.28, 12 / labels))
     longest = max(len(_shown(columns, c)) for c in shown)
-    margin = 1.6 if labels <= 7 else 1.2 + 0.09 * min(longest, 28)
+    margin = 1.6 + 0.2 * max(0, longest - 11) if labels <= 7 else 1.2 + 0.09 * min(longest, 28)
     high = 4.6 if labels <= 7 else side * labels + margin
     png = BytesIO()
     with picture(png, margin + side * len(shown), high) as figure:
